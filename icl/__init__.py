@@ -1,4 +1,4 @@
-"""In-context linear regression: train small transformers, compare them with Bayes predictors, study their development.
+"""In-context linear regression: train small transformers, compare them with Bayes predictors, and study their development.
 
 The functions below are loaded on first use, so importing `icl` takes almost no time.
 """

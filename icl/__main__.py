@@ -1,7 +1,7 @@
 """Entry point of `python -m icl`, and of the processes that `icl` starts itself.
 
-Python puts a folder first on the import path: the working folder for `-m`, and this file's folder if it runs as a script. A file
-`random.py` in this folder would be imported instead of Python's module. So we remove the folder from the path before we import
+Python puts a folder first on the import path: the working folder with `-m`, and the folder of this file if it runs as a script. A file
+`random.py` in that folder would be imported instead of Python's module. So we remove the folder from the path before we import
 anything else.
 """
 
@@ -10,7 +10,7 @@ import sys
 
 
 def _working_folder() -> str:
-    """Return the working folder as Python writes it on the path. Empty if it was deleted, which `icl.cli` reports later."""
+    """Return the working folder as it appears in `sys.path`, or an empty text if the folder was deleted (`icl.cli` reports this later)."""
     try:
         return os.getcwd()  # noqa: PTH109
     except OSError:

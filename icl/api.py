@@ -1,6 +1,6 @@
 """Train, load, evaluate and use models in a few lines of Python.
 
-`ICRegConfig` has the names and documented defaults of the older code base. It corresponds to the preset `icr`.
+`ICRegConfig` has the names and documented defaults of an older code base. It corresponds to the preset `icr`.
 
 Examples:
     >>> cfg = ICRegConfig(D=4, K=8, d_model=64, d_mlp=64, n_layers=2, M="inf")
@@ -51,7 +51,7 @@ _MAX_PROMPTS = 2**31
 
 @dataclass
 class ICRegConfig:
-    """Settings of the task and the model, by their older names. Other settings are arguments of `train_ic_regression`."""
+    """Settings of the task and the model, with their older names. Other settings are arguments of `train_ic_regression`."""
 
     D: int = 8
     """Input dimension."""
@@ -72,10 +72,10 @@ class ICRegConfig:
     M: int | float | str = 64
     """Number of training tasks; `"inf"` or `math.inf` means the Gaussian prior."""
     max_M: int = 32_768
-    """Largest number of tasks in the older code. Old scripts may give it, but it has no effect, because `icl` stores no table of tasks."""
+    """Largest number of tasks in the older code. It has no effect, and is accepted only so that old scripts still work."""
 
     def to_run_config(self) -> RunConfig:
-        """Return the preset `icr` with these values.
+        """Return a configuration with these values. All other settings are those of the preset `icr`.
 
         Raises:
             ConfigError: If a value cannot be used.
@@ -122,12 +122,12 @@ def train_ic_regression(
         batch_size: Number of prompts per step.
         learning_rate: Constant learning rate, or the peak of a triangular schedule if `warmup_steps` is given.
         warmup_steps: Number of steps over which the rate rises linearly. Then the rate falls linearly to zero at `num_steps`.
-        grad_clip: Largest gradient norm, or None for no clipping.
+        grad_clip: Largest norm of the gradient; larger gradients are scaled down. None means no clipping.
         checkpoint_dir: The run's folder. By default `$LOCAL_ROOT/<run name>`.
         checkpoint_every: Number of steps between checkpoints. The first and the last step are always saved.
         eval_every: Number of steps between evaluations on `pretrain` and `true` tasks.
         print_every: Number of steps between rows of `metrics.csv`.
-        early_stopping_patience: Number of evaluations without improvement after which training stops. Needs `eval_every`.
+        early_stopping_patience: Number of evaluations without improvement after which training stops. It needs `eval_every`.
         early_stopping_min_delta: Smallest decrease that counts as improvement.
 
     Returns:
@@ -182,10 +182,11 @@ def load_checkpoint(
         step: The step to load from a folder or a store. By default the last one.
 
     Returns:
-        The model on the CPU (a `Transformer`, or the `LanguageModel` of a language run), and a dict of `step`, `config` (a RunConfig), `digest` and `path`.
+        The model on the CPU (a `Transformer`, or the `LanguageModel` of a language run), and a dict with the keys `step`, `config` (a
+        RunConfig), `digest` and `path`.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, or it does not fit `cfg`.
+        CheckpointError: If there is no usable checkpoint, or the checkpoint's settings differ from `cfg`.
         OlderFileError: If a `.pt` file cannot be read safely, or does not come from a known older code base.
     """
     shape = None if cfg is None else _as_run_config(cfg)
@@ -197,12 +198,12 @@ def load_checkpoint(
 
 
 def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None) -> Any:
-    """Load a trained model, ready to predict. Arguments and errors are those of `load_checkpoint`."""
+    """Load a trained model in evaluation mode. Arguments and errors are those of `load_checkpoint`."""
     return load_checkpoint(path, cfg, step=step)[0].eval()
 
 
 def _find_checkpoint(path: str | Path, shape: RunConfig | None, step: int | None) -> tuple[Checkpoint, str | Path]:
-    """Return the checkpoint at a path or address, and where it is."""
+    """Return the checkpoint at a path or address, and its location."""
     if isinstance(path, str) and "://" in path:
         return load_stored_checkpoint(path, step)
     if Path(path).is_dir():
@@ -218,7 +219,9 @@ def _find_checkpoint(path: str | Path, shape: RunConfig | None, step: int | None
     is_older = file.suffix in SUFFIXES and file.is_file()
     checkpoint = load_older_file(file, shape) if is_older else load_checkpoint_file(file)
     if step not in (None, checkpoint.step):
-        raise CheckpointError(f"{file} is of step {checkpoint.step:,}, not {step:,}.")
+        raise CheckpointError(
+            f"{file} is the checkpoint of step {checkpoint.step:,}, not {step:,}; leave out the step, or give another file."
+        )
     return checkpoint, file
 
 
@@ -233,10 +236,10 @@ def evaluate_ood_score(
         model: A trained model. Predictions are computed in its dtype.
         cfg: Settings of the task. By default `ICRegConfig()`.
         n_samples: Number of prompts.
-        batch_size: Number of prompts that the model predicts at a time.
+        batch_size: Number of prompts that are computed at a time.
 
     Raises:
-        ConfigError: If a size is not a positive whole number, the model does not fit `cfg`, or predictions are not finite.
+        ConfigError: If a size is not a positive whole number, D or K of the model and `cfg` differ, or predictions are not finite.
     """
     n_samples, batch_size = whole("n_samples", n_samples, 1, _MAX_PROMPTS), whole("batch_size", batch_size, 1)
     parameter = parameter_of(model)

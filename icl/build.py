@@ -30,7 +30,7 @@ def build_model(config: RunConfig) -> Transformer | LanguageModel:
 
 
 def build_architecture(config: RunConfig) -> Transformer | LanguageModel:
-    """Return the run's model with undefined weights, to load weights into."""
+    """Return the run's model with undefined weights. Use this if weights are loaded into the model afterwards."""
     if config.model.is_language:
         text = config.language
         return LanguageModel(config.model, vocab_size=text.vocab_size, context_size=text.context_size)
@@ -43,12 +43,14 @@ def build_checkpoint_model(
     """Return the model of a checkpoint.
 
     Raises:
-        CheckpointError: If the names or shapes of the weights do not fit the checkpoint's configuration.
+        CheckpointError: If the names or shapes of the weights do not match the checkpoint's configuration.
     """
     model = build_architecture(checkpoint.config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if {name: tuple(tensor.shape) for name, tensor in checkpoint.params.items()} != expected:
-        raise CheckpointError("The weights in the checkpoint do not fit the configuration in it.")
+        raise CheckpointError(
+            "The names or shapes of the checkpoint's weights do not match its configuration; use another checkpoint."
+        )
     model.load_state_dict(checkpoint.params)
     return model.to(device)
 
@@ -63,7 +65,10 @@ def build_evaluation_sets(
     with_bayes: bool = False,
     device: torch.device | str = "cpu",
 ) -> list[EvaluationSet]:
-    """Return the run's evaluation sets: `pretrain`, `true` and these shifts; for a language run `test`. `evaluation_set` explains the arguments."""
+    """Return the run's evaluation sets: `pretrain`, `true` and `shifts`, or `test` for a language run.
+
+    The other arguments are those of `evaluation_set`.
+    """
     make = partial(
         evaluation_set,
         config,

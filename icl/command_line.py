@@ -1,7 +1,7 @@
-"""One parser for all commands: options, and for some commands also the settings of a run.
+"""Parser for all commands: options, and for some commands also the settings of a run.
 
-A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole section can be given as a table, which is how W&B
-writes nested parameters: `--task={'num_tasks': 2}`. This module keeps the values of settings as text. `icl.resolve` converts
+A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole section can be given as a table, because W&B writes
+nested parameters in this way: `--task={'num_tasks': 2}`. This module keeps the values of settings as text. `icl.resolve` converts
 them, together with the values from files.
 
 The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain such
@@ -68,12 +68,12 @@ class CommandParser(argparse.ArgumentParser):
             self.register("type", kind, reader)
 
     def add(self, spelling: str, text: str, **options: Any) -> None:
-        """Add an option with its help. The option is described by the text that a user types.
+        """Add an option with its help text.
 
         Args:
-            spelling: `--out FILE`; `--num_prompts --n_prompts N` with an older name; `--force` for an option without a value,
-                which is true or false; `path RUN` for a positional argument.
-            text: The help.
+            spelling: The option as a user types it: `--out FILE`; `--num_prompts --n_prompts N` for an option that also has an older name;
+                `--force` for an option without a value, which is true or false; `path RUN` for a positional argument.
+            text: The help text.
             options: Further arguments of argparse's `add_argument`.
         """
         *names, last = spelling.split()
@@ -98,10 +98,10 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # of overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse the options. If the command takes settings, the result has them as `settings`, by dotted key and as text.
+        """Parse the options. The result has the attribute `settings`: a dict of the settings of the run as text, by dotted key.
 
         Raises:
-            ConfigError: For a word that is neither an option nor a setting, or for a value that an option cannot have.
+            ConfigError: For a word that is neither an option nor a setting, or for a value that an option does not accept.
         """
         words = list(args or ())
         settings, words = split_settings(_join_steps(words)) if self.settings else ({}, words)
@@ -112,7 +112,7 @@ class CommandParser(argparse.ArgumentParser):
         return options
 
     def format_help(self) -> str:
-        """Return the help of the options, followed by that of the settings."""
+        """Return the help of the options, followed by the help of the settings."""
         if self.help_of is None:
             return super().format_help()
         below = "defaults < preset" if self.help_of == "all" else "the run's own settings"
@@ -130,18 +130,18 @@ class CommandParser(argparse.ArgumentParser):
                 raise ConfigError(f"There is no option `{word}`. Did you mean `--{near[0]}`?")
             refuse_unknown([word[2:]])
         older = modern_setting(word.lstrip("-")) if word.startswith("--") else None
-        hint = nearest(word, known) or (f" {older}" if older else f" `{self.prog} --help` lists what it takes.")
+        hint = nearest(word, known) or (f" {older}" if older else f" `{self.prog} --help` lists its options.")
         raise ConfigError(f"`{self.prog}` takes no `{word}`.{hint}")
 
 
 class _StoreOnce(argparse.Action):
-    """Store the value of an option that also has an older name.
+    """Action that stores the value of an option, and refuses the option if it is given twice.
 
-    If both names are given, refuse them, because it is unclear which value counts.
+    For an option that also has an older name, both names could be given, and it would be unclear which value counts.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Store the value. Refuse a second one."""
+        """Store the value. Refuse a second value."""
         if (earlier := getattr(namespace, self.dest)) is not None:
             parser.error(f"`{self.option_strings[0]}` is given twice: {earlier} and {values}")
         setattr(namespace, self.dest, values)
@@ -150,10 +150,10 @@ class _StoreOnce(argparse.Action):
 def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Split a command line into the settings of a run and all other words. If a key is given twice, the later value counts.
 
-    `--key` without a value means true, if the setting is true or false.
+    If a setting is true or false, `--key` without a value means true.
 
     Returns:
-        The settings by dotted key, and all other words in their order. Values are text, but values from a table keep their types.
+        The settings by dotted key, and all other words in their order. Values are text, except that values from a table keep their types.
 
     Raises:
         ConfigError: For a setting without a value, or a section without a table.
@@ -182,7 +182,7 @@ def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question that suggests the nearest known word. Empty if no word is near."""
+    """Return a question that suggests the nearest known word, or an empty text if no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean `{near[0]}`?" if near else ""
 
@@ -253,14 +253,14 @@ def train_parser() -> CommandParser:
 
 @cache
 def llc_parser() -> CommandParser:
-    """Return the parser of `icl llc`. Its option `flags` lists which of --published, --calibrate and --self-test are given."""
+    """Return the parser of `icl llc`. Its result `flags` lists which of --published, --calibrate and --self-test are given."""
     parser = CommandParser(
         "llc",
         """\
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
 Finished steps are stored: after an interruption, the same command continues. RUN is a folder or a run's name; without it,
 the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every estimate is
-invalid. In a sweep it is zero even then, because an invalid estimate is also a result.""",
+invalid, except in a sweep, where an invalid estimate is also a result.""",
         """icl llc runs/quickstart
         icl llc runs/quickstart --steps last --sampler.num_draws 1000
         icl llc runs/quickstart --calibrate
@@ -280,7 +280,8 @@ invalid. In a sweep it is zero even then, because an invalid estimate is also a 
     add_config_option(parser)
     parser.add("--out FILE", "also write the rows to FILE (.csv or .json)")
     parser.add(
-        "--rescale C", "a control: also estimate with weights rescaled by C, which does not change the model's function"
+        "--rescale C",
+        "also estimate, as a control, with weights rescaled by C in a way that does not change the model's function",
     )
     parser.add(
         "--stderr X",

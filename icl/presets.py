@@ -1,11 +1,11 @@
-"""Settings of the papers by name: `preset("L2H4")` returns a complete `RunConfig`.
+"""Presets: the settings of papers, and our own small models. `preset("L2H4")` returns a complete `RunConfig`.
 
-Every preset names its source. Where a paper leaves a setting open, the choice is ours, and a comment says so. Tests check
-the exact numbers of parameters: `transience` 68,100, `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752, `carroll` 2,654,217,
-`icr` 4,761,097, `L2W256` 3,355,016.
+A comment at every preset names its source. Where a paper does not give a setting, the choice is ours, and the comment says so. Tests
+check the exact numbers of parameters: `transience` 68,100, `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752,
+`carroll` 2,654,217, `icr` 4,761,097, `L2W256` 3,355,016.
 
 The `sampler` of a preset is our choice, because estimates with the published sampler (`icl.sampling.published.PUBLISHED`) cannot
-be trusted. We choose it by three rules:
+be trusted. We choose the sampler by three rules:
 
 - In a flat direction, chains spread to a width of 1 / sqrt(localization). This width is small compared with the root mean
   square weight, so chains stay in the basin.
@@ -35,8 +35,8 @@ from icl.config import (
 )
 from icl.config.validation import ConfigError
 
-# The quickstart's sampler is the default `SamplerConfig`. The largest curvature is 140 at step 832 and 85 at the end, and
-# weights are about 0.2. At the last checkpoint, chains escape with nbeta = localization = 300, and lr = 1e-4 is too large.
+# The quickstart's sampler is the default `SamplerConfig`. The largest curvature is 140 at step 832 and 85 at the last step. The
+# weights are about 0.2. At the last checkpoint, chains leave the basin with nbeta = localization = 300, and lr = 1e-4 is too large.
 
 # Hoogland et al. (2024), arXiv 2402.02364, linear-regression transformer. Hyperparameters are from the authors' sweep file
 # L2H4Minf.yaml (January 2024) and their config.py: K = 8, Adam, batch 256, 500,000 steps, a triangular schedule with peak 3e-3,
@@ -147,10 +147,10 @@ ICR = RunConfig(
     sampler=_WIDE,
 )
 
-# Our own: ridge comes and goes (Carroll et al. 2025) on a laptop. The loss on new tasks is smallest at about step 700, 71 % of the way from
-# zero to ridge, and then rises while the model learns its ten tasks (docs/reproduction.md has the settings that we tried). Batches of 256
-# prompts and a constant rate keep the scatter between steps below a tenth of the rise. The sampler is the quickstart's, which we have not
-# checked for this model.
+# Our own preset, which shows transient ridge (Carroll et al. 2025) on a laptop. The loss on new tasks is smallest at about step 700. There it
+# has fallen by 71 % of the difference between the loss of predicting zero and ridge's loss. It then rises while the model learns its ten
+# tasks. (docs/reproduction.md lists the settings that we tried.) With batches of 256 prompts and a constant rate, the scatter between steps is
+# less than a tenth of the rise. The sampler is that of the quickstart. We have not checked it for this model.
 TRANSIENCE = RunConfig(
     preset="transience",
     task=TaskConfig(num_tasks=10, task_size=3, max_examples=8, noise_variance=0.1),
@@ -160,10 +160,10 @@ TRANSIENCE = RunConfig(
     checkpoints=CheckpointsConfig(num_log=60, num_linear=60),
 )
 
-# Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler are those of the authors' files; their
-# text changes to a second part at step 25,000: --language.next_source hf://georgeyw/dsir-pile-5m-2 --language.change_step 25000. The preset
-# leaves this out, because both texts would be fetched before the first step. They save every 100 steps. The sampler has
-# their settings, with n / ln n of n = 100 (`nbeta`). We have not checked its estimates at this size.
+# Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler have the settings in the authors' files. The
+# authors' text changes to a second part at step 25,000: --language.next_source hf://georgeyw/dsir-pile-5m-2 --language.change_step 25000. The
+# preset leaves this out, because both texts would be fetched before the first step. The authors save every 100 steps. In the sampler,
+# `nbeta` is n / ln n with n = 100, as in their settings. We have not checked estimates with this sampler at this size.
 L2W256 = RunConfig(
     preset="L2W256",
     language=LanguageConfig(
@@ -203,9 +203,10 @@ L2W256 = RunConfig(
     ),
 )
 
-# Our own: the same architecture at a width that trains in about five minutes on two CPU cores, on a synthetic language in which
-# frequencies of tokens, bigrams and copies are learned one after the other. It needs no download. At the last step, chains of the sampler rise
-# by 9% of the way to the uniform distribution. With nbeta and localization of 100 they leave the basin.
+# Our own preset: the same architecture at a smaller width, which trains in about five minutes on two CPU cores and needs no download. In the
+# synthetic language, the model learns the frequencies of tokens, bigrams and copies one after the other. At the last step, the loss along the
+# chains rises by 9 % of the difference between the checkpoint's loss and the loss of the uniform distribution. With nbeta and localization of
+# 100, chains leave the basin.
 LANGUAGE_QUICKSTART = RunConfig(
     preset="language-quickstart",
     model=dataclasses.replace(L2W256.model, num_heads=4, embed_size=64),
@@ -228,8 +229,9 @@ LANGUAGE_QUICKSTART = RunConfig(
     ),
 )
 
-# Our own: a small model whose output is a predictive distribution, for `icl analyse --what prior` and `--what mixture` (docs/priors.md). With M = 4 tasks it
-# memorises them in about two minutes on two CPU cores. The learning rate is twice that of the quickstart, because the model is narrower.
+# Our own preset: a small model whose output is a predictive distribution, for `icl analyse --what prior` and `--what mixture` (docs/priors.md).
+# It memorises its M = 4 tasks in about two minutes on two CPU cores. The learning rate is twice as large as in the quickstart, because the model
+# is narrower.
 PRIOR_QUICKSTART = RunConfig(
     preset="prior-quickstart",
     task=TaskConfig(num_tasks=4),
@@ -249,10 +251,10 @@ PRESETS: dict[str, RunConfig] = {
 
 
 def preset(name: str) -> RunConfig:
-    """Return the settings of this name.
+    """Return the settings of the preset with this name.
 
     Raises:
-        ConfigError: If there is no such preset. The message names the nearest one and lists all.
+        ConfigError: If there is no such preset. The message names the nearest preset and lists all presets.
 
     Examples:
         >>> preset("L2H4").task.max_examples

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, and a line every ten seconds elsewhere."""
+"""Progress of long work: a progress bar on a terminal, and otherwise a line every ten seconds."""
 
 import io
 import sys
@@ -15,16 +15,16 @@ Item = TypeVar("Item")
 def progress_bar(
     name: str, total: int, unit: str, *, disable: bool = False, shows_rate: bool = False, **options: Any
 ) -> tqdm:
-    """Return tqdm's bar for `total` units of work. Call its `update` after each unit.
+    """Return a tqdm progress bar for `total` units of work. Call its method `update` after each unit.
 
-    In a log file a live bar would take thousands of lines. So if the output is not a terminal, the bar prints plain lines.
+    In a log file, a normal bar would take thousands of lines. So if the output is not a terminal, the bar prints plain lines.
 
     Args:
         name: Name of the work, shown before the bar.
         total: Number of units.
         unit: Name of a unit, such as `checkpoint`.
-        disable: Whether to show nothing, for work of a single unit.
-        shows_rate: Whether plain lines show units per second and the time left. If so, the first line comes after ten seconds.
+        disable: Whether to show nothing, for example because there is only one unit.
+        shows_rate: Whether plain lines show units per second and the remaining time. If so, the first line comes after ten seconds.
         options: Further options of tqdm.
     """
     options |= {"total": total, "desc": name, "unit": unit, "disable": disable}

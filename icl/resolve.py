@@ -26,10 +26,10 @@ _SET_FOR_EACH = {
 
 
 def resolve(*sources: Mapping[str, Any]) -> RunConfig:
-    """Merge layers of settings into one validated configuration. A later layer overrides an earlier one.
+    """Merge sources of settings into one validated configuration. A later source overrides an earlier one.
 
     Args:
-        sources: Nested or dotted settings. Any layer may name a `preset`. The preset that is named last is the base of all layers.
+        sources: Nested or dotted settings. Any source may name a `preset`. The preset that is named last is the base of all sources.
 
     Raises:
         ConfigError: For an unknown key, a value of the wrong type, or settings that contradict each other.
@@ -51,13 +51,13 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """Return the settings in a YAML or JSON file.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, or is not a table of settings.
+        ConfigError: If the file is missing, is not YAML, or does not contain a table of settings.
     """
     return _require_table(_read_yaml(path), path)
 
 
 def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, Any]]:
-    """Read the settings of the sweep points that this program has to run. `$ICL_SWEEP_POINT` names their file.
+    """Read the settings of the sweep points that this program has to run, from the file that `$ICL_SWEEP_POINT` names.
 
     Returns:
         One table of settings per point. Outside a sweep, one empty table.
@@ -71,7 +71,7 @@ def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, A
 
 
 def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse a command line that gives a swept key another value than the sweep.
+    """Refuse a command line that sets a swept key to a value that differs from the sweep.
 
     Raises:
         ConfigError: If there is such a key. The message names it and both values.
@@ -79,17 +79,17 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
     for key, value in flatten(dict(swept)).items():
         if key in given and read_value(key, given[key]) != read_value(key, value):
             raise ConfigError(
-                f"`{key}` is swept ({value!r} at this point), but the command line sets it to {given[key]!r}; remove one of the two."
+                f"`{key}` is set by the sweep ({value!r} at this point), but the command line sets it to {given[key]!r}; remove one of the two."
             )
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting of a member if the layer that defines the population, or a later layer, also sets it.
+    """Refuse a setting of a member if the source that defines the population, or a later source, also sets it.
 
-    Earlier layers are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
+    Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
 
     Args:
-        sources: Layers of settings that `resolve` has accepted.
+        sources: Sources of settings that `resolve` has accepted.
 
     Raises:
         ConfigError: If there is such a setting. The message names both settings and their values.
@@ -157,7 +157,7 @@ def _suggestion(key: str, known: Mapping[str, Any]) -> str:
 
 def _read_yaml(path: str | Path) -> Any:
     if not str(path).strip():
-        raise ConfigError("`--config` must name a file, got nothing.")
+        raise ConfigError("`--config` must name a file, got an empty name.")
     try:
         return parse_yaml(read_bytes(Path(path), limit=MAX_YAML))
     except OSError as error:

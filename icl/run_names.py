@@ -1,4 +1,4 @@
-"""Names of runs, made of the settings that differ from the preset's or among several runs."""
+"""Names of runs, made from the settings that differ from the preset, or that differ among several runs."""
 
 import dataclasses
 import hashlib
@@ -10,13 +10,13 @@ from icl.config import RunConfig, flatten, is_free_on_resume
 from icl.presets import preset
 
 MEMBER_SEEDS = ("seeds.model", "seeds.data", "seeds.noise")
-"""Settings of a member that `population.seeds` sets."""
+"""Settings that `population.seeds` sets in each member of a population."""
 MAX_SLUG = 120
 """Largest number of characters in a run name that is made from settings. The end of a longer name is replaced by a hash."""
 
 
 def run_name(config: RunConfig) -> str:
-    """Return the given name of a run, or else the preset's name with every setting that differs from the preset.
+    """Return the `run_name` of a run if it is set. Otherwise, return the preset's name with every setting that differs from the preset.
 
     Examples:
         >>> from icl.config import TaskConfig
@@ -36,10 +36,10 @@ def run_name(config: RunConfig) -> str:
 
 
 def varying_names(configs: Sequence[RunConfig]) -> list[str]:
-    """Return a name for each of several runs, made of the settings that differ among them.
+    """Return a name for each of several runs, made from the settings that differ among the runs.
 
-    If the seeds for model, data and noise are equal, as in a population, they appear as one setting `seed`. The number of tasks
-    appears as `M`. If all runs have equal settings, the names are empty. Runs with equal settings have equal names.
+    If, in every run, the seeds for model, data and noise are equal, as in a population, they appear as one setting `seed`. The number
+    of tasks appears as `M`. If all runs have equal settings, the names are empty. Runs with equal settings have equal names.
 
     Examples:
         >>> from icl.config import TaskConfig
@@ -61,7 +61,7 @@ def varying_names(configs: Sequence[RunConfig]) -> list[str]:
 
 
 def sampler_name(config: RunConfig) -> str:
-    """Return a name made of the sampler's settings that differ from the preset's, or `preset` if none differs.
+    """Return a name made from the settings of the sampler that differ from the preset, or `preset` if there are none.
 
     Examples:
         >>> from icl.config import SamplerConfig
@@ -73,7 +73,7 @@ def sampler_name(config: RunConfig) -> str:
 
 
 def _short(key: str, keys: Iterable[str]) -> str:
-    """Return the last word of a dotted key if only one of the keys ends in it, else the whole key. Keys of seeds are never shortened."""
+    """Return the last word of a dotted key if no other key ends in the same word, else the whole key. Keys of seeds are never shortened."""
     section, _, leaf = key.rpartition(".")
     is_unique = sum(other.rpartition(".")[2] == leaf for other in keys) == 1
     return leaf if is_unique and section != "seeds" else key

@@ -1,10 +1,10 @@
 """Temporary signal handlers for a piece of work.
 
-Training, uploads, sweeps and experiments each respond to Ctrl-C and SIGTERM in their own way. All of them use `handling`, which
-restores the previous handlers at the end. So when an inner piece of work has ended, the outer one handles signals again.
+Training, uploads, sweeps and experiments respond to Ctrl-C and SIGTERM in different ways. All of them use `handling`, which restores
+the previous handlers at the end. So when an inner piece of work has ended, the handlers of the outer work are in use again.
 
-A program that W&B has started as a point of a sweep must tell W&B how it ends, and it cannot do so before it has joined the sweep.
-Until then, `defer` keeps signals in `deferred`.
+A program that W&B has started as a point of a sweep must report to W&B how it ends. It cannot do this before it has joined the sweep.
+Until then, the handler `defer` stores signals in the list `deferred`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import TypeAlias
 Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
 deferred: list[signal.Signals] = []
-"""Signals that arrived while `defer` was in force, in order."""
+"""Signals that `defer` has handled, in the order of their arrival."""
 
 
 def defer(number: int, frame: FrameType | None) -> None:
@@ -29,8 +29,8 @@ def defer(number: int, frame: FrameType | None) -> None:
 def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     """Use these signal handlers while the body runs.
 
-    Python handles signals in the main thread only, so this function does nothing in another thread. A signal that the
-    program was started to ignore, for example by `nohup`, stays ignored.
+    Python handles signals only in the main thread, so this function does nothing in another thread. A signal that was already
+    ignored when the program started, for example because of `nohup`, is still ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,8 +2,8 @@
 
 The results of each checkpoint are cached in the run's `results/evaluation/`, so nothing is computed twice. Runs with equal
 sizes, noise, tasks and evaluation seed share their prompts and the baselines' predictions. Sets of out-of-distribution
-prompts do not depend on M, so runs with different M share them too. Sharing matters: on a CPU, dMMSE at large M costs more
-than evaluating all the models.
+prompts do not depend on M, so runs with different M share them too. This saves much time, because on a CPU, dMMSE at large M takes
+longer than evaluating all models.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ from icl.tasks.rows import TEST
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
 PROMPTS = "report"
-"""Value of the column `prompts`: the fixed prompts of `icl.evaluation.sets.REPORT`. A table without this column is older, and has the
-prompts on which training evaluates and stops early (`MONITOR`)."""
+"""Value of the column `prompts` for the fixed prompts of `icl.evaluation.sets.REPORT`. A table without this column was written by an older
+version, on the prompts with which training evaluates and stops early (`MONITOR`)."""
 _HEADLINES = ("loss", "bayes_excess", "delta_dmmse", "delta_ridge")
 _SETS_KEPT = 64
 """Number of evaluation sets kept in memory, enough for about three runs. Runs that share sets usually follow each other."""
 
 
 class RunEvaluator:
-    """Evaluate several runs. Prompts and baselines that runs share are computed only once.
+    """Function object that evaluates several runs. Prompts and baselines that runs share are computed only once.
 
     Example:
         ```python
@@ -67,8 +67,8 @@ class RunEvaluator:
             num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
             num_ood_prompts: Number of prompts per set, except for the set of training tasks (`pretrain`); None uses `num_prompts`.
             shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
-            compiled: Whether to compile the forward pass on a CPU; None compiles if a run has so much work that this saves time.
-            bar: Progress bar over the checkpoints of all runs; None gives each run its own.
+            compiled: Whether to compile the forward pass on a CPU; None compiles if a run has so much work that compiling saves time.
+            bar: Progress bar over the checkpoints of all runs; None shows a separate bar for each run.
 
         Raises:
             ConfigError: If a number of prompts is below 2, or a shift is unknown.
@@ -87,7 +87,7 @@ class RunEvaluator:
         self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))
 
     def __call__(self, path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Evaluate one run or checkpoint; the result is the same as from `evaluate_run`."""
+        """Evaluate one run or checkpoint. The result is the same as that of `evaluate_run`."""
         files = checkpoint_files(path)
         first = load_checkpoint_file(files[0])
         config = first.config
@@ -125,7 +125,7 @@ class RunEvaluator:
         return numbers.assign(prompts=PROMPTS), references.assign(prompts=PROMPTS)
 
     def _predictor(self, first: Checkpoint, sets: Sequence[EvaluationSet], *, num_checkpoints: int) -> Predict:
-        """Return the function that predicts for a run's checkpoints. By default it is compiled if the run alone has enough work for that."""
+        """Return the function that computes the predictions of a run's checkpoints. By default it is compiled if this saves time in this run."""
         model, compiled = first.config.model, self.compiled
         if compiled is None:
             num_params = sum(tensor.numel() for tensor in first.params.values())
@@ -138,7 +138,7 @@ class RunEvaluator:
         return self._compiled[model]
 
     def _sets(self, config: RunConfig, settings: "_EvaluationSettings", step: int | None = None) -> list[EvaluationSet]:
-        """Return all evaluation sets of a run; `step` is that of the checkpoint if the run's pool of tasks changes."""
+        """Return all evaluation sets of a run. `step` is the step of the checkpoint if the run's pool of tasks changes, else None."""
         sets = [self._shared_set(config, set_names(config)[0], settings.num_prompts, step)]
         return sets + [
             self._shared_set(config, name, settings.num_ood_prompts, step) for name in settings.distributions
@@ -146,9 +146,9 @@ class RunEvaluator:
 
     def _shared_set(self, config: RunConfig, name: str, num_prompts: int, step: int | None) -> EvaluationSet:
         """Return an evaluation set, from memory if another run with the same settings has used it."""
-        # Only settings that change the set are passed on, so that runs that differ in other settings share the set.
+        # Only settings that affect the set are passed on. So runs that differ in other settings share the set.
         seeds = SeedsConfig(tasks=config.seeds.tasks, evaluation=config.seeds.evaluation)
-        if config.model.is_language:  # the size of the evaluation says which rows of a text are held out
+        if config.model.is_language:  # the size of the evaluation determines which rows of a text are held out
             text = RunConfig(model=config.model, language=config.language, evaluation=config.evaluation, seeds=seeds)
             return self._set(text, name, num_prompts, None)
         task = config.task
@@ -228,7 +228,7 @@ def save_evaluation(
 
 
 def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame, seeds: pd.DataFrame | None = None) -> Path:
-    """Write the first table from `evaluate_run` as .csv, or both tables as .json. The JSON file also has `seeds`, if it has rows.
+    """Write the first table from `evaluate_run` as .csv, or both tables as .json. The JSON file also contains `seeds`, if this has rows.
 
     Raises:
         StorageError: If `out` has a suffix other than .csv or .json, or cannot be written.
@@ -244,7 +244,7 @@ def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame, see
 
 
 def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
-    """Return one row per run: loss, excess and gaps at its last step, on the training tasks and on new tasks.
+    """Return a table with one row per run: loss, excess and gaps at the run's last step, on the training tasks and on new tasks.
 
     The excess over the Bayes predictor has a column for its standard error.
 
@@ -270,11 +270,11 @@ def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
 def evaluation_over_seeds(
     numbers: pd.DataFrame, configs: Mapping[str, RunConfig], *, only_last: bool = False
 ) -> pd.DataFrame:
-    """Return every number of an evaluation over the runs that differ only in their seeds (`icl.analysis.seeds`).
+    """Pool every number of an evaluation over the runs that differ only in their seeds (`icl.analysis.seeds`).
 
     Args:
         numbers: The first tables from `evaluate_run` of several runs, joined, with a column `run`.
-        configs: The settings of these runs, by the names in this column.
+        configs: The settings of each run, keyed by the run's name in the column `run`.
         only_last: Whether to pool only the last step of each run. Runs that stopped early may have different last steps.
 
     Returns:
@@ -289,7 +289,7 @@ def evaluation_over_seeds(
 
 
 def seeds_headline(pooled: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per group of `evaluation_over_seeds` with `only_last`: the main numbers as text."""
+    """Return a table with one row per group of runs in `pooled`, the result of `evaluation_over_seeds` with `only_last`: main numbers as text."""
     rows = pooled[(pooled["position"] == "mean") & pooled["distribution"].isin(["pretrain", "true"])]
     rows = rows[rows["quantity"].isin(_HEADLINES)]
     texts = [pooled_text(row) for row in rows.to_dict("records")]

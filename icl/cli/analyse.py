@@ -26,7 +26,7 @@ Analyse every saved step of a run, or analyse a table. Results are stored step b
 command continues with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
 
 If FOLDER has runs below it, each run is analysed. The findings of `behaviour`, `mixture` and `stages` are then pooled over the runs that
-differ only in their seeds, with the error over seeds, in FOLDER/NAME-seeds.csv and FOLDER/NAME-seeds.png.
+differ only in their seeds. The means and their standard errors over seeds are in FOLDER/NAME-seeds.csv and FOLDER/NAME-seeds.png.
 
 analyses (`icl analyse --what NAME --help` lists the options of one analysis):
 """
@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
     if not paths:
         raise ConfigError("Give a run or a table to analyse: `icl analyse RUN --what NAME`.")
     if len(paths) > 1:
-        raise ConfigError(f"RUN is given twice: {' and '.join(map(str, paths))}.")
+        raise ConfigError(f"The run or table is given twice: {' and '.join(map(str, paths))}. Give only one of them.")
     path = paths[0]
     if options.out is not None:
         require_output_table(options.out, path)
@@ -58,7 +58,7 @@ def run(words: list[str]) -> int:
 
 
 def _runs_below(path: Path) -> dict[str, Path]:
-    """Return the runs in a folder that is no run itself, by name. Return none for anything else."""
+    """Return the runs below a folder, by name. Return an empty dict if the path is a run itself, or has no runs below it."""
     from icl.runs.folder import RunFolder
     from icl.runs.listing import named_runs, run_folders
 
@@ -70,7 +70,7 @@ def _runs_below(path: Path) -> dict[str, Path]:
 
 
 def that_apply(names: list[str], path: Path) -> list[str]:
-    """Return the analyses that serve the run. For a language run, print which analyses are left out."""
+    """Return the analyses that can be applied to the run. For a language run, print which analyses are left out."""
     from icl.analysis.run import family_of
 
     family = family_of(path) or "regression"
@@ -81,7 +81,7 @@ def that_apply(names: list[str], path: Path) -> list[str]:
 
 
 def _served(name: str, words: list[str]) -> str:
-    """Return the analysis that a name stands for: `behaviour` of a language run is `language-behaviour`."""
+    """Return the full name of an analysis: for a language run, `behaviour` means `language-behaviour`."""
     from icl.analysis.run import family_of
 
     paths = [place_of(word) for word in words if word and not word.startswith("-")]
@@ -90,7 +90,7 @@ def _served(name: str, words: list[str]) -> str:
 
 
 def _what(words: list[str]) -> list[str]:
-    """Return the analyses that `--what` names. Return none if only the help is asked for."""
+    """Return the analyses that `--what` names. Return an empty list if only the help is requested."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--what", nargs="?")
     name = early.parse_known_args(words)[0].what
@@ -117,7 +117,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
     )
     text = "a run's folder or name, a checkpoint, a table, or a folder of runs that are all analysed"
     parser.add("path RUN|FILE|FOLDER", text, nargs="?", type=Path)
-    parser.add("--checkpoint_dir DIR", "the same as RUN, in older scripts", type=Path)
+    parser.add("--checkpoint_dir DIR", "the same as RUN, for older scripts", type=Path)
     parser.add("--input_file FILE", "the table to analyse, for `--what diversity`", type=Path)
     parser.add("--what NAME", "name of the analysis", required=True)
     parser.add("--out --output_file FILE", "also write the numbers to FILE (.csv or .json)", type=Path)
@@ -141,7 +141,7 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _analyse_all(names: list[str], path: Path, options: argparse.Namespace) -> int:
-    """Run every analysis, even if some fail, and print a message for each failure. Return 1 if there was a failure."""
+    """Run every analysis, even if some fail, and print a message for each failure. Return 1 if any analysis failed."""
     refused: dict[str, str] = {}
     for name in names:
         try:

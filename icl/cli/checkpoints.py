@@ -21,8 +21,9 @@ def run(words: list[str]) -> int:
     parser = CommandParser(
         "checkpoints",
         "ls      List the saved steps, here and in the store.\n"
-        "pull    Fetch the files that are missing here or differ from the store. After an interruption, the same command continues.\n"
-        "push    Send the files that are missing in the store or differ from it.\n"
+        "pull    Fetch the files that are missing here or differ from those in the store. After an interruption, the same command\n"
+        "        continues.\n"
+        "push    Send the files that are missing in the store or differ from those here.\n"
         "verify  Check the files here and in the store. Checkpoints, moments, last.ckpt and previous.ckpt must have the right\n"
         "        digests. No scheduled step and no row of metrics.csv may be missing. config.yaml and status.json must agree\n"
         "        with the other files. Results and figures must be readable.",
@@ -35,7 +36,7 @@ def run(words: list[str]) -> int:
     parser.add("--force", "for pull and push: copy every file, even if this replaces a later step by an earlier one")
     options = parser.parse_args(words)
     if options.force and options.action not in ("pull", "push"):
-        raise ConfigError(f"`--force` has no meaning for {options.action}; it belongs to pull and push.")
+        raise ConfigError(f"`--force` works only with pull and push, not with {options.action}; leave it out.")
     folder, mirror = _find(options.run, options.store, options.action)
     if options.action == "ls":
         return _list(folder, mirror)
@@ -56,7 +57,7 @@ def run(words: list[str]) -> int:
 
 
 def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
-    """Return the run's folder, which may not exist yet, and the copy in the run's store (None without a store)."""
+    """Return the run's folder, which may not exist yet, and the run's copy in the store, which is None without a store."""
     from icl.runs.mirror import open_mirror, read_config, store_url
 
     if store is not None:
@@ -80,10 +81,10 @@ def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror
 
 
 def _require_name(word: str) -> None:
-    """Refuse a word that is neither a run's folder nor a valid name of a run.
+    """Refuse a word that is not a valid name of a run.
 
     Raises:
-        RunError: If the word is neither.
+        RunError: If the word is refused.
     """
     try:
         require_run_name(name_of(word))
@@ -127,5 +128,5 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
             "`push --force` repairs the store from the files here, `pull --force` repairs the files here from the store"
         )
         raise StorageError(f"{count} in {places}; {repair}.")
-    print(f"All is well in {places}.")
+    print(f"There are no faults in {places}.")
     return 0

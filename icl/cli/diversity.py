@@ -82,14 +82,14 @@ icl runs checkpoints"""
 
 
 def run(words: list[str]) -> int:
-    """Train the missing runs, and draw the figure. Return 0 only if every run is done, or 128 + the number of a signal that stopped it."""
+    """Train the missing runs, and draw the figure. Return 0 if all runs are done, or 128 + the number of the signal that stopped training."""
     options = _parser().parse_args(join_sbatch(words))
     require_slurm_option(options)
     if options.dry_run and not options.slurm:
-        raise ConfigError("`--dry-run` has a meaning only with `--slurm`: it prints the script of the jobs.")
+        raise ConfigError("`--dry-run` works only with `--slurm`; add `--slurm`, or leave it out.")
     if options.background and (options.slurm or options.in_job):
         raise ConfigError(
-            "`--background` and `--slurm` cannot be given together: jobs of Slurm need no terminal. Leave out one."
+            "`--background` cannot be given with `--slurm`, because jobs of Slurm need no terminal; leave out `--background`."
         )
     config, base = _read_config(options), options.base_checkpoint_dir
     require_regression(config.model.family, "`icl diversity`")
@@ -139,7 +139,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
 
 
 def _draw(config: RunConfig, done: Sequence[str], num_runs: int, options: argparse.Namespace) -> None:
-    """Draw the figure of the runs that are done, given by M as text."""
+    """Draw the figure of the runs that are done. `done` contains the M of each of these runs, as text."""
     if not done:
         return
     from icl.diversity.tables import draw_experiment

@@ -16,7 +16,7 @@ _COPY = "settings.yaml"
 
 
 def submit(runs: list[ExperimentRun], options: argparse.Namespace) -> int:
-    """Submit the jobs of the experiment to Slurm. They read its settings from a copy."""
+    """Submit the jobs of the experiment to Slurm. The jobs read the experiment's settings from a copy."""
     base = options.base_checkpoint_dir
     require_same_settings(runs, base)
     states = experiment_states(runs, base).values()
@@ -40,7 +40,7 @@ def submit(runs: list[ExperimentRun], options: argparse.Namespace) -> int:
 
 
 def run_in_job(runs: list[ExperimentRun], options: argparse.Namespace, draw: Callable[[Sequence[str]], None]) -> int:
-    """Train runs as one of several jobs. The job that finds all runs over draws the figure."""
+    """Train runs as one of several jobs. The job that finds that all runs have ended draws the figure."""
     base, job = options.base_checkpoint_dir, SlurmJob(options.in_job)
     require_same_settings(runs, base)
     result, metadata = run_job(runs, base=base, max_power=options.max_power, retry=options.retry, job=job)

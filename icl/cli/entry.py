@@ -22,7 +22,7 @@ from icl.runs.environment import COMMANDS
 from icl.signals import Handler, defer, handling
 
 _ABOUT = "Train small transformers on in-context linear regression and study how they develop."
-_MORE = "`icl COMMAND --help` has options and examples. Start with: icl train"
+_MORE = "`icl COMMAND --help` lists options and examples. Start with: icl train"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Environment variables by which torchrun, srun and jsrun tell each process its number."""
 
@@ -49,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f" Did you mean `icl {near[0]}`?" if near else ""
-        return _complain(f"There is no command `{words[0]}`.{hint} `icl --help` lists them.", 2)
+        return _complain(f"There is no command `{words[0]}`.{hint} `icl --help` lists the commands.", 2)
     status = _run(words[0], words[1:])
     wandb_log = sys.modules.get("icl.training.wandb.log")
     if wandb_log is not None and wandb_log.has_unsent_rows():
         sys.stdout.flush()
-        os._exit(status)  # without a network, W&B's own exit handler would wait for days
+        os._exit(status)  # without a network, W&B's exit handler would wait for days
     waiting = sys.modules.get("icl.store.waiting")
-    if arguments is None and waiting is not None and waiting.would_block_exit():  # only in a process of our own
+    if arguments is None and waiting is not None and waiting.would_block_exit():  # only if `icl` is the whole program
         sys.stdout.flush()
         os._exit(status)
     return status
@@ -112,7 +112,7 @@ def _with_home(word: str) -> str:
 
 
 def _require_ranks() -> None:
-    """Refuse ranks that are not numbers, because Lightning reads them during its import and would fail.
+    """Refuse process ranks (`_RANKS`) that are not numbers, because Lightning reads them during its import and would fail.
 
     Raises:
         ConfigError: If a rank is not a number; the message names the variable.
@@ -122,20 +122,22 @@ def _require_ranks() -> None:
         if text is not None and not text.strip():
             del os.environ[name]
         elif text is not None and not re.fullmatch(r"[0-9]{1,9}", text.strip()):
-            raise ConfigError(f"{name} must be the number of a process, got {text!r}; correct or unset the variable.")
+            raise ConfigError(
+                f"The environment variable {name} must be the number of a process, got {text!r}; correct or unset it."
+            )
 
 
 def _signals_of_a_point() -> dict[signal.Signals, Handler]:
     """Return handlers that defer signals if `wandb agent` started this program.
 
-    They are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` acts on the signals
-    later: it gives the point back to W&B. If the program ended during the imports, W&B would never give the point to another agent.
+    The handlers are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` acts on the
+    signals later: it gives the point back to W&B. If the program ended during the imports, W&B would never assign the point again.
     """
     return {signal.SIGTERM: defer, signal.SIGINT: defer} if os.environ.get("WANDB_SWEEP_ID") else {}
 
 
 def _share_the_machine() -> None:
-    """Let PyTorch's threads sleep soon when they wait for each other, unless the environment already determines this.
+    """Let PyTorch's threads sleep soon when they wait for each other, unless an environment variable already controls this.
 
     By default, waiting threads of GNU's OpenMP spin for milliseconds at every operation. We measured a step that takes 16 ms
     on two idle cores:
@@ -146,7 +148,7 @@ def _share_the_machine() -> None:
     - On an idle machine, the setting makes no difference.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "3000"  # PyTorch reads it when it is imported, which has not happened yet
+        os.environ["GOMP_SPINCOUNT"] = "3000"  # PyTorch reads this variable when it is imported, which happens later
 
 
 def _is_out_of_memory(error: Exception) -> bool:

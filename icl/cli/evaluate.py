@@ -82,7 +82,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _subjects(paths: Sequence[Path]) -> dict[str, Path]:
-    """Return the runs and other paths to evaluate, by name. Runs come first, then other paths such as checkpoint files."""
+    """Return the paths to evaluate, keyed by name. Runs come first, then other paths such as checkpoint files."""
     paths = [place_of(path) for path in paths]
     folders = [path for path in paths if path.is_dir() and run_folders(path)]
     runs = {name: run.path for name, run in named_runs(folders).items()}
@@ -107,7 +107,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
     excess = last[last["quantity"] == "bayes_excess"].set_index("distribution")
     if len(excess):  # none for language runs, whose optimum is not known
         print(
-            "\nLoss minus that of the Bayes predictor, on the same prompts (± standard error of the paired difference):"
+            "\nLoss minus the Bayes predictor's loss, on the same prompts (± standard error of the paired difference):"
         )
     for distribution, row in excess.iterrows():
         print(f"{distribution:9s} {row['value']:.4g} ± {row['stderr']:.2g}")
@@ -119,7 +119,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
 
 
 def _predictor_losses(baselines: "pd.DataFrame") -> str:
-    """Return a table of the losses of the Bayes predictors, if ridge is not the Bayes predictor for new tasks, else nothing."""
+    """Return a text with the losses of other predictors. It is empty if ridge is the Bayes predictor for new tasks."""
     means = baselines[baselines["position"] == "mean"].pivot(index="distribution", columns="quantity", values="value")
     if "bayes" not in means:
         return ""
@@ -137,7 +137,7 @@ def _predictor_losses(baselines: "pd.DataFrame") -> str:
     names = [name for name in order if name in means]
     table = means.loc[["pretrain", "true"], names].to_string(float_format="{:.4g}".format, na_rep="-")
     nll = (
-        "Its negative log-likelihood is too large, and `nll_over_bayes` too small, by about half of `bayes_nll_variance`.\n"
+        "The negative log-likelihood of `bayes` is too large, and `nll_over_bayes` too small, by about half of `bayes_nll_variance`.\n"
         if "bayes_nll" in means
         else ""
     )

@@ -1,4 +1,4 @@
-"""Tell the user of `icl evaluate` beforehand how much work there is: the number of checkpoints, and an estimate of the time."""
+"""Estimate the work of `icl evaluate` before it begins: the number of checkpoints, and the time that they take."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from icl.config import RunConfig
 
 _SHARE = 16
-"""A trial uses 1 / `_SHARE` of the prompts of each set."""
+"""Ratio of the number of prompts in a full evaluation to the number in a trial."""
 _MOST = 256
 """Largest number of prompts per set in a trial."""
 
@@ -29,7 +29,7 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
     The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
 
     Args:
-        checkpoints: The files to evaluate, for each run. A run whose first file cannot be read is not counted in the time.
+        checkpoints: The files to evaluate, for each run. The estimate of the time ignores a run whose first file cannot be read.
         num_prompts: See `RunEvaluator`.
         num_ood_prompts: See `RunEvaluator`.
     """
@@ -58,7 +58,7 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
     """Return the estimated time for a group, in seconds.
 
     The time has three parts. Sampling the sets of prompts takes time once. Each checkpoint takes a constant time, and a time in
-    proportion to the number of prompts. Two trials with different numbers of prompts tell these two times apart.
+    proportion to the number of prompts. Two trials with different numbers of prompts separate the constant from the proportional time.
     """
     import torch
 

@@ -17,7 +17,7 @@ def run(words: list[str]) -> int:
         "import",
         """\
 Convert checkpoints that older code saved into a run's folder, without unpickling them. All other commands except
-`icl train` then work on this run. --from says which code saved the checkpoints:
+`icl train` then work on this run. --from names the code that saved the checkpoints:
   icr       ic_regression.py with ICRegConfig: checkpoint_step_N.pt, checkpoint_final.pt
   timaeus   timaeus-research/icl: N.pt, copied from its bucket or its folder
   raventos  mansheej/icl-task-diversity: the folder of checkpoint_N and config.json
@@ -48,7 +48,7 @@ If the files do not contain a setting, give it as an option, such as --task.nois
     )
     parser.add(
         "--step N",
-        "the step of a single file, if neither its name nor its content says it",
+        "the step of a single file, if neither its name nor its content contains the step",
         type=whole_number(0, 10**15),
     )
     options = parser.parse_args(words)

@@ -114,7 +114,9 @@ def _estimate(job: Job, wandb_run: Any) -> int:
         print(bug)
     if job.rescale is not None:
         control = _run_sampler(job, job.rescale).table
-        print(f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, the function unchanged.\n")
+        print(
+            f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, with the function unchanged.\n"
+        )
         print(f"{format_rows(control)}\n\n" + "\n".join(compare_rescaled(table, control)))
         table = pd.concat([table, control], ignore_index=True)
     if job.out is not None:
@@ -176,8 +178,8 @@ def _run_sampler(job: Job, rescale: float = 1.0) -> "Estimates":
 def _draw(job: Job, settings: str, trivial_loss: float) -> None:
     """Draw the results of a run, and send them to its store.
 
-    With the run's own settings, the names of the figures are `llc.png` and `llc-traces.png`. With the published settings, the names
-    end in `-published`, and with all other settings in the hash of the settings.
+    With the sampler settings in the run's `config.yaml`, the names of the figures are `llc.png` and `llc-traces.png`. With the published
+    settings, the names end in `-published`. With any other settings, they end in the hash of the settings.
     """
     from icl.runs.delivery import send_results
 
@@ -193,7 +195,7 @@ def _draw(job: Job, settings: str, trivial_loss: float) -> None:
 
 
 def _calibrate(job: Job) -> int:
-    """Search for settings of the sampler, print the table and the choice. Return 1 if no settings are healthy."""
+    """Search for settings of the sampler, and print the table and the choice. Return 1 if no settings pass the checks."""
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
     from icl.runs.delivery import send_results

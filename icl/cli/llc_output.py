@@ -26,7 +26,7 @@ _LOGGED_COLUMNS = (
 def describe_work(
     path: Path, sampler: SamplerConfig, *, mode: str, rescale: float = 1.0, components: Sequence[str] = ("",)
 ) -> str:
-    """Say how many steps are still to be estimated, and with which chains.
+    """Return a text that says how many steps are still to be estimated, and with which chains.
 
     Raises:
         ConfigError: If a requested step is not saved.
@@ -97,14 +97,14 @@ def count_verdicts(table: "pd.DataFrame") -> str:
 
 
 def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
-    """Say whether estimates measure the geometry of a basin, or only mirror the loss of the checkpoints."""
+    """Return a text that says whether estimates measure the geometry of a basin, or only depend on the loss of the checkpoints."""
     import numpy as np
 
     from icl.sampling.records import trivial_predictor
 
     rows = table[np.isfinite(table["mean_loss"].astype(float))]
     if rows.empty:
-        return "No chain stayed finite, so nothing was measured."
+        return "The loss became infinite or NaN in every chain, so there is no estimate."
     low, high = rows["mean_loss"].min(), rows["mean_loss"].max()
     level = (
         f"E[L] is {low:.4g}" if math.isclose(low, high, rel_tol=1e-3) else f"E[L] is between {low:.4g} and {high:.4g}"
@@ -122,12 +122,12 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     share = (rows["mean_loss"] - rows["init_loss"]) / (trivial_loss - rows["init_loss"]).clip(lower=1e-12)
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
-        rise = f"{max(share.max(), 0):.0%} of the way from the checkpoint's loss to the loss of {trivial}"
+        rise = f"{max(share.max(), 0):.0%} of the difference between the loss of {trivial} and the checkpoint's loss"
         return f"{facts} The loss rose by at most {rise}, so no chain left its checkpoint's basin."
     where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "At this checkpoint"
     facts += (
-        f" {where} the chains left the checkpoint's basin. In this case, the estimate nbeta (E[L] - L(w0)) mirrors the loss L(w0) and is not "
-        "a learning coefficient."
+        f" {where} the chains left the checkpoint's basin. In this case, the estimate nbeta (E[L] - L(w0)) only reflects the loss L(w0) and is "
+        "not a learning coefficient."
     )
     if len(rows) > 2 and rows["init_loss"].std() > 0:
         facts += f" (Correlation of the LLC with -L(w0): {np.corrcoef(rows['llc'], -rows['init_loss'])[0, 1]:.4f}.)"
@@ -142,8 +142,8 @@ def describe_bug(table: "pd.DataFrame") -> str:
         return ""
     row = table.iloc[-1]
     return (
-        f"The published code subtracts a wrong initial loss. For these chains it gives {row[WITH_BUG]:.4g}, where the paired excess is "
-        f"{row['llc']:.4g} (column {WITH_BUG} of llc.csv)."
+        f"The published code subtracts a wrong initial loss. For these chains it gives {row[WITH_BUG]:.4g} (column {WITH_BUG} of llc.csv). "
+        f"The estimate with the correct initial loss is {row['llc']:.4g}."
     )
 
 
@@ -168,7 +168,7 @@ def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str
     if num_different:
         conclusion = "the estimate depends on the size of the weights, not on the function's geometry alone."
     elif num_unknown:
-        conclusion = f"{num_unknown} cannot be compared."
+        conclusion = f"{num_unknown} cannot be compared, because an estimate or its standard error is NaN."
     return [*lines, f"{num_different} of {len(both)} differ: {conclusion}"]
 
 

@@ -26,9 +26,9 @@ class Job(NamedTuple):
     mode: str
     """Label of the rows: `published` and the settings that differ from the published ones; empty for other samplers."""
     rescale: float | None
-    """The factor of --rescale; None if it is not given."""
+    """The factor of --rescale; None if the option is not given."""
     components: "Division | None"
-    """The division of the model by --components; None if it is not given."""
+    """The kind of components that --components chooses; None if the option is not given."""
     out: Path | None
 
 
@@ -70,7 +70,7 @@ def read_job(
 
 
 def _until_precise(config: RunConfig, stderr: float, *layers: Mapping[str, Any]) -> RunConfig:
-    """Return the settings with the value of --stderr as `target_stderr`. Allow ten times as many draws, unless the user gave their number."""
+    """Return the settings with the value of --stderr as `target_stderr`. Allow ten times as many draws, unless the user set `num_draws`."""
     given = {key: value for layer in layers for key, value in flatten(dict(layer)).items()}
     if given.get("sampler.target_stderr") is not None and config.sampler.target_stderr != stderr:
         raise ConfigError(
@@ -94,7 +94,7 @@ def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
 
 
 def saved_config(path: Path) -> RunConfig:
-    """Return the configuration in the run's folder, or that in the first checkpoint if the folder has none."""
+    """Return the configuration in the run's folder, or the one in the first checkpoint if the folder has no config.yaml."""
     from icl.sampling.run import run_files
 
     run = run_of(path)

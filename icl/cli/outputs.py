@@ -2,7 +2,7 @@
 
 A file is refused if it cannot be written. A file is also refused if the command reads it, or if it belongs to a run or an
 experiment, because its content would be lost. Different paths to the same file are recognised: paths with `..`, paths through
-links, and other capital letters on a file system that ignores case.
+links, and paths that differ only in capital letters on a file system that ignores case.
 """
 
 import os
@@ -21,7 +21,7 @@ _RUN_FOLDERS = ("checkpoints", "attempts")
 _RESULTS = ("evaluation.csv", "baselines.csv", "llc.csv", "llc-calibration.csv", *(f"{name}.csv" for name in ANALYSES))
 """Tables in the `results/` of a run. Each command writes its own table to this folder by default."""
 _MARKS = ("config.yaml", "status.json", "metrics.csv", "run.log", "last.ckpt")
-"""A folder with two of these files is the folder of a run, or a copy of it."""
+"""A folder with at least two of these files counts as the folder of a run, or as a copy of such a folder."""
 
 
 def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Iterable[str] = ()) -> None:
@@ -79,4 +79,4 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # unlike `Path.resolve`, it accepts links that form a circle
+    return Path(os.path.realpath(path))  # unlike `Path.resolve`, `realpath` accepts links that form a circle

@@ -26,7 +26,7 @@ def run(words: list[str]) -> int:
         "a checkpoint file, the folder or name of a run, or an address in a store, such as hf://USER/REPO or hf://USER/REPO@REVISION",
     )
     parser.add("--step N", "the step to load from a run (default: its last one)", type=whole_number(0, 10**15))
-    parser.add("--prompt FILE", "the context and the queries", type=Path, required=True)
+    parser.add("--prompt FILE", "file with the context and the queries", type=Path, required=True)
     parser.add("--out FILE", "also write the predictions to FILE (.csv or .json)", type=Path)
     options = parser.parse_args(words)
     from icl.api import load_checkpoint
@@ -48,7 +48,10 @@ def run(words: list[str]) -> int:
             print(f"Predictions  {write_next(options.out, ahead)}")
         return 0
     if prompt is None:
-        raise ConfigError(f"{options.prompt} has text or tokens, but {info['path']} is a regression model.")
+        raise ConfigError(
+            f"{options.prompt} has text or tokens, but {info['path']} is a regression model. "
+            "Give a file with x_context, y_context and x_query."
+        )
     predictions = predict_from_prompt(model, *prompt)
     print(f"{info['path']} (step {info['step']:,}), {len(prompt.x_context)} context examples")
     for query, prediction in zip(prompt.x_query.tolist(), predictions.tolist(), strict=True):

@@ -33,9 +33,9 @@ class Submittable:
     submissions: Path
     """Folder of all submissions of the work."""
     words: Callable[[Path], Sequence[str]]
-    """Function of the submission's folder that returns the arguments of `icl` in each job."""
+    """Function that takes the submission's folder, and returns the arguments of `icl` in each job."""
     num_programs: int
-    """Number of jobs that find work; 0 if there is nothing to do."""
+    """Number of jobs for which there is work; 0 if there is nothing to do."""
     copy: tuple[str, bytes] | None = None
     """Name and content of a file that the jobs read from the submission's folder."""
 
@@ -71,7 +71,7 @@ def require_slurm_option(options: argparse.Namespace) -> None:
     parse_sbatch(options.sbatch or "")
     for name, value in (("--jobs", options.jobs), ("--sbatch", options.sbatch)):
         if value is not None and not options.slurm:
-            raise ConfigError(f"`{name}` has a meaning only with `--slurm`; add `--slurm`, or leave it out.")
+            raise ConfigError(f"`{name}` works only with `--slurm`; add `--slurm`, or leave it out.")
     if options.in_job and options.slurm:
         raise ConfigError("`--in-job` and `--slurm` cannot be given together; leave out `--in-job`.")
 
@@ -101,7 +101,7 @@ def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
     array = submit_array(folder, script, num_jobs=num_jobs, copy=work.copy)
     print(f"Submitted job {array}, an array of {num_jobs} {'job' if num_jobs == 1 else 'jobs'}.")
     if others:
-        print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all of them share it.")
+        print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all jobs share the work.")
     print(f"Script    {folder / SCRIPT}\nLogs      {folder}/{array}_*.log")
     print(f"Stop      scancel {array}   (points save first; the same command continues)")
     return 0

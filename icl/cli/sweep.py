@@ -38,7 +38,9 @@ def run(words: list[str]) -> int:
         require_packable(sweep.command)
     require_slurm_option(options)
     if options.seed is not None and sweep.method == "grid":
-        raise ConfigError("`--seed` has no meaning for a grid; only `method: random` draws its points.")
+        raise ConfigError(
+            "`--seed` has no effect on a grid, because only `method: random` draws its points; leave it out."
+        )
     for warning in sweep.warnings:
         print(f"icl: {options.file}: {warning}", file=sys.stderr)
     invalid: list[InvalidPoint] = []
@@ -114,7 +116,7 @@ def _run(
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "sweep",
-        "Run a W&B sweep file (grid or random) without an account and without a network. After an interruption, the same command\n"
+        "Run a W&B sweep file (grid or random) without a W&B account or a network. After an interruption, the same command\n"
         "continues. It also tries failed points again, except those whose loss became NaN. Several machines that share\n"
         "$LOCAL_ROOT can run the command at the same time and share the work. The output of each run is in its sweep.log.\n"
         "With --slurm, the same work is done by jobs of a Slurm cluster, and the command returns at once.",

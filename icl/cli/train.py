@@ -54,7 +54,7 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
         describe_run(wandb_run, config)
         point = local_root() / run_name(config) / "point.json"
         write_atomically(point, json.dumps(swept, indent=1).encode())
-        os.environ[POINT_VARIABLE] = str(point)  # the other processes of this run read the point from it
+        os.environ[POINT_VARIABLE] = str(point)  # the other processes of this run read the point from this file
         return _train([config], wandb_run)
 
     return work_at_point(lambda: resolve(*filed, given), work)
@@ -135,7 +135,7 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
     if drawn.optimum == "bigram":
         excess = means["model"] - means["bigram"]
         side = "below" if excess < 0 else "above"
-        return f"The model's mean loss is {abs(excess):.4f} {side} that of the frequencies of bigrams, which use only the last token."
+        return f"The model's mean loss is {abs(excess):.4f} {side} the loss of the bigram frequencies, which use only the last token."
     ratios = " and ".join(
         f"{means['model'] / means[name]:.3f} times {label}"
         for name, label in (("bayes", "the Bayes predictor's"), ("ridge", "ridge's"), ("dmmse", "dMMSE's"))

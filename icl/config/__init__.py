@@ -1,4 +1,4 @@
-"""Typed settings of a run: their tree, their validation, and the reading of values as people write them."""
+"""Typed settings of a run: the tree of settings, its validation, and the conversion of values from text."""
 
 from icl.config.language import LanguageConfig
 from icl.config.model import ModelConfig

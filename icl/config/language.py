@@ -1,10 +1,10 @@
-"""The section `language`: the text that a language run reads. A run whose `model.family` is `regression` has no such section.
+"""The section `language`: the text that a language run reads.
 
-`RunConfig` holds a language run in the same sections as a regression run. `model.family` chooses the family. The sections `model`, `optim`,
-`trainer`, `evaluation`, `early_stopping`, `checkpoints`, `seeds` and `sampler` serve both. `task` describes the prompts of a regression
-run, and must keep its defaults in a language run; `language` describes the text of a language run, and must keep its defaults in a
-regression run. A saved regression run has neither this section nor those settings of `LATER_SETTINGS` (`icl.config.tree`) that have their defaults,
-so its file, its digests and its name are those of versions without language models.
+`model.family` selects a regression run or a language run. Both use the sections `model`, `optim`, `trainer`, `evaluation`,
+`early_stopping`, `checkpoints`, `seeds` and `sampler`. The section `task` describes the prompts of a regression run, and must keep its
+defaults in a language run. The section `language` describes the text of a language run, and must keep its defaults in a regression run.
+The saved settings of a regression run have no section `language`, and leave out all settings of `LATER_SETTINGS` (`icl.config.tree`) that
+have their defaults. So the file, the digests and the name of such a run are the same as in versions without language models.
 
 A row is one sequence of `context_size` tokens that begins with the token `vocab_size` - 1, which marks the beginning and the end of
 documents (BOS and EOS, as in Hoogland et al. 2024). The model predicts the `context_size` - 1 tokens after the first.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from icl.config.validation import ConfigError, require, validate
 
 SYNTHETIC = "synthetic"
-"""Value of `language.source` for the language that needs no files."""
+"""Value of `language.source` that selects the synthetic language, which needs no files."""
 MAX_VOCAB_SIZE = 2**24
 """Largest vocabulary, far above those in use."""
 
@@ -34,18 +34,18 @@ class LanguageConfig:
     tokenizer: str | None = None
     """Tokenizer of text: a file tokenizer.json, or hf://USER/NAME. A source of tokens needs none."""
     column: str = "text"
-    """Field of each record of JSONL, or column of a dataset, that has the text."""
+    """Name of the field of each JSONL record, or of the dataset's column, that contains the text."""
     vocab_size: int = 64
-    """Number V of tokens, with the token that marks the beginning of a row, V - 1."""
+    """Number V of tokens in the vocabulary, including token V - 1, which marks the beginning of a row."""
     context_size: int = 64
-    """Number of tokens of a row, with the first one, which is always V - 1."""
+    """Number of tokens of a row, including the first one, which is always V - 1."""
     num_successors: int = 8
-    """Number F of the synthetic language's successors of each token. Successor j has probability proportional to 1 / j, so the
-    language's table of bigrams is known."""
+    """Number F of possible successors of each token in the synthetic language. Successor j has probability proportional to 1 / j, so
+    the bigram probabilities of the language are known."""
     copy_rate: float = 0.1
-    """Probability that a copy begins at a token of the synthetic language: an earlier segment of the row is repeated."""
+    """Probability, at each token of the synthetic language, that a copy of an earlier segment of the row begins there."""
     copy_length: int = 16
-    """Largest length of a copied segment. Lengths are uniform from half of it to all of it."""
+    """Largest length of a copied segment. Lengths are uniform between half of this number and this number."""
 
     def __post_init__(self) -> None:
         counts = {"vocab_size": 3, "context_size": 4, "num_successors": 1, "copy_length": 2, "change_step": 1}
@@ -64,7 +64,7 @@ class LanguageConfig:
             require(bool(self.next_source.strip()), "`language.next_source` must name a source of text, got nothing.")
             require(
                 SYNTHETIC not in (self.source, self.next_source),
-                "`language.next_source` needs a text as `language.source`, and must be a text itself, not the synthetic language.",
+                "`language.next_source` works only with texts: set neither `language.source` nor `language.next_source` to synthetic.",
             )
 
     @property
@@ -88,10 +88,10 @@ def require_regression(family: str, what: str) -> None:
 
     Args:
         family: `model.family` of the run.
-        what: The beginning of the sentence, such as "`--rescale`".
+        what: Subject of the error message, such as "`--rescale`".
 
     Raises:
-        ConfigError: If it is a language run.
+        ConfigError: If the run is a language run.
     """
     if family == "language":
         raise ConfigError(f"{what} serves regression runs only, and this is a language run (`model.family`).")

@@ -1,6 +1,6 @@
 """The section `model`: the architecture and initial weights of both families of models.
 
-Language models have TransformerLens's architecture, so some settings have the same value in each of them.
+Language models have TransformerLens's architecture, so some settings have a fixed value in every language model.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Literal
 from icl.config.validation import require, validate
 
 LANGUAGE_ONLY = {"head_size": None, "positions": "standard"}
-"""Settings of `model` that only language models have, with the values that every other model has."""
+"""Settings of `model` that only language models use, with the values that they must have in every other model."""
 _OF_EVERY_LANGUAGE_MODEL = {
     "layer_norm": "pre",
     "attention_output": True,
@@ -20,7 +20,7 @@ _OF_EVERY_LANGUAGE_MODEL = {
     "output": "token",
     "double_residual": False,
 }
-"""Settings of `model` that have the same value in every language model, because TransformerLens's models have it."""
+"""Settings of `model` with a fixed value in every language model. The values are those of TransformerLens's models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class ModelConfig:
     num_heads: int = 4
     """Number H of attention heads per block. H must divide `embed_size`, unless `head_size` is set."""
     head_size: int | None = None
-    """Channels c of each head of a language model. By default `embed_size` / `num_heads`."""
+    """Number c of channels of each head in a language model. By default `embed_size` / `num_heads`."""
     embed_size: int = 32
     """Width C of the residual stream."""
     mlp_size: int = 64
     """Hidden width of the MLP. In a language model, 0 leaves the MLPs out."""
     positions: Literal["standard", "shortformer"] = "standard"
-    """Use of the table of positions: it is added to the embeddings (`standard`), or, in a language model, only to the inputs of queries and
-    keys (`shortformer`; Press et al. 2021)."""
+    """Where position embeddings are added: to the token embeddings (`standard`), or, in a language model, only to the inputs of queries
+    and keys (`shortformer`; Press et al. 2021)."""
     layer_norm: Literal["pre", "post", "none"] = "pre"
     """Place of the layer norms: before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
     attention_output: bool = True
@@ -57,11 +57,11 @@ class ModelConfig:
     unembedding_bias: bool = True
     """Whether the unembedding has a bias."""
     output: Literal["scalar", "token", "gaussian", "mixture"] = "token"
-    """Output of the model: the prediction alone (`scalar`), D + 1 numbers, of which coordinate 0 is the prediction (`token`), or a
-    predictive distribution of y. This is one Gaussian (`gaussian`) or a mixture of Gaussians (`mixture`). Training then minimises the
-    negative log-likelihood, and the prediction is the mean of the distribution."""
+    """Output of the model: the prediction alone (`scalar`), D + 1 numbers, the first of which is the prediction (`token`), or a
+    predictive distribution of y, which is one Gaussian (`gaussian`) or a mixture of Gaussians (`mixture`). With a predictive
+    distribution, training minimises the negative log-likelihood, and the prediction is the mean of the distribution."""
     num_components: int = 4
-    """Number J of Gaussians of the output `mixture`. It has no effect on other outputs, so only the default is allowed there."""
+    """Number J of Gaussians of the output `mixture`. With any other output, it has no effect and must keep its default."""
     init: Literal["pytorch", "gpt2", "normal"] = "pytorch"
     """Distribution of the initial weights: nn.Linear's uniform distribution (`pytorch`), N(0, 0.02^2) with scaled residual
     projections (`gpt2`), or, for language models, N(0, 0.05^2) for every matrix (`normal`)."""
@@ -95,7 +95,7 @@ class ModelConfig:
 
     @property
     def heads_width(self) -> int:
-        """Channels of all heads of a block together, H c."""
+        """Number of channels of all heads of a block together, H c."""
         return self.embed_size if self.head_size is None else self.num_heads * self.head_size
 
     @property
@@ -110,5 +110,5 @@ class ModelConfig:
 
     @property
     def train_metric(self) -> str:
-        """The column of `metrics.csv` with the training loss."""
+        """Name of the column of `metrics.csv` that contains the training loss."""
         return "train/nll" if self.has_density else "train/loss"

@@ -30,7 +30,7 @@ OLDER_COMMANDS = {
     "task_prior": "icl analyse RUN --what behaviour",
     "llcs": "icl llc RUN",
 }
-"""The command that replaces each older script, module, function or notebook, by the older name without folder and suffix."""
+"""The command that replaces each older script, module, function or notebook. Keys are older names without folder and suffix."""
 
 OLDER_SETTINGS = {
     "learning_rate": "optim.lr",
@@ -75,7 +75,7 @@ OLDER_SETTINGS = {
     "restoring_force": "sampler.localization",
     "num_burn_in": "sampler.num_burnin_steps",
 }
-"""The setting that replaces each older flag or setting, by the older name in lower case without section. Empty if none is needed."""
+"""The setting that replaces each older flag or setting; empty if none is needed. Keys are older names in lower case, without section."""
 
 _SUFFIXES = (".py", ".sh", ".ipynb")
 _LAUNCHERS = ("python", "python3", "-m", "nohup", "wandb")

@@ -26,9 +26,9 @@ class ChainsConfig:
     num_chains: int = 4
     """Number of independent chains for each checkpoint."""
     num_draws: int = 100
-    """Number of draws of each chain. Averages are taken over them."""
+    """Number of draws of each chain. All averages are taken over the draws."""
     num_burnin_steps: int = 150
-    """Number of moves (steps) of each chain before its first draw. Averages do not include them."""
+    """Number of moves (steps) of each chain before its first draw. The averages do not include these moves."""
     seed: int = 0
     """Seed for the chains' noise and minibatches."""
     kernel: Kernel = "sgld"
@@ -36,8 +36,8 @@ class ChainsConfig:
     friction: float = 0.5
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
     target_stderr: float | None = None
-    """Standard error of the LLC at which the chains of a checkpoint stop. If it is set, `num_draws` is the largest number of draws. By
-    default chains make `num_draws` draws."""
+    """Standard error of the LLC at which the chains of a checkpoint stop. If this is set, `num_draws` is the maximum number of draws. By
+    default, every chain makes `num_draws` draws."""
     thinning: int = 1
     """Number of moves from one draw to the next."""
     num_init_batches: int = 32
@@ -94,12 +94,12 @@ class SamplerConfig(ChainsConfig):
     kernel: Kernel = "baoab"
     """Markov kernel: `baoab` (underdamped Langevin dynamics), `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
     num_samples: int = 2**15
-    """Sample size n: the number of prompts in the set from which `minibatches: fixed` draws, and the n of n / ln n. The set is divided
-    into num_samples / batch_size minibatches."""
+    """Sample size n in n / ln n. If `minibatches` is `fixed`, it is also the number of prompts in the set from which minibatches are
+    drawn. This set is divided into num_samples / batch_size minibatches."""
     num_draws: int = 180
-    """Number of draws of each chain. Averages are taken over them."""
+    """Number of draws of each chain. All averages are taken over the draws."""
     num_burnin_steps: int = 60
-    """Number of moves (steps) of each chain before its first draw. Averages do not include them."""
+    """Number of moves (steps) of each chain before its first draw. The averages do not include these moves."""
     num_init_batches: int = 256
     """Number of minibatches over which the checkpoint's own loss L(w0) is averaged."""
     batch_size: int = 256
@@ -108,11 +108,11 @@ class SamplerConfig(ChainsConfig):
     """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
     """Loss: the mean squared error per target over all positions (`mse`), or over the first K' positions, with K' uniform on
-    1..K (`subsequence`). If `model.output` is `gaussian` or `mixture`, it is the negative log-likelihood instead of the squared error,
+    1..K (`subsequence`). If `model.output` is `gaussian` or `mixture`, the negative log-likelihood is used instead of the squared error,
     as in training."""
     steps: str = "all"
-    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range 0:1000:100 (first step, last step,
-    distance)."""
+    """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range such as 0:1000:100 (first step, last
+    step, spacing)."""
     memory: float | None = None
     """Memory in GiB for the chains that run at the same time. The default is 2 GiB, or on CUDA half of the free memory."""
 

@@ -1,6 +1,7 @@
-"""Sections of a run's settings, except those of the task, the model, the text and the sampler: training, and what is saved.
+"""The sections of a run's settings that describe training, evaluation and saving. Each section checks its values.
 
-Settings have their usual names. The descriptions add the symbols of the papers (M, D, K, sigma^2). Each section checks its values.
+The sections `task`, `model`, `language` and `sampler` are in separate modules. Settings have their usual names, and the descriptions add
+the symbols of the papers (M, D, K, sigma^2).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ FREE_ON_RESUME = (
     "checkpoints.store",
     "sampler",
 )
-"""Settings and sections that may change when an unfinished run is resumed. They are not part of its default name.
+"""Settings and sections that may change when an unfinished run is resumed. They are not part of a run's default name.
 
 These settings determine the devices, how progress is saved and logged, and how LLCs are estimated later. They do not change what training
 computes.
@@ -47,8 +48,8 @@ class OptimConfig:
     """Schedule of the rate: `constant`, `warmup` (linear rise, then constant) or `triangle` (linear rise, then linear fall). The
     last update of a triangle has rate zero, so a triangle needs at least 2 steps."""
     warmup_steps: int | None = None
-    """Number of steps over which the rate rises linearly. The default for `triangle` is half of `schedule_steps`. `warmup` has no
-    default, and `constant` has no rise."""
+    """Number of steps over which the rate rises linearly. The default for `triangle` is half of `schedule_steps`. The schedule `warmup`
+    has no default, and `constant` does not allow this setting."""
     schedule_steps: int | None = None
     """Length of the schedule in steps. By default `trainer.max_steps`. To train only the first part of a schedule, set this to the full
     length of the schedule."""
@@ -60,7 +61,7 @@ class OptimConfig:
     beta2: float = 0.999
     """Decay of Adam's second moment."""
     eps: float = 1e-8
-    """Number that is added to the denominator of Adam's update (epsilon)."""
+    """Small number (epsilon) that is added to the denominator of Adam's update."""
     weight_decay: float = 0.0
     """Weight decay of AdamW (Loshchilov and Hutter 2019): each update also subtracts lr x `weight_decay` x the weight, for all weights."""
 
@@ -87,7 +88,7 @@ class OptimConfig:
 
 
 LOGGERS = ("csv", "tensorboard", "wandb")
-"""Names of the loggers of `trainer.loggers`."""
+"""Names of loggers that `trainer.loggers` accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,8 @@ class TrainerConfig:
     batch_size: int = 128
     """Number of prompts per step, over all devices together."""
     log_every: int = 100
-    """Number of steps between rows of `metrics.csv`. The `train/loss` of a row is the mean since the previous row. (It is `train/nll` if
-    `model.output` is `gaussian` or `mixture`.)"""
+    """Number of steps between rows of `metrics.csv`. The `train/loss` of a row is the mean over the steps since the previous row. (The
+    column is called `train/nll` if `model.output` is `gaussian` or `mixture`.)"""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"] = "auto"
     """Kind of device; `auto` uses $DEVICE, or else the best device of this machine."""
     devices: int = 1
@@ -115,8 +116,8 @@ class TrainerConfig:
     """Loggers besides `metrics.csv`, which is always written: `csv`, `tensorboard` and `wandb`, separated by commas; `auto` uses W&B if
     it is set up."""
     compile: Literal["auto", "true", "false"] = "auto"
-    """Whether to compile the step with `torch.compile`, which takes 10 to 30 s; `auto` compiles if a run is long enough,
-    and a language run only on a CPU, if a batch is computed as a whole."""
+    """Whether to compile the training step with `torch.compile`, which takes 10 to 30 s. `auto` compiles if the run is long enough. It
+    compiles a language run only on a CPU, and only if each batch is computed in one part."""
 
     def __post_init__(self) -> None:
         names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")
@@ -147,7 +148,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Evaluation during training, on fixed prompts. Tables after training use other fixed prompts, and as many of them."""
+    """Evaluation during training, on fixed prompts. Tables that are made after training use the same number of other fixed prompts."""
 
     every: int | None = 500
     """Number of steps between evaluations; None means no evaluation during training."""
@@ -166,7 +167,7 @@ class EarlyStoppingConfig:
     """Metric that must keep falling: an `eval/...` column of `metrics.csv`. `eval/pretrain/nll` exists if `model.output` is `gaussian` or
     `mixture`."""
     patience: int | None = None
-    """Number of evaluations (not steps) without improvement after which training stops; None means that it never stops early."""
+    """Number of evaluations (not steps) without improvement after which training stops; None means that training never stops early."""
     min_delta: float = 0.0
     """Smallest decrease that counts as improvement."""
 
@@ -190,8 +191,8 @@ class CheckpointsConfig:
     resume_seconds: float = 20.0
     """Seconds between saves of `last.ckpt`, the file from which an interrupted run resumes."""
     store: str | None = None
-    """Second place where a copy of the run is stored: a folder, or a URL such as s3://bucket/prefix or hf://USER/REPO. By default
-    s3://$AWS_BUCKET_NAME if that variable is set, else none."""
+    """Store for a second copy of the run: a folder, or a URL such as s3://bucket/prefix or hf://USER/REPO. The default is
+    s3://$AWS_BUCKET_NAME if that variable is set, otherwise no store."""
     imported_from: str | None = None
     """Older code base that trained the run, if `icl import` made the run's folder. `icl train` does not continue such a run."""
 
@@ -243,7 +244,7 @@ class PopulationConfig:
             require(is_list and len(values) > 0, f"`population.{name}` must be a list such as 0,1,2, got {values!r}.")
             parse = parse_num_tasks if name == "num_tasks" else plain_number
             parsed = tuple(parse(value) for value in values)
-            require(len(set(parsed)) == len(parsed), f"`population.{name}` has a value twice: {values!r}.")
+            require(len(set(parsed)) == len(parsed), f"`population.{name}` contains the same value twice: {values!r}.")
             object.__setattr__(self, name, parsed)
         for seed in self.seeds or ():
             require_count("population.seeds", seed, 0)

@@ -1,8 +1,9 @@
-"""The section `task` of a run's settings: the world from which prompts come.
+"""The section `task` of a run's settings: the distributions from which prompts are drawn, here called the world of the run.
 
-In the usual world, tasks w, inputs x and noise are Gaussian, and the pool of M tasks never changes. Other worlds change one or more of the
-four: the prior of the tasks, the noise, the inputs, and the pool over time. Every distribution has the variance of the Gaussian that it
-replaces, so losses of different worlds can be compared. `icl.tasks.laws` and `icl.tasks.pools` define them.
+In the usual world, tasks w, inputs x and noise are Gaussian, and the pool of M tasks never changes. Any other world differs in at least one
+of four parts: the prior of the tasks, the noise, the inputs, and how the pool changes during training. Every distribution has the variance
+of the Gaussian that it replaces, so losses of different worlds can be compared. The distributions are defined in `icl.tasks.laws`, and the
+pools in `icl.tasks.pools`.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Literal
 from icl.config.validation import Bound, is_table_name, parse_num_tasks, require, validate
 
 MAX_POOL_STEPS = 2**40
-"""Largest time scale of a pool that changes. The tree of a walk then has at most 46 levels."""
+"""Largest value of `pool_steps`. It limits the binary tree from which a walk is computed to 46 levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,11 @@ class TaskConfig:
     noise_variance: float = 0.25
     """Noise variance sigma^2 of the targets (not the standard deviation)."""
     imported_tasks: str | None = None
-    """Digest of the table of training tasks of an imported run, or `unknown`. `icl import` sets it. By default the tasks are the
-    sequence that `seeds.tasks` determines."""
+    """Digest of the table of training tasks of an imported run, or `unknown`. `icl import` sets it. By default the tasks are drawn with
+    the seed `seeds.tasks`."""
     prior: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
-    """Prior of the tasks, from which the pool is drawn: N(0, I), a heavy-tailed law of each coordinate (`student_t`, `laplace`), mostly
-    zeros (`sparse`), a random subspace (`low_rank`), or a mixture of Gaussians (`mixture`)."""
+    """Prior of the tasks, from which the pool is drawn: N(0, I) (`gaussian`), heavy-tailed coordinates (`student_t`, `laplace`), mostly
+    zero coordinates (`sparse`), vectors in a random subspace (`low_rank`), or a mixture of Gaussians (`mixture`)."""
     prior_df: float | None = None
     """Degrees of freedom of the prior `student_t`, above 2."""
     prior_density: float | None = None
@@ -49,17 +50,18 @@ class TaskConfig:
     noise_df: float | None = None
     """Degrees of freedom of the noise `student_t`, above 2."""
     inputs: Literal["gaussian", "student_t", "ar1"] = "gaussian"
-    """Distribution of the inputs: N(0, I), heavy-tailed coordinates (`student_t`), or Gaussian inputs that depend on the input before
-    them (`ar1`)."""
+    """Distribution of the inputs: N(0, I) (`gaussian`), heavy-tailed coordinates (`student_t`), or Gaussian inputs, each correlated with
+    the previous one (`ar1`)."""
     input_df: float | None = None
     """Degrees of freedom of the inputs `student_t`, above 2."""
     input_correlation: float | None = None
-    """Correlation of the inputs `ar1` with the inputs before them, between -1 and 1."""
+    """Correlation between consecutive inputs of `ar1`, between -1 and 1."""
     pool: Literal["fixed", "resampled", "walk"] = "fixed"
-    """Pool over time: always the same tasks (`fixed`), new tasks every `pool_steps` steps (`resampled`), or tasks that move (`walk`)."""
+    """How the pool changes during training: not at all (`fixed`), new tasks every `pool_steps` steps (`resampled`), or a gradual random
+    change of every task (`walk`)."""
     pool_steps: int | None = None
-    """Number of steps between two pools (`resampled`), or the time after which the correlation of a task with itself has fallen to
-    1 / e (`walk`)."""
+    """Number of steps after which the pool is replaced (`resampled`), or after which the correlation of a task with its earlier value
+    has fallen to 1 / e (`walk`)."""
 
     def __post_init__(self) -> None:
         counts = {"task_size": 1, "max_examples": 1, "prior_rank": 1, "prior_components": 2, "pool_steps": 1}
@@ -94,7 +96,7 @@ class TaskConfig:
 
     @property
     def world(self) -> str:
-        """The settings that differ from the usual world, such as `prior laplace, pool walk, pool_steps 30`; empty in the usual world."""
+        """Text with the settings that differ from the usual world, such as `prior laplace, pool walk, pool_steps 30`. Empty if none do."""
         changed = {name: getattr(self, name) for name in WORLD_SETTINGS}
         changed = {name: value for name, value in changed.items() if value != WORLD_SETTINGS[name]}
         return ", ".join(f"{name} {value}" for name, value in changed.items())
@@ -104,7 +106,10 @@ class TaskConfig:
         for key, choices, parameter in _PARAMETERS:
             choice, value = getattr(self, key), getattr(self, parameter)
             if choice in choices:
-                require(value is not None, f"`task.{key}` is {choice}, but `task.{parameter}` is not set.")
+                require(
+                    value is not None,
+                    f"`task.{key}` is {choice}, but `task.{parameter}` is not set. Set it to a number.",
+                )
             else:
                 require(
                     value is None,
@@ -114,7 +119,7 @@ class TaskConfig:
     def _check_bounds(self) -> None:
         for name in ("prior_df", "noise_df", "input_df"):
             value = getattr(self, name)
-            repair = "because Student's t has no finite variance otherwise"
+            repair = "because otherwise Student's t has no finite variance"
             require(value is None or value > 2, f"`task.{name}` must be above 2, {repair}, got {value!r}.")
         require(
             self.pool_steps is None or self.pool_steps <= MAX_POOL_STEPS,
@@ -133,18 +138,18 @@ class TaskConfig:
         )
 
     def _check_world(self) -> None:
-        """Refuse combinations that have no meaning."""
+        """Refuse settings that contradict each other."""
         require(
             self.noise == "gaussian" or self.noise_variance > 0,
-            f"`task.noise` is {self.noise}, but `task.noise_variance` is 0, so there is no noise.",
+            f"`task.noise` is {self.noise}, but `task.noise_variance` is 0, so there is no noise. Set a positive variance, or `gaussian`.",
         )
         require(
             not self.has_moving_pool or not self.is_gaussian,
-            f"`task.pool` is {self.pool}, but `task.num_tasks` is inf, so there is no pool. Give a finite number of tasks.",
+            f"`task.pool` is {self.pool}, but `task.num_tasks` is inf, so there is no pool. Set a finite number of tasks.",
         )
         require(
             self.pool != "walk" or self.prior == "gaussian",
-            f"`task.pool` is walk, which keeps tasks Gaussian, but `task.prior` is {self.prior}. Use the pool `resampled`.",
+            f"`task.pool` is walk, which works only with Gaussian tasks, but `task.prior` is {self.prior}. Set `task.pool` to resampled.",
         )
         require(
             self.imported_tasks is None or (self.prior == "gaussian" and not self.has_moving_pool),
@@ -163,11 +168,11 @@ _PARAMETERS = (
     ("inputs", ("ar1",), "input_correlation"),
     ("pool", ("resampled", "walk"), "pool_steps"),
 )
-"""Settings with the choices that need a parameter, and the parameter's name."""
+"""Parameters of distributions and pools. Each entry has a setting, the choices of this setting that need a parameter, and the parameter."""
 
 WORLD_SETTINGS = {
     field.name: field.default
     for field in dataclasses.fields(TaskConfig)
     if field.name.startswith(("prior", "noise_df", "input", "pool")) or field.name == "noise"
 }
-"""Settings of other worlds, with their defaults, which are those of the usual world."""
+"""Settings that define a world, with their defaults, which are those of the usual world."""

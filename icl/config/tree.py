@@ -26,7 +26,7 @@ from icl.config.task import WORLD_SETTINGS, TaskConfig
 from icl.config.validation import ConfigError, require, require_run_name, require_steps
 
 MAX_CHECKPOINTS = 1_000_000
-"""Largest number of checkpoints of a run. More files make a folder slow, and their steps are kept in memory."""
+"""Largest number of checkpoints of a run. With more files, a folder is slow, and the list of their steps needs much memory."""
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "task.pool", "task.pool_steps", "seeds", "checkpoints.store")
 """Settings and sections in which the members of a population may differ."""
 _LANGUAGE_SETTINGS: dict[str, Any] = {
@@ -35,7 +35,7 @@ _LANGUAGE_SETTINGS: dict[str, Any] = {
     "model.positions": ModelConfig.positions,
     "optim.weight_decay": OptimConfig.weight_decay,
 }
-"""Settings that came with language models, and are always among those of a language run."""
+"""Settings that were added with language models. The saved settings of a language run always include them."""
 LATER_SETTINGS: dict[str, Any] = {
     **{f"task.{name}": default for name, default in WORLD_SETTINGS.items()},
     "model.num_components": ModelConfig.num_components,
@@ -43,9 +43,9 @@ LATER_SETTINGS: dict[str, Any] = {
     "language.next_source": LanguageConfig.next_source,
     "language.change_step": LanguageConfig.change_step,
 }
-"""Dotted keys of the settings that the first versions did not have, with their defaults, which mean what those versions did. `to_dict` leaves them out
-while they have these defaults. Saved settings, run names and the hashes of sweeps are computed from `to_dict`, so they stay as they were. A new
-setting belongs here; nothing else is needed."""
+"""Settings that the first versions did not have: their dotted keys and defaults. With these defaults, `icl` does what the first versions did.
+`to_dict` leaves out every setting of this table that has its default. Saved settings, run names and the hashes of sweeps are computed from
+`to_dict`, so they do not change when a setting is added. To add a setting, it is enough to enter it here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class RunConfig:
     preset: str = "quickstart"
     """Name of the preset that this configuration started from; see `icl.presets`."""
     run_name: str | None = None
-    """Folder of the run below $LOCAL_ROOT. By default the preset's name and the settings that differ from the preset."""
+    """Folder of the run below $LOCAL_ROOT. By default it consists of the preset's name and the settings that differ from the preset."""
     task: TaskConfig = TaskConfig()
     language: LanguageConfig = LanguageConfig()
     model: ModelConfig = ModelConfig()
@@ -90,11 +90,12 @@ class RunConfig:
     def _check_members(self) -> None:
         require(
             not self.task.has_moving_pool or math.inf not in (self.population.num_tasks or ()),
-            f"`task.pool` is {self.task.pool}, but `population.num_tasks` has a member with inf, which has no pool.",
+            f"`task.pool` is {self.task.pool}, but `population.num_tasks` contains inf, for which there is no pool. Remove inf, or "
+            "set `task.pool` to fixed.",
         )
 
     def _check_family(self) -> None:
-        """Refuse settings of the other family, which would have no effect."""
+        """Refuse settings of the other family of models, because they would have no effect."""
         unused, other = ("task", RunConfig.task) if self.model.is_language else ("language", RunConfig.language)
         for field in dataclasses.fields(other):
             value = getattr(getattr(self, unused), field.name)
@@ -127,7 +128,7 @@ class RunConfig:
         return self.optim.schedule_steps or self.trainer.max_steps
 
     def members(self) -> list["RunConfig"]:
-        """Return the configurations of the runs in the population. Each configuration is the one that the run would have if trained alone.
+        """Return the configuration of each run in the population. It is the same as if the run were trained alone.
 
         Without a population, the result is this configuration alone. If the population has a `run_name`, its runs are in subfolders of
         the folder of that name.
@@ -159,8 +160,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`.
 
-        Settings of `LATER_SETTINGS` are left out while they have their defaults, and a regression run has no section `language`. A language
-        run has all settings that came with language models.
+        Settings of `LATER_SETTINGS` are left out if they have their defaults, and a regression run has no section `language`. For a
+        language run, all settings that were added with language models are included.
         """
         tree = self._tree()
         for key, default in LATER_SETTINGS.items():
@@ -182,7 +183,7 @@ class RunConfig:
 
     @property
     def num_positions(self) -> int:
-        """Number of positions at which a model of this run predicts: K, or the predictions of a row of text."""
+        """Number of positions at which a model of this run predicts: K, or `context_size` - 1 for a row of text."""
         return self.language.num_predictions if self.model.is_language else self.task.max_examples
 
     @property
@@ -247,7 +248,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return a phrase for each setting that differs and affects training. The run's name and the settings of the machine do not count."""
+    """Return a phrase for each difference that affects training. The names of run and preset, and `FREE_ON_RESUME`, are not compared."""
     before, after = (flatten(dataclasses.asdict(config)) for config in (old, new))
     return [
         f"`{key}` was {_plain(before[key])!r} and is now {_plain(after[key])!r}"

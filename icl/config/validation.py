@@ -17,8 +17,8 @@ MAX_NUMBER = 1e30
 """Largest number in settings. With larger ones, products of float32 numbers overflow."""
 
 _MAX_NAME, _MAX_PATH = 200, 1000
-"""Largest number of bytes in each part of a run's name, and in the whole name. File systems allow about 255 bytes for the name of a
-folder."""
+"""Largest number of bytes in each part of a run's name (between slashes), and in the whole name. File systems allow about 255 bytes for
+the name of a folder."""
 
 _STEPS = "all, last, a list such as 1,2,3, or a range such as 0:1000:100"
 
@@ -71,7 +71,7 @@ def whole(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
     The value may be a Python or NumPy number, or a tensor or array without axes.
 
     Raises:
-        ConfigError: If the value is anything else. Truth values, and floats such as 4.0, are refused too.
+        ConfigError: If the value is not a whole number within these bounds. Truth values, and floats such as 4.0, are also refused.
     """
     number = plain_number(value)
     require_count(name, number, minimum)
@@ -83,7 +83,7 @@ def real(name: str, value: Any, bound: Bound, *, repair: str = "") -> float:
     """Convert a finite number to a float. The number may also be a NumPy number, or a tensor or array without axes.
 
     Raises:
-        ConfigError: If the value is anything else, or not within `bound`. `repair` is added to the message.
+        ConfigError: If the value is not a finite number, or not within `bound`. `repair` is added to the message.
     """
     number = plain_number(value)
     require_number(name, number, bound, repair=repair)
@@ -208,17 +208,17 @@ def require_run_name(name: str) -> None:
     """Refuse a run's name that cannot be a folder below $LOCAL_ROOT."""
     require(
         all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in name.split("/")),
-        f"`run_name` must be a folder below $LOCAL_ROOT, and may have only letters, digits and . , = + - _ /, got {name!r}.",
+        f"`run_name` must be a folder below $LOCAL_ROOT, and may contain only letters, digits and . , = + - _ /, got {name!r}.",
     )
     require(
         not any(part.startswith("-") for part in name.split("/")),
-        f"No part of `run_name` may begin with -, which marks an option, got {name!r}.",
+        f"No part of `run_name` may begin with `-`, because it would be read as a command-line option, got {name!r}.",
     )
     longest = max(len(os.fsencode(part)) for part in name.split("/"))
     require(
         longest <= _MAX_NAME and len(os.fsencode(name)) <= _MAX_PATH,
-        f"`run_name` must have at most {_MAX_PATH} bytes, and each part between two / at most {_MAX_NAME}, got "
-        f"{len(os.fsencode(name))} bytes and a part of {longest}.",
+        f"`run_name` must have at most {_MAX_PATH} bytes, and each part between slashes at most {_MAX_NAME}, got "
+        f"{len(os.fsencode(name))} bytes, and a part of {longest} bytes.",
     )
 
 
@@ -256,8 +256,8 @@ def require_store(url: Any, name: str = "checkpoints.store") -> None:
         require(
             re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.%-]+)?(/[\w.,=+ -]+)*/?", path) is not None
             and not {".", ".."} & set(path.split("/")),
-            f"`{name}` must be hf://USER/REPO, hf://USER/REPO@REVISION or a folder below, got {re.sub('[^/@]+@', '...@', text)!r}. Set a token as "
-            "HF_TOKEN, never in the address.",
+            f"`{name}` must be hf://USER/REPO, hf://USER/REPO@REVISION or a folder below them, got {re.sub('[^/@]+@', '...@', text)!r}. Set a "
+            "token in the variable HF_TOKEN, never in the address.",
         )
     require(
         "@" not in path or scheme.lower() == "hf",

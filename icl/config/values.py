@@ -74,7 +74,9 @@ def read_value(key: str, value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, str):
         if key == "run_name":
-            require_run_name("~" if value == "~" else "name")  # refuse `~`: a shell's home folder, but null in YAML
+            require_run_name(
+                "~" if value == "~" else "name"
+            )  # refuse `~`, the home folder in a shell, but null in YAML
         if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
             value = _read_scalar(key, value)
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -89,9 +91,9 @@ def read_value(key: str, value: Any) -> Any:
 
 
 def parse_scalar(text: str) -> Any:
-    """Return the number, truth value or None that a text spells. Other text is returned as it is.
+    """Convert text that spells a number, a truth value or None. Return other text unchanged.
 
-    A number that is too large or too small for a float, such as 1e400, also stays text, because it would become infinite or zero.
+    A number that is too large or too small for a float, such as 1e400, also remains text, because it would become infinite or zero.
     """
     word = text.strip()
     lowered = word.lower()

@@ -1,4 +1,4 @@
-"""Write and read arrays in NumPy's file formats. Reading is safe for damaged and hostile files.
+"""Write and read arrays in NumPy's file formats. Reading is safe even if a file is damaged or malicious.
 
 Reading never unpickles objects. The header of a damaged file can claim an array of a terabyte. So the claimed size is compared
 with the file's size before memory is allocated. If a file is damaged, the caller computes its content again.
@@ -18,16 +18,16 @@ from icl.files.reading import ContentError, parse_json
 from icl.files.writing import write_atomically
 
 _MAX_GROWTH = 2**26
-"""Number of bytes in the limit on an archive's decompressed size: the limit is this number plus four times the archive's own size.
-Archives that `icl` wrote have about a million bytes."""
+"""An archive may decompress to at most this number of bytes plus four times its own size. Archives that `icl` wrote have about a million
+bytes."""
 _MAX_ARRAYS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredArray:
-    """A one-dimensional array that stays in its file and is read when sliced.
+    """A one-dimensional array that stays in its file. Slices are read from the file when they are needed.
 
-    No file stays open, because there may be thousands, and each `numpy.memmap` would keep a descriptor.
+    The file is closed after each slice, because there may be thousands of arrays, and each `numpy.memmap` would keep a file open.
     """
 
     file: Path
@@ -68,7 +68,7 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def locate_array(path: Path) -> StoredArray:
-    """Return the flattened array of a `.npy` file, without reading its numbers.
+    """Return a reference to the flattened array of a `.npy` file, without reading the numbers.
 
     Raises:
         ContentError: If the file is missing or damaged.

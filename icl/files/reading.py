@@ -1,7 +1,7 @@
 """Read JSON and YAML from files of unknown origin, within limits on size, depth, numbers and time.
 
-Python's parsers raise a dozen kinds of errors for damaged or hostile text, and they accept repeated keys. They also return values that
-cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a
+Python's parsers raise a dozen kinds of errors for damaged or malicious text, and they accept repeated keys. They also return values
+that cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a
 float, and dates. This module raises the same error, `ContentError`, in all these cases. The error's message completes a sentence
 such as "status.json cannot be used: ...". PyYAML also reads clock times as numbers: 1:30 becomes 90. This module reads clock times
 as text.
@@ -22,11 +22,11 @@ import yaml
 from icl.config.validation import UserError
 
 MAX_DEPTH = 50
-"""Largest number of levels of nesting. Files that `icl` writes have at most six."""
+"""Largest number of levels of nesting. Files that `icl` writes have at most six levels."""
 MAX_BITS = 1000
 """Largest number of bits of a whole number. Numbers of more than 1024 bits do not fit into a float."""
 MAX_SMALL_FILE = 2**20
-"""Largest number of bytes of a file that describes a run or a point of a sweep. Files that `icl` writes have a few thousand."""
+"""Largest number of bytes of a file that describes a run or a point of a sweep. Files that `icl` writes have a few thousand bytes."""
 MAX_YAML = 2**18
 """Largest number of bytes of a YAML file. PyYAML needs a few seconds to read a file of this size."""
 MAX_TABLE = 2**29
@@ -44,7 +44,7 @@ _TYPES: dict[type, str] = {
 
 
 class ContentError(UserError, ValueError):
-    """Content that cannot be used. The message says why in a few words, without the file's name."""
+    """Raised if content cannot be used. The message says why in a few words, without the file's name."""
 
 
 def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
@@ -72,7 +72,7 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
         limit: Largest number of values. The default is no limit.
 
     Raises:
-        ContentError: If the text is not JSON, repeats a key, is nested too deep, or contains a number that is too large.
+        ContentError: If the text is not JSON, repeats a key, is nested too deeply, or contains a number that is too large.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -88,10 +88,10 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
 
 
 def parse_yaml(data: bytes | str) -> Any:
-    """Return the content of a YAML text. The content has plain types only: a class that the text names is never loaded.
+    """Return the content of a YAML text. The content has only plain types. A class that the text names is never loaded.
 
     Raises:
-        ContentError: If the text is not YAML, repeats a key, is too long or nested too deep, or has aliases that expand to too
+        ContentError: If the text is not YAML, repeats a key, is too long or nested too deeply, or has aliases that expand to too
             many values.
     """
     if len(data) > MAX_YAML:
@@ -117,7 +117,7 @@ def is_table(rows: Any) -> bool:
 
 
 def is_beyond_floats(text: str, number: float) -> bool:
-    """Return whether a number in a text, such as 1e400 or 1e-400, became infinite or zero because a float cannot represent it."""
+    """Return whether reading a number from text, such as 1e400 or 1e-400, gave infinity or zero because a float cannot represent it."""
     mantissa = re.split("[eE]", text)[0]
     return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
 
@@ -152,7 +152,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_yaml_float(self, node: Any) -> float:
-        """Return a number, or refuse one that a float cannot represent."""
+        """Return a number. Refuse a number that a float cannot represent."""
         number: float = super().construct_yaml_float(node)
         if is_beyond_floats(node.value, number):
             raise ContentError(
@@ -161,7 +161,7 @@ class _Loader(yaml.SafeLoader):
         return number
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the node of a table, or refuse one with a repeated key."""
+        """Return the node of a table. Refuse a table with a repeated key."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         _refuse_repeated(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         return node
@@ -235,7 +235,7 @@ _END = object()
 
 
 def _where(tree: Any, target: Any) -> str:
-    """Return a phrase for a message that says where a value is, such as " in `section.key`", or "" if the value has no key."""
+    """Return a phrase such as " in `section.key`" that says where a value is, or "" if the value has no key."""
     stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     for _ in range(_MAX_YAML_VALUES):
         if not stack:

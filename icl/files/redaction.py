@@ -13,7 +13,7 @@ _ASSIGNED = re.compile(r"\b(\w{1,64})=[^\s&\"']+")
 _HUB_REVISION = re.compile(r"hf://[\w.-]+/[\w.-]+@[\w.%/-]")
 """Address of a repository at a revision, such as hf://USER/REPO@v1. The part before its @ is not a credential."""
 _LEAST = 6
-"""Minimum length of a secret that is removed from text. Shorter secrets may occur inside ordinary words."""
+"""Minimum length of a secret that is removed from text. Shorter secrets are kept, because they may occur inside ordinary words."""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:

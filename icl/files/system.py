@@ -1,8 +1,8 @@
 """Operations that a file system may refuse: file locks, hard links, and flushing a folder to disk.
 
-Lustre may be mounted without locks, FAT and many network file systems have no hard links, and some cannot flush a folder.
+Lustre may be mounted without locks, FAT and many network file systems have no hard links, and some file systems cannot flush a folder.
 `icl` also runs on such a file system, and warns once about the risks. After the first refusal, `icl` tries all three operations, so
-that one warning covers them all.
+that one warning names everything that is missing.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""Errors that `flock` raises if another process holds the lock. On network file systems this is EACCES."""
+"""Numbers of the errors that `flock` raises if another process holds the lock. On network file systems, the error is EACCES."""
 _CANNOT_SYNC = (
     errno.EINVAL,
     errno.EBADF,
@@ -28,13 +28,13 @@ _CANNOT_SYNC = (
     errno.ENOTTY,
     errno.EROFS,
 )
-"""Errors that mean that a file system cannot flush to disk. Any other error, such as EIO or ENOSPC, is a failure of the disk."""
+"""Numbers of the errors that mean that a file system cannot flush to disk. Any other error, such as EIO or ENOSPC, is a disk failure."""
 _WARNED: set[int] = set()
 """Device numbers of the file systems about which we have warned."""
 
 
 class LockedError(Exception):
-    """Another process holds the lock."""
+    """Raised if another process holds the lock."""
 
 
 def lock_file(descriptor: int, folder: Path, *, shared: bool = False, wait: bool = False) -> bool:

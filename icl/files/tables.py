@@ -1,7 +1,7 @@
 """Read tables that `icl` wrote (`metrics.csv`, `results/*.csv`), and check each column.
 
-If one cell of a column is damaged, pandas reads the column as text, and a later computation fails far from the cause. This module
-refuses the whole table instead, with a short reason.
+If one cell of a column is damaged, pandas reads the whole column as text, and a later computation fails with an error that does not
+name the cause. This module refuses the whole table instead, with a short reason.
 """
 
 import io
@@ -60,7 +60,7 @@ _LARGEST = 1e100
 
 
 def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Return the table in a CSV file. It must have the columns `columns`, and may have others.
+    """Return the table in a CSV file. The table must have the columns `columns`, and may have others.
 
     Raises:
         ContentError: If the file is not a table, if a column is missing, or if a column of numbers or steps contains anything else.

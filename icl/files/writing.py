@@ -21,7 +21,7 @@ _TEMPORARY = ".tmp-"
 
 
 class StorageError(UserError, OSError):
-    """A failure to read or write a file or a store. The message names the file or store, and says what to do."""
+    """Raised if a file or a store cannot be read or written. The message names the file or store, and says what to do."""
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -29,7 +29,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
 
     Args:
         path: The file. Missing folders are made.
-        data: All of its bytes.
+        data: All bytes of the file.
         durable: Whether to wait until the bytes are on disk. Without waiting, a power cut may bring the old bytes back.
 
     Raises:
@@ -91,7 +91,7 @@ def require_table_file(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a file that cannot be written. Its folder may be missing, because writing makes it.
+    """Refuse a file that cannot be written. The file's folder may be missing, because writing makes the folder.
 
     Raises:
         StorageError: If the path is a folder, or if the file's folder cannot be made or written to.

@@ -21,23 +21,23 @@ class Format(NamedTuple):
     about: str
     """The code base in a few words, for messages."""
     preset: str
-    """The preset with its published settings."""
+    """The preset with the published settings of the code base."""
     patterns: tuple[str, ...]
-    """Patterns of its files in a folder."""
+    """Patterns of the names of the code base's files in a folder."""
     read: Callable[[Path], Any]
     is_mine: Callable[[Any], bool]
     step_of: Callable[[Any], int | None]
     facts: Callable[[Any], dict[str, Any]]
     """Settings that a file determines, by dotted key."""
     folder_facts: Callable[[Path], dict[str, Any]]
-    """Settings that the name of a file's folder, or a file beside it, determines."""
+    """Settings that are determined by the name of a file's folder, or by another file in or above this folder."""
     params: Callable[[Any, RunConfig], Params]
     draw_tasks: Callable[[Any, RunConfig], Float[Tensor, "M D"]]
     """Draw the training tasks again, as the older code did from its seed."""
     tasks_seed: int | None
-    """The seed of the tasks if the code always uses the same one, else None."""
+    """The seed of the tasks if the code always uses the same seed, else None."""
     is_first_pattern: bool = False
-    """Whether only the first pattern that any file matches counts."""
+    """Whether only files of the first pattern that matches any file are used."""
 
 
 def _nothing(path: Path) -> dict[str, Any]:

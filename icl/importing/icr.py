@@ -24,7 +24,7 @@ from icl.model.stacked import Params
 
 PRESET = "icr"
 _ROUND = 16
-"""`torch.randn` on a CPU draws numbers in groups of 16. The last group is drawn again if it is not full."""
+"""Size of the groups in which `torch.randn` draws numbers on a CPU. The last group is drawn again if it is not full."""
 _DOUBLE = {
     "D": "task.task_size",
     "K": "task.max_examples",
@@ -32,7 +32,7 @@ _DOUBLE = {
     "d_model": "model.embed_size",
     "d_mlp": "model.mlp_size",
 }
-"""Settings that the shapes of the weights determine too. The keys are their names in the older config."""
+"""Settings that are also determined by the shapes of the weights. The keys are the names of the settings in the older config."""
 
 
 def is_mine(tree: Any) -> bool:
@@ -41,7 +41,7 @@ def is_mine(tree: Any) -> bool:
 
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
-    """Return the number of updates, or None if the file does not say."""
+    """Return the number of updates, or None if the file does not contain it."""
     step = as_settings(tree).get("step")
     return step if is_count(step) else None
 
@@ -50,7 +50,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a file determines, by dotted key.
 
     Raises:
-        ContentError: If the file contains no model of this code base, or its config does not fit its weights.
+        ContentError: If the file contains no model of this code base, or its config and its weights contradict each other.
     """
     weights = Weights(_state(tree))
     embed_size, token_size = weights.shape("input_proj.weight", 2)
@@ -85,7 +85,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
-    """Return the weights by the names of `icl`.
+    """Return the weights, keyed by their names in `icl`.
 
     Raises:
         ContentError: If the weights do not fit the configuration.
@@ -124,19 +124,19 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     """Draw the M training tasks as the older code did.
 
     Raises:
-        ConfigError: If the file does not say `max_M`, on which the tasks depend.
+        ConfigError: If the file does not contain `max_M`, on which the tasks depend.
     """
     table = as_settings(tree.get("cfg", tree.get("config")))
     rows, size, count = table.get("max_M"), config.task.task_size, int(config.task.num_tasks)
     if not is_count(rows) or rows < count:
         raise ConfigError(
-            f"The tasks cannot be drawn again, because the file does not say `max_M` (at least {count:,}). Give the tasks with "
+            f"The tasks cannot be drawn again, because the file does not contain `max_M` (at least {count:,}). Give the tasks with "
             "--tasks FILE, or write --tasks unknown."
         )
     generator = torch.Generator().manual_seed(config.seeds.tasks)
     needed = -(-count * size // _ROUND) * _ROUND
     is_prefix = needed <= rows * size - _ROUND or rows * size % _ROUND == 0
-    # All groups but the last are the same for every table size. So we draw only the first M tasks, even if max_M is 2^25.
+    # All groups except the last one are the same for every size of the table. So we draw only the first M tasks, even if max_M is 2^25.
     drawn = torch.randn(max(needed, _ROUND) if is_prefix else rows * size, generator=generator)
     return drawn[: count * size].unflatten(0, (count, size)).clone()
 
@@ -153,7 +153,7 @@ def _state(tree: Mapping[str, Any]) -> Mapping[Any, Any]:
 
 
 def _learning_rate(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the learning rate, if it was constant. With a schedule, the file has only the rate of its own step."""
+    """Return the learning rate, if it was constant. With a schedule, the file contains only the rate of one step."""
     groups = as_table(tree.get("optimizer_state_dict")).get("param_groups")
     rate = as_table(groups[0]).get("lr") if isinstance(groups, list) and groups else None
     is_known = isinstance(rate, float) and 0 < rate < 1 and "scheduler_state_dict" not in tree

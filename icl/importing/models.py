@@ -1,8 +1,8 @@
 """Find and read the saved steps of an older code base, and determine the settings of the run.
 
-A setting comes from the files or from the user's options, and never from a guess. If both contain a setting, they must agree. Some
-settings of training, such as the batch size, affect neither predictions nor analyses. They may stay unknown; `config.yaml` then has
-the values of the preset.
+Settings come from the files or from the user's options, and are never guessed. If both contain a setting, they must agree. Some
+settings of training, such as the batch size, affect neither predictions nor analyses. These may remain unknown; `config.yaml` then
+contains the values of the preset.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _NEEDED = {
     "model.num_heads": "the number of attention heads",
     "model.layer_norm": "pre, post or none",
 }
-"""Settings that predictions or results depend on, although some files do not contain them."""
+"""Settings that affect predictions or results, but are missing in some files. Each has a description for messages."""
 _EXAMPLES = {"task.num_tasks": 64, "task.noise_variance": 0.125, "model.num_heads": 4, "model.layer_norm": "pre"}
 _EXAMPLES |= {"model.activation": "gelu"}
 _UNKNOWN = (
@@ -39,14 +39,14 @@ _UNKNOWN = (
     "seeds.data",
     "seeds.noise",
 )
-"""Settings of training that later results do not depend on. `icl import` lists those that neither files nor options contain."""
+"""Settings of training that do not affect later results. `icl import` lists those that neither files nor options contain."""
 
 
 _NOT_OPTIONS = ("preset", "run_name", "population.", "checkpoints.", "task.imported_tasks")
 """Beginnings of the names of settings that the import itself determines, so options cannot set them."""
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:(?:.*[_.-])?(?:step|checkpoint|ckpt|iter|iteration)[_=.-]?)?([0-9]{1,15})")
-"""File name that contains a step: a number alone, or a number after a word such as `step`. Other numbers may be seeds."""
+"""Pattern of a file name that contains a step: a number alone, or a number after a word such as `step`. Other numbers may be seeds."""
 
 
 class OlderStep(NamedTuple):
@@ -55,7 +55,7 @@ class OlderStep(NamedTuple):
     file: Path
     step: int
     tree: Any
-    """The content of the file, as the code base's functions take it."""
+    """The content of the file, for the functions of its `Format`."""
     digest: str
     """SHA-256 of the file."""
 
@@ -67,14 +67,15 @@ class Settings(NamedTuple):
     from_files: dict[str, Any]
     from_options: dict[str, Any]
     unknown: list[str]
-    """Settings for which `config` has the preset's value because nothing else is known."""
+    """Settings whose true values are not known, so that `config` has the values of the preset."""
 
 
 def find_files(path: Path, source: Format) -> list[Path]:
-    """Return the files of saved steps at a path: the file itself, or those in a folder.
+    """Return the files of saved steps at a path: the file itself, or the files in a folder.
 
     Raises:
-        OlderFileError: If there are none, or a file is a broken link. If a folder below the path has such files, the message names it.
+        OlderFileError: If there are no such files, or a file is a broken link. If a folder below the path has such files, the message
+            names this folder.
     """
     if path.is_file():
         return [path]
@@ -84,7 +85,7 @@ def find_files(path: Path, source: Format) -> list[Path]:
     lost = next((file for file in files if not file.is_file()), None)
     if lost is not None:
         raise OlderFileError(
-            f"{lost} is not a file, or is a link to one that is not here; fetch it, or remove the link."
+            f"{lost} is not a file, or is a link to a missing file; fetch the file, or remove the link."
         )
     if not files:
         inner = next(
@@ -101,20 +102,20 @@ def find_files(path: Path, source: Format) -> list[Path]:
 
 
 def number_files(files: list[Path], source: Format, step: int | None) -> list[tuple[int, Path]]:
-    """Return files with their steps, in order. A file is read only if its name does not say its step.
+    """Return files with their steps, in order. A file is read only if its name does not contain its step.
 
     Args:
         files: The files.
         source: The code base of the files.
-        step: The step of a single file whose name and content do not say it.
+        step: The step of a single file, if neither its name nor its content contains the step.
 
     Raises:
-        OlderFileError: If a file does not say its step.
+        OlderFileError: If the step of a file is not known.
         ConfigError: If `step` contradicts the file, or is given for several files.
     """
     if step is not None and len(files) > 1:
         raise ConfigError(
-            f"`--step` is for a single file, and there are {len(files):,}; name the files by their steps."
+            f"`--step` works only for a single file, and there are {len(files):,}; put the step of each file into its name."
         )
     numbered = []
     for file in files:
@@ -136,7 +137,7 @@ def read_step(number: int, file: Path, source: Format) -> OlderStep:
     """Read the file of one step.
 
     Raises:
-        OlderFileError: If the file cannot be read, is of another code base, or contains another step.
+        OlderFileError: If the file cannot be read, comes from another code base, or contains another step.
     """
     tree = _read(file, source)
     found = source.step_of(tree)
@@ -161,7 +162,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
     for key, value in from_options.items():
         if key in from_files and read_value(key, from_files[key]) != value:
             raise ConfigError(
-                f"`{key}` is {from_files[key]} by the files of the run ({step.file}, those beside it, or the folder's name), "
+                f"`{key}` is {from_files[key]} according to the files of the run ({step.file}, files beside it, or the folder's name), "
                 f"but {value} on the command line. Leave out --{key}."
             )
     known = {**from_files, **from_options}
@@ -170,27 +171,29 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
     if missing:
         words = ", ".join(f"`{key}` ({needed[key]})" for key in missing)
         example = " ".join(f"--{key} {_EXAMPLES[key]}" for key in missing)
-        raise ConfigError(f"{step.file} does not say {words}. Give the values of its run, such as {example}.")
+        raise ConfigError(f"{step.file} does not contain {words}. Give the values of its run, such as {example}.")
     base = {"preset": source.preset, "checkpoints.every": None, "checkpoints.num_log": 0, "checkpoints.num_linear": 0}
     last = max(1, step.step)
     if "trainer.max_steps" not in known:
         base["trainer.max_steps"] = last
     elif read_value("trainer.max_steps", known["trainer.max_steps"]) < last:
-        raise ConfigError(f"`trainer.max_steps` is {known['trainer.max_steps']}, but there is a file of step {last:,}.")
+        raise ConfigError(
+            f"`trainer.max_steps` is {known['trainer.max_steps']}, but there is a file of step {last:,}; it must be at least {last:,}."
+        )
     unknown = [key for key in _UNKNOWN if key not in known]
     config = resolve(base, known, {"checkpoints.imported_from": source.name})
     return Settings(config, from_files, from_options, unknown)
 
 
 def _needed(known: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the settings that must be known, with what they are. Weights of a language model leave only its activation open."""
+    """Return the settings that must be known, each with a description. For a language model, only the activation is not in the weights."""
     if known.get("model.family") != "language":
         return _NEEDED
     return {"model.activation": "relu, gelu or gelu_tanh"} if known["model.mlp_size"] else {}
 
 
 def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
-    """Return the weights of a step by the names of `icl`.
+    """Return the weights of a step, keyed by their names in `icl`.
 
     Raises:
         OlderFileError: If the weights do not fit the run's settings, or are not finite.
@@ -201,7 +204,7 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
         raise OlderFileError(f"{step.file} cannot be imported: {error}.") from None
     if not all(tensor.isfinite().all() for tensor in params.values()):
         raise OlderFileError(
-            f"{step.file} has weights that are not finite, so its training diverged; leave this file out."
+            f"{step.file} contains weights that are not finite, because its training diverged; leave this file out."
         )
     return params
 
@@ -216,13 +219,13 @@ def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None
     for key in sorted({*facts, *others} - {"optim.lr"}):
         if facts.get(key) != others.get(key):
             raise OlderFileError(
-                f"{step.file} and {first.file} are of different runs: `{key}` is {others.get(key)} and {facts.get(key)}. Import "
-                "each run from a folder of its own."
+                f"{step.file} and {first.file} belong to different runs: `{key}` is {others.get(key)} and {facts.get(key)}. Import "
+                "each run from a separate folder."
             )
 
 
 def _facts(step: OlderStep, source: Format) -> dict[str, Any]:
-    """Return the settings that a file, its folder and its siblings determine."""
+    """Return the settings that are determined by a file, by its folder's name and by other files in the folder."""
     try:
         found = source.facts(step.tree)
     except ContentError as error:
@@ -231,7 +234,8 @@ def _facts(step: OlderStep, source: Format) -> dict[str, Any]:
     for key, value in beside.items():
         if key in found and read_value(key, found[key]) != read_value(key, value):
             raise OlderFileError(
-                f"`{key}` is {found[key]} in {step.file}, but {value} by the files beside it or the folder's name."
+                f"`{key}` is {found[key]} in {step.file}, but {value} according to the files beside it or the folder's name. "
+                "Put the file into the folder of its run."
             )
     try:
         return {key: read_value(key, value) for key, value in {**beside, **found}.items()}
@@ -243,7 +247,7 @@ def _read(file: Path, source: Format) -> Any:
     tree = source.read(file)
     if not source.is_mine(tree):
         others = (name for name, each in FORMATS.items() if each.read is source.read and each.is_mine(tree))
-        hint = "".join(f"; it looks like one of --from {name}" for name in others)
+        hint = "".join(f"; it looks like a checkpoint for --from {name}" for name in others)
         raise OlderFileError(f"{file} is not a checkpoint of {source.about}{hint}.")
     return tree
 
@@ -259,7 +263,7 @@ def _matches(folder: Path, source: Format) -> list[Path]:
 
 
 def _number(file: Path) -> int | None:
-    """Return the step in a file's name: `1465.pt`, `checkpoint_step_1465.pt`. None if the name has no number at its end."""
+    """Return the step in a file's name, such as `1465.pt` or `checkpoint_step_1465.pt`, or None if the name contains no step."""
     for name in (
         file.stem if file.suffix in (".pt", ".pth", ".msgpack", ".safetensors") else file.name,
         file.parent.name,
@@ -267,7 +271,7 @@ def _number(file: Path) -> int | None:
         match = _STEP.fullmatch(name)
         if match:
             return int(match[1])
-        if name != "checkpoint":  # only a file of this name takes the number of its folder
+        if name != "checkpoint":  # only for a file of this name, the step is in the folder's name
             return None
     return None
 

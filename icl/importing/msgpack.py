@@ -1,8 +1,9 @@
 """Read files in the msgpack format of Flax: nested tables of arrays, numbers and text. Nothing is unpickled.
 
-Format: https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as the extension type 1, whose data is again msgpack:
-shape, name of the type, bytes. A NumPy scalar is type 3, in the same form. An array of more than 2^30 bytes is a table of chunks. Every
-length is compared with the bytes that are left. So a small damaged file cannot make us allocate much memory.
+The format is described at https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as extension type 1. The data of
+this type is again msgpack: shape, name of the number type, bytes. A NumPy scalar is saved as extension type 3, in the same form. An
+array of more than 2^30 bytes is saved as a table of chunks. Every length is compared with the number of bytes that are left, so a small
+damaged file cannot make us allocate much memory.
 """
 
 import math
@@ -95,7 +96,7 @@ class _Reader:
         """Return the next value."""
         self.count += 1
         if depth > MAX_DEPTH or self.count > _MAX_VALUES:
-            raise ContentError("it is nested too deep, or contains too many values")
+            raise ContentError("it is nested too deeply, or contains too many values")
         first = self.take(1)[0]
         if first < 0x80:
             return first
@@ -117,10 +118,10 @@ class _Reader:
         if (first in _EXTENSIONS or first in _FIXED_EXTENSIONS) and not self.is_array:
             length = self.number(_EXTENSIONS[first]) if first in _EXTENSIONS else _FIXED_EXTENSIONS[first]
             return _array(_Extension(self.number(">b"), bytes(self.take(length))))
-        raise ContentError(f"it contains the byte {first:#x}, which msgpack of Flax does not have there")
+        raise ContentError(f"it contains the byte {first:#x} where msgpack of Flax does not allow it")
 
     def bounded(self, length: int) -> int:
-        """Return the length of a list or table. Refuse a length above the number of bytes left, because each value needs one."""
+        """Return the length of a list or table. Refuse a length above the number of bytes left, because each value needs at least one byte."""
         if length > len(self.data) - self.position:
             raise ContentError("it was cut short, or is not msgpack of Flax")
         return int(length)
@@ -138,7 +139,7 @@ class _Reader:
         for _ in range(self.bounded(length)):
             key = self.value(depth + 1)
             if not isinstance(key, str) or key in table:
-                raise ContentError("it has a table with a key that is not text, or that appears twice")
+                raise ContentError("it contains a table with a key that is not text or that appears twice")
             table[key] = self.value(depth + 1)
         return table
 
@@ -170,7 +171,9 @@ def _shaped(numbers: np.ndarray, shape: list[Any]) -> np.ndarray:
     if not is_plain or len(shape) > _MAX_AXES or math.prod(size or 1 for size in shape) >= 2**40:
         raise ContentError("it contains an array with an impossible shape")
     if math.prod(shape) != numbers.size:
-        raise ContentError(f"it contains an array of shape {tuple(shape)} with {numbers.size:,} numbers")
+        raise ContentError(
+            f"it contains an array of shape {tuple(shape)}, which needs {math.prod(shape):,} numbers but has {numbers.size:,}"
+        )
     return numbers.reshape(shape)
 
 
@@ -186,6 +189,6 @@ def _joined(value: Any) -> Any:
     parts = [chunks.get(str(number)) for number in range(len(chunks))]
     sizes = [shape.get(str(axis)) for axis in range(len(shape))]
     if not all(isinstance(part, np.ndarray) for part in parts):
-        raise ContentError("it contains an array in chunks, of which some are missing")
+        raise ContentError("it contains an array in chunks, some of which are missing")
     numbers = np.concatenate([part.ravel() for part in parts if part is not None]) if parts else np.zeros(0)
     return _shaped(numbers, sizes)

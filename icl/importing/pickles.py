@@ -2,7 +2,7 @@
 
 A pickle can run any code. So we read these files with `weights_only=True`. PyTorch's reader then accepts tensors, numbers, text and
 containers, and refuses every other Python object by its name. Older code bases also saved a few harmless objects. This module
-has a list of their names, and replaces each by a stand-in that holds data and does nothing. Nothing of the older code is imported.
+has a list of their names, and replaces each object by a stand-in that only stores data. No module of the older code is imported.
 """
 
 import io
@@ -21,7 +21,7 @@ from icl.config.validation import UserError
 from icl.files.reading import ContentError, first_line, read_bytes
 
 CONFIG_CLASSES = ("ICRegConfig",)
-"""Names of classes whose objects are read as tables of their fields, whatever their module is called."""
+"""Names of classes whose objects are read as tables of their fields. The name of the module does not matter."""
 MAX_FILE = 2**34
 """Largest size of a file in bytes."""
 _MAX_NAMES = 20
@@ -29,11 +29,11 @@ _MAX_NAMES = 20
 
 
 class OlderFileError(UserError, ValueError):
-    """A file of an older code base that cannot be imported. The message says why and what to do."""
+    """Raised if a file of an older code base cannot be imported. The message says why, and what to do."""
 
 
 class SavedConfig:
-    """Stand-in for a config object of an older code base. Its fields are in `__dict__`, as the file has them."""
+    """Stand-in for a config object of an older code base. The fields in the file are stored in `__dict__`."""
 
 
 class _Ignored:
@@ -55,7 +55,7 @@ class _NumberType(_Ignored):
         self.code = args[0] if args and args[0] in _NUMBER_CODES else ""
 
     def __setstate__(self, state: Any) -> None:
-        """Forget the code if the numbers are not little-endian."""
+        """Clear the code if the numbers are not little-endian."""
         if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|")):
             self.code = ""
 
@@ -116,17 +116,19 @@ def read_pickle(path: Path) -> Any:
         if name is None or name in stand_ins or name.rpartition(".")[2] not in CONFIG_CLASSES:
             _refuse(path, failure, name)
         stand_ins[name] = SavedConfig
-    raise OlderFileError(f"{path} contains more than {_MAX_NAMES} classes of configs, so it is not read.")
+    raise OlderFileError(
+        f"{path} contains more than {_MAX_NAMES} classes of configs, so it is not read. Save its config as a dict, and import that file."
+    )
 
 
 def as_table(value: Any) -> dict[str, Any]:
-    """Return a config as a table: the fields of a stand-in, or a dict itself. Empty for anything else."""
+    """Return a config as a dict: the fields of a stand-in, or the dict itself. Return an empty dict for anything else."""
     table = vars(value) if isinstance(value, SavedConfig) else value
     return {key: table[key] for key in table if isinstance(key, str)} if isinstance(table, Mapping) else {}
 
 
 def as_settings(value: Any) -> dict[str, bool | int | float | str]:
-    """Return the numbers and texts of a config by their names. A tensor of one number is a number; other values are left out."""
+    """Return the numbers and texts of a config, keyed by name. A tensor with one element counts as a number. Other values are left out."""
     table = {
         key: entry.item() if isinstance(entry, Tensor) and entry.numel() == 1 else entry
         for key, entry in as_table(value).items()
@@ -180,10 +182,12 @@ def _refuse(path: Path, error: Exception, name: str | None) -> NoReturn:
 
 
 def _require_plain_tensors(tree: Any, path: Path, size: int) -> None:
-    """Refuse tensors that are sparse, or larger than the file. A tensor can claim to repeat one number many times."""
+    """Refuse tensors that are sparse, or larger than the file, because a tensor in a file can claim to repeat one number many times."""
     for tensor in _tensors(tree):
         if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise OlderFileError(f"{path} contains a tensor that is not a plain array; save plain tensors.")
+            raise OlderFileError(
+                f"{path} contains a sparse, nested or quantized tensor; save the file again with dense tensors."
+            )
         if tensor.numel() * tensor.element_size() > size:
             raise OlderFileError(f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} is larger than the file.")
 

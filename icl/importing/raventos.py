@@ -2,11 +2,11 @@
 
 A run's folder has `config.json` and one `checkpoint_<step>` for each saved step. `checkpoint_<step>` is a file, or a folder that
 contains the file `checkpoint`. The file is in the msgpack format of Flax. It contains a table of `step`, `params` and `opt_state`,
-or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight, and the fused projection has all
+or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight. The fused projection contains first all
 queries, then all keys, then all values.
 
-The tasks are `jax.random.normal(fold_in(PRNGKey(task_seed), 0), (M, D, 1))`. JAX 0.5 changed this function, so they are drawn again only
-on request.
+The tasks are `jax.random.normal(fold_in(PRNGKey(task_seed), 0), (M, D, 1))`. JAX 0.5 changed this function, so the tasks are drawn again
+only if the user requests it.
 """
 
 from collections.abc import Mapping
@@ -68,14 +68,14 @@ def is_mine(tree: Any) -> bool:
 
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
-    """Return the number of updates, or None if the file does not say."""
+    """Return the number of updates, or None if the file does not contain it."""
     step = tree.get("step")
     step = step.item() if isinstance(step, np.ndarray) and step.size == 1 else step
     return step if is_count(step) else None
 
 
 def folder_facts(path: Path) -> dict[str, Any]:
-    """Return the settings in the `config.json` of the run's folder, by dotted key. Empty if there is none.
+    """Return the settings in the `config.json` of the run's folder, by dotted key. The dict is empty if there is no such file.
 
     Raises:
         OlderFileError: If `config.json` cannot be read, or scales inputs or tasks.
@@ -97,7 +97,9 @@ def folder_facts(path: Path) -> dict[str, Any]:
     }
     for key in ("task.data_scale", "task.task_scale"):
         if flat.get(key, 1) != 1:
-            raise OlderFileError(f"{file} has {key} = {flat[key]}, and `icl` has inputs and tasks of scale 1 only.")
+            raise OlderFileError(
+                f"{file} has {key} = {flat[key]}, so the run cannot be imported: `icl` supports only inputs and tasks of scale 1."
+            )
     found = {ours: flat[theirs] for theirs, ours in _KEYS.items() if theirs in flat}
     if found.get("task.num_tasks") == 0:
         found["task.num_tasks"] = "inf"
@@ -135,7 +137,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
-    """Return the weights by the names of `icl`.
+    """Return the weights, keyed by their names in `icl`.
 
     Raises:
         ContentError: If the weights do not fit the configuration.
@@ -176,7 +178,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
 
 
 def _params(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the table of the model's modules. It may be inside a table `params`, which may itself be inside another one."""
+    """Return the table of the model's modules. It may be inside one or two nested tables with the name `params`."""
     for _ in range(2):
         if isinstance(inner := tree.get("params"), Mapping):
             tree = inner

@@ -1,7 +1,7 @@
 """Import saved steps of an older code base as a run's folder, for `icl import`.
 
-The folder has `config.yaml`, `status.json`, `checkpoints/` and `imported.json`, which says where every setting comes from. If the
-training tasks are known, `checkpoints/tasks.safetensors` contains them. There is no `metrics.csv` and no `last.ckpt`.
+The folder contains `config.yaml`, `status.json` and `checkpoints/`. It also contains `imported.json`, which says where every setting comes
+from. If the training tasks are known, `checkpoints/tasks.safetensors` contains them. There is no `metrics.csv` and no `last.ckpt`.
 """
 
 import contextlib
@@ -64,15 +64,15 @@ def import_run(
         path: A file, or a folder of files.
         source: The code base: a key of `FORMATS`.
         out: The new run's folder.
-        options: Settings by dotted key that the files do not say.
+        options: Settings that the files do not contain, by dotted key.
         tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default, the tasks are those in the checkpoint, or
             those that the older code draws in every run.
-        step: The step of a single file that does not contain its step.
+        step: The step of a single file, if neither its name nor its content contains the step.
 
     Raises:
-        OlderFileError: If a file cannot be read safely, is of another code base, or does not fit the others.
+        OlderFileError: If a file cannot be read safely, comes from another code base, or belongs to another run than the other files.
         ConfigError: If a setting is missing or contradicts the files.
-        RunError: If the folder already has a run.
+        RunError: If the folder already contains a run.
         StorageError: If the folder cannot be written.
     """
     form, run = format_of(source), RunFolder(out)
@@ -109,10 +109,10 @@ def _require_new(run: RunFolder) -> None:
     """Refuse a folder with a run, or with checkpoints of an import that was killed.
 
     Raises:
-        RunError: If the folder has a run or checkpoints.
+        RunError: If the folder contains a run or checkpoints.
     """
     if run.config_file.exists() or run.status_file.exists():
-        raise RunError(f"There is a run at {run.path} already; choose another folder with --out.")
+        raise RunError(f"There is already a run at {run.path}; choose another folder with --out.")
     if run.checkpoints.root.exists():
         raise RunError(
             f"{run.checkpoints.root} exists already, perhaps from an import that was killed; remove it, or choose another folder with --out."
@@ -121,8 +121,8 @@ def _require_new(run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def _no_half_run(run: RunFolder) -> Iterator[None]:
-    """If the body of the `with` statement fails, remove the files that it wrote. A later import would mix its own steps with them."""
-    _require_new(run)  # again, because another import may have finished before we had the lock
+    """If the body of the `with` statement fails, remove the files that it wrote. Otherwise a later import would mix its steps with them."""
+    _require_new(run)  # checked again, because another import may have finished before we had the lock
     try:
         yield
     except BaseException:
@@ -137,10 +137,10 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
 
     Args:
         path: The file.
-        shape: Settings for use where the file does not contain them, such as the number of heads.
+        shape: Configuration for settings that the file does not contain, such as the number of heads.
 
     Raises:
-        OlderFileError: If the file cannot be read, or lacks a setting that the model needs and `shape` is None.
+        OlderFileError: If the file cannot be read, or if the model needs a setting that neither the file nor `shape` contains.
     """
     forms = [form for form in FORMATS.values() if form.read is read_pickle]
     tree = forms[0].read(path)
@@ -185,7 +185,7 @@ def _name(run: RunFolder) -> str | None:
 def _write_steps(
     numbered: Sequence[tuple[int, Path]], first: OlderStep, form: Format, config: RunConfig, run: RunFolder
 ) -> dict[str, str]:
-    """Write the checkpoint of every step. Return the SHA-256 of each file by its name."""
+    """Write the checkpoint of every step. Return the SHA-256 of each older file, keyed by file name."""
     written: dict[int, tuple[Path, str]] = {}
     digests: dict[str, str] = {}
     for number, file in with_progress(numbered, "importing", "file"):

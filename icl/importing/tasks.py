@@ -21,7 +21,7 @@ from icl.runs.tasks_file import MAX_TASKS_FILE
 
 WORDS = ("recompute", "unknown")
 _KEYS = ("tasks", "task_pool")
-"""Names under which a file may contain the table."""
+"""Names that the table may have in a file."""
 
 
 def choose_tasks(
@@ -37,7 +37,7 @@ def choose_tasks(
         is_seed_given: Whether the user gave the seed of the tasks.
 
     Returns:
-        The table, or None if the run has the Gaussian prior or the tasks stay unknown.
+        The table, or None if the run has the Gaussian prior or the tasks remain unknown; and the phrase.
 
     Raises:
         ConfigError: If the user has to choose, or the choice is impossible.
@@ -45,16 +45,18 @@ def choose_tasks(
     """
     if config.task.is_gaussian:
         if choice is not None:
-            raise ConfigError("`--tasks` has no meaning for M = inf, whose tasks are drawn from N(0, I); leave it out.")
+            raise ConfigError(
+                "`--tasks` has no effect if M = inf, because the tasks are drawn from N(0, I); leave it out."
+            )
         return None, "from N(0, I)"
     size = 4 * int(config.task.num_tasks) * config.task.task_size
     if choice != "unknown" and size > MAX_TASKS_FILE:
         raise ConfigError(
             f"The table of M = {int(config.task.num_tasks):,} tasks would have {size:,} bytes, and the limit is {MAX_TASKS_FILE:,}. "
-            "Write --tasks unknown to do without dMMSE."
+            "Write --tasks unknown to import the run without its tasks and without dMMSE."
         )
     if choice == "unknown":
-        return None, "unknown, so `pretrain` prompts and dMMSE are refused"
+        return None, "unknown, so `pretrain` prompts and dMMSE are not available"
     inside = next((tree[key] for key in _KEYS if isinstance(tree, Mapping) and key in tree), None)
     if choice is None and isinstance(inside, Tensor):
         return _fitting(inside, config, "The checkpoint's table of tasks"), "saved in the checkpoint"
@@ -66,17 +68,17 @@ def choose_tasks(
         if source.tasks_seed is not None and config.seeds.tasks != source.tasks_seed:
             raise ConfigError(f"{source.about} draws its tasks with seed {source.tasks_seed}; leave `seeds.tasks` out.")
         table = source.draw_tasks(tree, config)
-        return table, f"drawn again as by {source.about}, seed {config.seeds.tasks}"
+        return table, f"drawn again with seed {config.seeds.tasks}, as in {source.about}"
     if choice is None:
         raise ConfigError(
             f"The files do not contain the run's {int(config.task.num_tasks):,} training tasks. Give the table with --tasks FILE, "
-            "or draw it again with --tasks recompute --seeds.tasks N, or write --tasks unknown to do without dMMSE."
+            "or draw it again with --tasks recompute --seeds.tasks N, or write --tasks unknown to import the run without dMMSE."
         )
     return _fitting(_read_table(Path(choice)), config, choice), f"from {choice}"
 
 
 def _read_table(path: Path) -> Any:
-    """Return the table in a file .npy, .pt or .safetensors."""
+    """Return the table in a .npy, .pt or .safetensors file."""
     try:
         if path.suffix == ".npy":
             return _read_numpy(path)
@@ -86,7 +88,7 @@ def _read_table(path: Path) -> Any:
             tree = read_pickle(path)
         else:
             raise ConfigError(
-                f"`--tasks` must be recompute, unknown, or a file .npy, .pt or .safetensors, got {str(path)!r}."
+                f"`--tasks` must be recompute, unknown, or a .npy, .pt or .safetensors file, got {str(path)!r}."
             )
     except OSError as error:
         raise OlderFileError(f"The tasks {path} cannot be read: {error.strerror or error}.") from None
@@ -97,13 +99,15 @@ def _read_table(path: Path) -> Any:
     if isinstance(tree, Mapping):
         named = [tree[key] for key in _KEYS if key in tree] or list(tree.values())
         if len(named) != 1:
-            raise OlderFileError(f"{path} must contain one table, or call it `tasks`; it contains {len(named):,}.")
+            raise OlderFileError(
+                f"{path} must contain one table, or a table with the name `tasks`; it contains {len(named):,} tables."
+            )
         return named[0]
     return tree
 
 
 def _read_numpy(path: Path) -> Tensor:
-    """Return the array in a file .npy."""
+    """Return the array in a .npy file."""
     data = read_bytes(path, limit=2 * MAX_TASKS_FILE)
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
@@ -115,7 +119,7 @@ def _read_numpy(path: Path) -> Tensor:
 
 
 def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
-    """Return the first M rows of a table (M, D) or (M, D, 1) in float32."""
+    """Return the first M rows of a table in float32, as (M, D). The table may also have the shape (M, D, 1)."""
     count, size = int(config.task.num_tasks), config.task.task_size
     if not isinstance(table, Tensor) or not table.is_floating_point():
         raise OlderFileError(f"{name} must be a table of {count:,} tasks with D = {size} real numbers each.")

@@ -1,8 +1,8 @@
-"""Draw the same normal random numbers as JAX before version 0.5 does by default. This needs only NumPy.
+"""Draw the same normal random numbers as JAX before version 0.5 with its default generator. This needs only NumPy.
 
-JAX's generator is Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). A key is a pair
-of 32-bit words. To draw n words, the generator encrypts the pairs of counters (i, i + n/2) for i < n/2. The two words of an encrypted
-pair are word i and word i + n/2.
+JAX's default generator is Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). A key is a
+pair of 32-bit words. To draw n words, the generator encrypts the pairs of counters (i, i + n/2) for i < n/2. The two words of an
+encrypted pair are word i and word i + n/2 of the result.
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
-# Coefficients for single precision, for w below 5 and for larger w. Source: Giles (2010), "Approximating the erfinv function".
+# Coefficients of erfinv in single precision, for w below 5 and for larger w (Giles 2010, "Approximating the erfinv function").
 _CENTRE: tuple[float, ...] = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087)
 _CENTRE += (-0.00125372503, -0.00417768164, 0.246640727, 1.50140941)
 _TAIL: tuple[float, ...] = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773)
@@ -21,7 +21,7 @@ _TAIL += (-0.0076224613, 0.00943887047, 1.00167406, 2.83297682)
 
 def key_of(seed: int) -> UInt32[np.ndarray, "2"]:
     """Return the key of a seed, as `jax.random.PRNGKey` does."""
-    return np.array([0, seed & 0xFFFFFFFF], dtype=np.uint32)  # without 64-bit types, JAX uses the low word only
+    return np.array([0, seed & 0xFFFFFFFF], dtype=np.uint32)  # without 64-bit types, JAX uses only the low word
 
 
 def fold_in(key: UInt32[np.ndarray, "2"], number: int) -> UInt32[np.ndarray, "2"]:

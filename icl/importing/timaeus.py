@@ -2,11 +2,11 @@
 
 A file contains a dict of `model`, `optimizer`, `scheduler` and, in later versions, `rng_state` and `metadata`, or only the state dict.
 The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts steps from 0 and
-saves after the update, so file t is the state after t + 1 updates. We keep the number t, because the published data use it.
+saves after the update, so file t contains the state after t + 1 updates. We keep the number t, because the published data use it.
 
-The code adds each block's input twice (`model.double_residual`). The projection to queries, keys and values has q, k and v of head
-1, then of head 2, as in `icl`. A file does not say the number of heads, the noise or the tasks. The tasks are drawn on the CPU with
-`torch.normal`, after the global generator is seeded with `pretrain_seed`.
+The code adds each block's input twice (`model.double_residual`). The projection to queries, keys and values contains q, k and v of
+head 1, then of head 2, and so on, as in `icl`. A file does not contain the number of heads, the noise or the tasks. The tasks are drawn on
+the CPU with `torch.normal`, after the global generator is seeded with `pretrain_seed`.
 """
 
 import re
@@ -26,7 +26,7 @@ from icl.model.stacked import Params
 PRESET = "L2H4"
 _ROOT = "token_sequence_transformer."
 _RUN = re.compile(r"M-(inf|\d{1,10})-seed-(\d{1,18}|None)-task-.*")
-"""Name of a run's folder. It begins with the number of tasks and the seed of the initial weights."""
+"""Pattern of the name of a run's folder, which begins with the number of tasks and the seed of the initial weights."""
 
 
 def is_mine(tree: Any) -> bool:
@@ -35,7 +35,7 @@ def is_mine(tree: Any) -> bool:
 
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
-    """Return None: the step is the file's name."""
+    """Return None, because the step is in the file's name, not in its content."""
     return None
 
 
@@ -75,7 +75,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
-    """Return the weights by the names of `icl`.
+    """Return the weights, keyed by their names in `icl`.
 
     Raises:
         ContentError: If the weights do not fit the configuration.
@@ -125,7 +125,7 @@ def _state(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def _own(tree: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the tensors of a file by name. The prefix of the transformer's own tensors is removed."""
+    """Return the tensors of a file, keyed by name. The prefix of the transformer's tensors is removed from the names."""
     state = _state(tree)
     if not any(_is_own(name) for name in state if isinstance(name, str)):
         raise ContentError(f"it contains no {_ROOT}token_embedding.weight")
@@ -151,7 +151,7 @@ def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warmup_steps(scheduler: Mapping[str, Any]) -> int | None:
-    """Return the number of steps before OneCycleLR's peak, or None if the schedule is not a triangle (by default it is a cosine)."""
+    """Return the number of steps before OneCycleLR's peak, or None if the schedule is not a triangle (OneCycleLR's default is a cosine)."""
     phases = scheduler.get("_schedule_phases")
     if scheduler.get("_anneal_func_type", "linear") != "linear" or not isinstance(phases, list) or len(phases) != 2:
         return None

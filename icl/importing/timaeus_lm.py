@@ -1,12 +1,14 @@
 """Files of the language models of Hoogland et al. (2024) and their successors (Timaeus, on the Hugging Face Hub), in two formats.
 
 - Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict of `model_state_dict` and `optimizer_state_dict`.
-  There is no file of settings. The code saves after the update, so file 0 has one update; we keep the number in the name.
+  There is no file of settings. The code saves after the update, so file 0 contains the state after one update. We keep the number in the
+  file's name.
 - Format B (`timaeus/H8-dh64`): `model.safetensors`, with `config.json` and `model.yaml` beside it, and perhaps a folder `checkpoints`.
 
-Names are TransformerLens's, which are ours. Buffers (`attn.mask`, `attn.IGNORE`) are left out. Weights say all sizes. What they do not say
-comes from the settings beside them: the positions, and the activation of MLPs. `model.yaml` begins with a Python object, so both files are
-read as text, and nothing in them is ever executed. Without such files positions are `shortformer`, as in all published models of format A.
+The weights have TransformerLens's names, which `icl` also uses. Buffers (`attn.mask`, `attn.IGNORE`) are left out. All sizes are those of
+the weights. The kind of positions and the activation of MLPs are read from `config.json` or `model.yaml`. `model.yaml` begins with a
+Python object, so both files are read as text, and nothing in them is ever executed. Without such files, positions are `shortformer`, as in
+all published models of format A.
 """
 
 import re
@@ -31,10 +33,10 @@ from icl.model.stacked import Params
 NAME = "timaeus-lm"
 PRESET = "L2W256"
 PATTERNS = ("checkpoints/checkpoint_*.pth", "checkpoint_*.pth", "checkpoints/*.safetensors", "model.safetensors")
-"""Places of files, in the order in which they are looked for; the first that has any counts."""
+"""Patterns of the paths of files. Only files of the first pattern that matches any file are used."""
 _SETTINGS = ("config.json", "model.yaml")
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-"""TransformerLens's names of activations, and ours."""
+"""TransformerLens's names of activations, each with its name in `icl`."""
 _STATE = ("model_state_dict", "state_dict", "model")
 
 
@@ -42,7 +44,7 @@ def read(path: Path) -> Any:
     """Return the content of a file, without unpickling it.
 
     Raises:
-        OlderFileError: If it cannot be read.
+        OlderFileError: If the file cannot be read.
     """
     if path.suffix != ".safetensors":
         return read_pickle(path)
@@ -55,12 +57,12 @@ def read(path: Path) -> Any:
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether a file's content is of this code base."""
+    """Return whether the content of a file comes from this code base."""
     return isinstance(tree, Mapping) and "embed.W_E" in _state(tree)
 
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
-    """Return None: the step is the file's name."""
+    """Return None, because the step is in the file's name, not in its content."""
     return None
 
 
@@ -68,7 +70,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the weights determine, by dotted key.
 
     Raises:
-        ContentError: If it is not a model of this code base.
+        ContentError: If the file contains no model of this code base.
     """
     weights = Weights(_state(tree))
     vocab_size, embed_size = weights.shape("embed.W_E", 2)
@@ -90,10 +92,10 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_facts(path: Path) -> dict[str, Any]:
-    """Return the settings that `config.json` or `model.yaml` say, beside the file or in the folder above it.
+    """Return the settings in `config.json` or `model.yaml`, which are searched beside the file and in the folder above.
 
     Raises:
-        OlderFileError: If the model is of a kind that we do not have.
+        OlderFileError: If `icl` has no model of this kind.
     """
     found: dict[str, Any] = {}
     for file in (folder / name for folder in (path.parent, path.parent.parent) for name in _SETTINGS):
@@ -106,8 +108,8 @@ def folder_facts(path: Path) -> dict[str, Any]:
         )
         if positions not in (None, "standard", "shortformer") or norm not in (None, "LN"):
             raise OlderFileError(
-                f"{file} describes a model that is not read: positional_embedding_type {positions}, normalization_type {norm}; positions "
-                "must be standard or shortformer, and the normalization LN."
+                f"{file} describes a model that cannot be imported: positional_embedding_type {positions}, normalization_type {norm}. Only "
+                "the positions standard and shortformer, and the normalization LN, are supported."
             )
         found |= {} if positions is None else {"model.positions": positions}
         found |= {"model.activation": _ACTIVATIONS[activation]} if activation in _ACTIVATIONS else {}
@@ -118,7 +120,7 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
     """Return the weights, without buffers.
 
     Raises:
-        ContentError: If they do not fit the configuration.
+        ContentError: If the weights do not fit the configuration.
     """
     weights, size = Weights(_state(tree)), config.language.context_size
     for layer in range(config.model.num_layers):
@@ -130,7 +132,7 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
 
 
 def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D"]:
-    """Refuse: a language run has no tasks.
+    """Refuse to draw tasks, because a language run has no tasks.
 
     Raises:
         ConfigError: Always.
@@ -139,10 +141,10 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
 
 
 def fetch(address: str) -> Path:
-    """Return the local copy of a repository of the Hugging Face Hub, which is fetched if it is not in the Hub's cache.
+    """Return the local copy of a repository of the Hugging Face Hub. The repository is fetched if it is not in the Hub's local cache.
 
     Args:
-        address: Such as hf://georgeyw/L2W256-3m-rr.
+        address: Address of the repository, such as hf://georgeyw/L2W256-3m-rr.
 
     Raises:
         ConfigError: If `huggingface_hub` is not installed.

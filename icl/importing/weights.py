@@ -16,15 +16,15 @@ _MAX_LAYERS = 1000
 
 
 class Weights:
-    """The tensors of an older model by name. Each is taken once, with the shape that it must have. At the end, none may be left."""
+    """The tensors of an older model, keyed by name. Each tensor is taken once, with its expected shape. At the end, none may be left."""
 
     def __init__(self, tensors: Mapping[Any, Any]) -> None:
         self._left: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise ContentError("its state dict must contain tensors by name only")
+                raise ContentError("its state dict must contain only tensors, keyed by name")
             if (plain := _without_wrappers(name)) in self._left:
-                raise ContentError(f"it contains {plain} twice")
+                raise ContentError(f"it contains the tensor {plain} twice")
             self._left[plain] = tensor
 
     def __contains__(self, name: str) -> bool:
@@ -37,33 +37,37 @@ class Weights:
             ContentError: If the tensor is missing or has another number of axes.
         """
         if name not in self._left:
-            raise ContentError(f"it contains no {name}")
+            raise ContentError(f"it contains no tensor {name}")
         shape = tuple(self._left[name].shape)
         if len(shape) != num_axes or 0 in shape:
-            raise ContentError(f"{name} has shape {shape}, but must have {num_axes} axes")
+            raise ContentError(
+                f"its tensor {name} has shape {shape}, but must have {num_axes} axes and no axis of size 0"
+            )
         return shape
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """Return a tensor and remove it. It must have this shape.
+        """Return a tensor and remove it from this object. The tensor must have this shape.
 
         Raises:
-            ContentError: If the tensor is missing, has another shape, or is not of real numbers.
+            ContentError: If the tensor is missing, has another shape, or does not consist of floating-point numbers.
         """
         if self.shape(name, len(shape)) != shape:
-            raise ContentError(f"{name} has shape {tuple(self._left[name].shape)}, but its other tensors imply {shape}")
+            raise ContentError(
+                f"its tensor {name} has shape {tuple(self._left[name].shape)}, but its other tensors imply the shape {shape}"
+            )
         tensor = self._left.pop(name)
         if not tensor.is_floating_point():
-            raise ContentError(f"{name} has numbers of type {tensor.dtype}, but must have real numbers")
+            raise ContentError(f"its tensor {name} has the type {tensor.dtype}, but must have a floating-point type")
         is_kept = tensor.dtype in (torch.float32, torch.float64)
         return tensor.detach().to(tensor.dtype if is_kept else torch.float32).contiguous()
 
     def drop(self, name: str, *shape: int) -> None:
-        """Remove a tensor that is not a parameter, such as a mask. It may be missing."""
+        """Remove a tensor that is not a parameter, such as a mask. The tensor may be missing."""
         if name in self._left and self.shape(name, len(shape)) == shape:
             del self._left[name]
 
     def num_layers(self, pattern: str) -> int:
-        """Return the number of blocks: the smallest n from 0 for which there is no tensor `pattern.format(n)`."""
+        """Return the number of blocks: the smallest n >= 0 for which there is no tensor `pattern.format(n)`."""
         count = 0
         while count <= _MAX_LAYERS and pattern.format(count) in self._left:
             count += 1
@@ -77,20 +81,21 @@ class Weights:
         """
         if self._left:
             names = sorted(self._left)
-            raise ContentError(f"it contains {names[0]}, which its architecture does not have")
+            raise ContentError(f"it contains the tensor {names[0]}, which the architecture of this model does not have")
 
 
 def by_head(fused: Float[Tensor, "..."], num_heads: int) -> Float[Tensor, "..."]:
     """Return the weight (3C, C) or bias (3C,) of fused queries, keys and values in the order of `icl`.
 
-    PyTorch's and GPT-2's order is all queries, all keys, all values. Ours is q, k and v of head 1, then those of head 2, and so on.
+    In PyTorch and GPT-2, all queries come first, then all keys, then all values. In `icl`, q, k and v of head 1 come first, then q, k and
+    v of head 2, and so on.
     """
     parts = fused.unflatten(0, (3, num_heads, -1))  # 3 H c ...
     return parts.transpose(0, 1).flatten(0, 2).contiguous()
 
 
 def same_type(params: Params) -> Params:
-    """Return the parameters in one type: float64 if one of them has it, else float32. A checkpoint has one type."""
+    """Return the parameters in one type, as a checkpoint requires: float64 if one parameter has this type, else float32."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in params.values()) else torch.float32
     return {name: tensor.to(dtype) for name, tensor in params.items()}
 

@@ -1,1 +1,1 @@
-"""One run on disk: its folder, checkpoints and measurements, who may write them, and their copy in a store."""
+"""A run on disk: its folder, checkpoints and measurements, the lock of the folder, and the run's copy in a store."""

@@ -1,7 +1,7 @@
 """The model card of a repository on the Hugging Face Hub: `README.md`, with a section for each run.
 
-A section is made from the run's settings, its table of losses and its figure of the training. It begins and ends with a mark, which is
-an HTML comment. Text outside of the marks belongs to the user and stays as it is.
+A section is made from the run's settings, its table of losses, and its figure of training or of the evaluation. The section begins and
+ends with an HTML comment. Text outside these comments belongs to the user and is not changed.
 """
 
 import csv
@@ -34,7 +34,7 @@ def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
     """Return the card with the section of a run. A new section replaces the run's old section, or is added at the end.
 
     Args:
-        old: The present card. Empty if there is none.
+        old: The present card; empty if there is no card yet.
         run: The run's folder.
         name: The run's folder in the store.
         store: The store's address.
@@ -45,7 +45,7 @@ def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
     begin, end = f"<!-- icl run {name} -->", f"<!-- end of icl run {name} -->"
     section = f"{begin}\n{_section(run, name, store)}\n{end}"
     card = old if old.strip() else _HEAD
-    # If the end of a section is missing, its beginning stays as it is, because text of the user may follow.
+    # If the comment that ends a section is missing, the section is not replaced, because text of the user may follow its beginning.
     pattern = re.compile(f"{re.escape(begin)}(?:(?!{re.escape(begin)}).)*?{re.escape(end)}", re.DOTALL)
     if pattern.search(card):
         return pattern.sub(lambda match: section, card, count=1)
@@ -93,7 +93,7 @@ def _settings(config: RunConfig) -> str:
 
 
 def _losses(run: RunFolder) -> str:
-    """Return `results/losses.csv` as a table of Markdown. If the file cannot be read, the text is empty."""
+    """Return `results/losses.csv` as a Markdown table, or an empty text if the file cannot be read."""
     try:
         text = read_bytes(run.results / "losses.csv").decode("utf-8")
         rows = list(csv.reader(io.StringIO(text)))
@@ -107,7 +107,7 @@ def _losses(run: RunFolder) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a cell's text: a number with four digits, or text without characters that Markdown reads."""
+    """Return the text of a cell: a number with four significant digits, or text without characters that have a meaning in Markdown."""
     try:
         return f"{float(text):.4g}"
     except ValueError:

@@ -1,15 +1,15 @@
 """Checkpoints for analysis: the weights of one step as safetensors, with the step and the whole configuration.
 
-Checkpoints are small, load fast, and are safe to load from strangers, because nothing is unpickled. A file begins with eight
-bytes that give the length of a JSON header. The header lists each tensor with its type, shape and position.
+Checkpoints are small and load fast. Because nothing is unpickled, it is safe to load a checkpoint from an unknown source. A file
+begins with eight bytes that give the length of a JSON header. The header lists each tensor with its type, shape and position.
 
-A stranger's file can claim anything in its header. So before any tensor is made, we compare the header with the file's size, and
-the shapes with those that the saved configuration implies. Thus a bad file is refused quickly and with little memory. Each file
-also has a digest of its weights, and a digest of its step and configuration. A file that was cut short, altered or made by
-another program does not match these digests and is refused.
+The header of a file from an unknown source can contain anything. So before any tensor is made, we compare the header with the file's
+size, and the shapes of the tensors with the shapes that the saved configuration implies. Thus a bad file is refused quickly and with
+little memory. Each file also contains a digest of its weights, and a digest of its step and configuration. A file that was cut short,
+altered or made by another program does not match these digests and is refused.
 
-With `checkpoints.moments`, Adam's moments are saved in the subfolder `moments/`, in a file of the same name and format. So loading
-weights does not read the moments. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
+If `checkpoints.moments` is true, Adam's moments are saved in the subfolder `moments/`, in a file with the same name and format. So
+loading weights does not read the moments. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ from icl.runs.tasks_file import remember_tasks
 from icl.store.base import LocalStore, Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's running means of the gradient and of its square, as torch calls them."""
+"""Torch's names of Adam's moments: the running means of the gradient and of its square."""
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-"""Types of numbers that a checkpoint may contain: their names in safetensors, and in NumPy."""
+"""Types of numbers that a checkpoint may contain: the name of each type in safetensors, and in NumPy."""
 _MAX_HEADER = 2**23
 """Largest size of a header in bytes. Headers that `icl` writes have a few thousand bytes."""
 _MAX_TENSORS = 10_000
-"""Largest number of tensors in a file. A model of 800 layers has about this number."""
+"""Largest number of tensors in a file. A model of 800 layers has about this number of tensors."""
 _FORMAT = "icl-checkpoint-1"
 _ENTRY = "icl"
 _SEAL = "about_digest"
@@ -52,7 +52,7 @@ _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 
 
 class CheckpointError(UserError, ValueError):
-    """A file that is not a usable checkpoint. The message says what was expected."""
+    """Raised if a file is not a usable checkpoint. The message says what is wrong, or what was expected."""
 
 
 class Checkpoint(NamedTuple):
@@ -62,13 +62,13 @@ class Checkpoint(NamedTuple):
     """Number of optimizer updates before the checkpoint. The initial model has step 0."""
     config: RunConfig
     params: Params
-    """Weights by parameter name, on the CPU."""
+    """Weights on the CPU, keyed by parameter name."""
     digest: str
     """A hash of the weights. Equal weights have equal hashes."""
 
 
 class _CutShortError(ContentError):
-    """A file whose header is complete, but whose size differs from the one that the header describes."""
+    """Raised if the header of a file is complete, but the file's size differs from the size that the header describes."""
 
 
 class _TensorEntry(NamedTuple):
@@ -206,7 +206,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 def _read_about(file: io.BufferedIOBase, name: str) -> Checkpoint:
-    """Return a checkpoint without its weights. Check from the header alone that the file has the tensors that its configuration implies."""
+    """Return a checkpoint without its weights. Check in the header that the file has the tensors that its configuration implies."""
     try:
         tensors, texts = _read_header(file)
         metadata = parse_json(texts.get(_ENTRY, "null"))
@@ -250,7 +250,7 @@ def _damaged(name: str, error: Exception) -> CheckpointError:
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of weights by name: equal for equal weights."""
+    """Return a hash of named weights. Equal weights have equal hashes."""
     hasher = hashlib.blake2b(digest_size=8)
     for key in sorted(tensors):
         hasher.update(key.encode())
@@ -268,7 +268,7 @@ def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict
     """Return the entries of the tensors and the metadata from the header of an open file, or of bytes in memory.
 
     Raises:
-        ContentError: If there is no header, or it does not match the file's size.
+        ContentError: If there is no header, or the header does not match the file's size.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -289,14 +289,14 @@ def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict
 
 
 def _require_shapes(tensors: Mapping[str, _TensorEntry], config: RunConfig) -> None:
-    """Refuse a file whose tensors are neither all parameters of the configured model, nor the moments of all its parameters.
+    """Check that a file's tensors are all parameters of the configured model, or the moments of all its parameters.
 
     Raises:
-        ContentError: If the tensors differ from these. The message names the first difference.
+        ContentError: If they are not. The message names the first difference.
     """
     expected = shapes_of(config)
     kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in tensors) else [""]
-    count = len(kinds) * expected.num_tensors  # compared first: a configuration can claim millions of layers
+    count = len(kinds) * expected.num_tensors  # compared first, because a configuration can claim millions of layers
     if len(tensors) != count:
         raise ContentError(f"it contains {len(tensors):,} tensors, but its configuration describes {count:,}")
     for name, shape in expected.by_name().items():
@@ -311,7 +311,7 @@ def _require_shapes(tensors: Mapping[str, _TensorEntry], config: RunConfig) -> N
 
 
 def _entry(about: Any, before: int) -> _TensorEntry:
-    """Parse the header's entry for one tensor. Its offsets count from the end of the header, which is at byte `before`."""
+    """Parse the header's entry for one tensor. Offsets in the entry count from the end of the header, which is at byte `before`."""
     try:
         dtype, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
     except (LookupError, TypeError, ValueError):

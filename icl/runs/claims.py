@@ -2,8 +2,9 @@
 
 The file `run-id` contains a run's id and settings. The id is drawn at random once, in the folder where the run begins. A copy belongs
 to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same. A new folder has
-no id yet. If its settings are the same, the new folder takes over the copy and its id: it is the same run, resumed on another
-machine. Since `run-id` has the settings, this also works if the first machine was lost before `config.yaml` arrived in the store.
+no id yet. If a new folder has the settings of the copy, it takes over the copy and the copy's id. This happens when the same run is
+resumed on another machine. Since `run-id` contains the settings, this also works if the first machine was lost before `config.yaml`
+arrived in the store.
 
 A `run-id` is never replaced. So if two machines claim a copy at the same moment, they agree on the id and compute the same run.
 """
@@ -21,7 +22,7 @@ from icl.store.opening import open_store
 
 
 def claim(here: Store, there: Store, config: RunConfig) -> None:
-    """Claim a run's copy in a store, unless the copy belongs to the run already.
+    """Claim a run's copy in a store. Do nothing if the copy already belongs to the run.
 
     Args:
         here: The run's folder.
@@ -39,7 +40,7 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
-        # If there is no config.yaml, the store has only the id: the owner's machine has just started, or was lost.
+        # Without config.yaml, the store has only the id, because the owner's machine has just started, or was lost.
         is_begun = read_or_none(there, "config.yaml") is None
         if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))
@@ -48,13 +49,13 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
 
 
 def _new_id(config: RunConfig) -> bytes:
-    """Return the content of `run-id` for a new run: a line with a random word, and the settings below it."""
+    """Return the content of `run-id` for a new run: a line with a random id, and the settings below it."""
     settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
     return f"{secrets.token_hex(8)}\n{settings}".encode()
 
 
 def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
-    """Return whether the owner of a copy has these settings. If version 0.1.0 wrote the copy, only its checkpoints have them."""
+    """Return whether the owner of a copy has these settings. In a copy that version 0.1.0 wrote, only checkpoints contain settings."""
     settings = owner.partition(b"\n")[2]
     checkpoints = open_store(f"{there}/checkpoints")
     try:

@@ -13,11 +13,11 @@ from icl.runs.resume_file import NAMES, read_resume
 from icl.runs.status import Status
 
 _MAX_STEPS = 8
-"""Largest number of steps that a message lists. The message says how many other steps there are."""
+"""Largest number of steps that a message lists by number. If there are more, the message gives only the number of the others."""
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps that must have a checkpoint. An imported run has the steps that its older code saved, so none is required.
+    """Return the steps that must have a checkpoint. For an imported run there are none, because the older code chose which steps it saved.
 
     Args:
         config: The run's settings.
@@ -41,7 +41,7 @@ def expected_steps(config: RunConfig, step: int, status: Status | None = None) -
 def missing_steps(run: RunFolder, config: RunConfig, step: int, status: Status | None = None) -> list[int]:
     """Return the steps whose checkpoint is missing in the run's folder.
 
-    If the run saves Adam's moments, a step whose moments are missing is included.
+    If the run saves Adam's moments, steps whose moments are missing are included.
     """
     there = set(list_steps(run.checkpoints))
     if config.checkpoints.moments:

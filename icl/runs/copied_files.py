@@ -16,7 +16,7 @@ from icl.store.base import LocalStore, Store, require_key
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
 """The folder of the weights, and the folder of Adam's moments, which exists if the run saves them."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the other files. They are copied after the other files, and `status.json` after `last.ckpt`."""
+"""Files that describe the other files. They are copied after all other files except `config.yaml`, in this order."""
 LAST = (*VOUCHERS, "config.yaml")
 """Files that are copied one by one, in this order, after all other files have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)
@@ -27,7 +27,7 @@ _FOLDERS = ("checkpoints", "results", "figures")
 
 
 def copied_names(store: Store) -> list[str]:
-    """Return the names of the files to copy from a run's folder, or from its copy in a store. Those in `LAST` come last.
+    """Return the names of the files to copy from a run's folder, or from its copy in a store. The files in `LAST` come last.
 
     Raises:
         StorageError: If a file's name could lead out of the run's folder, or the store cannot be used.
@@ -48,7 +48,7 @@ def is_checkpoint(name: str) -> bool:
 def size_limit(name: str) -> int | None:
     """Return the maximum number of bytes to read from a run's file, or None for weights, arrays and images.
 
-    Without a limit, a large `status.json` in a stranger's folder or bucket could fill the memory.
+    Without a limit, a large `status.json` in a folder or bucket from an unknown source could fill the memory.
     """
     if name in _SMALL_FILES:
         return MAX_SMALL_FILE

@@ -1,8 +1,7 @@
 """Deliver a run's files to its store: record which files have arrived, and upload files that were made after training.
 
-The note `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to have
-arrived. So `icl` sends each result and figure only once. If a run has ended and has a complete copy, `icl` does not need the store
-at all.
+The file `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to have
+arrived. So `icl` sends each result and figure only once. If a run has ended and has a complete copy, `icl` does not access the store.
 """
 
 import json
@@ -25,15 +24,15 @@ _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")
 _MAX_NAMES = 8
 _MAX_NOTE = 2**26
-"""Largest size of the note in bytes. A note has about a hundred bytes for each file of the run."""
+"""Largest size in bytes of the file `.delivered`. It needs about a hundred bytes for each file of the run."""
 
 
 class UploadError(StorageError):
-    """Files that did not reach the store. The message names them and the command that sends them."""
+    """Raised if files did not reach the store. The message names the files, and the command that sends them."""
 
 
 def is_delivered(run: RunFolder, config: RunConfig) -> bool:
-    """Return whether a run has ended and its copy is complete. Only `status.json` is compared, because it is sent last."""
+    """Return whether a run has ended and its copy is complete. Only `status.json` is compared, because this file is sent last."""
     status = run.read_status()
     arrived = _read_note(run, config)
     is_done = status is not None and status.is_done
@@ -41,7 +40,7 @@ def is_delivered(run: RunFolder, config: RunConfig) -> bool:
 
 
 def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
-    """Record in the note that the run's store has the current content of these files."""
+    """Record in `.delivered` that the run's store has the current content of these files."""
     arrived = _read_note(run, config) | {name: run.store.digest(name) for name in names}
     note = {"place": _place(config), "files": arrived}
     write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
@@ -95,7 +94,7 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
 
 
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
-    """Return the noted digests of the files in the run's store, or an empty dict if the note is about another store."""
+    """Return the recorded digests of the files in the run's store, or an empty dict if `.delivered` is about another store."""
     try:
         note = parse_json(read_bytes(run.path / _NOTE, limit=_MAX_NOTE))
         return dict(note["files"]) if note["place"] == _place(config) else {}
@@ -104,7 +103,7 @@ def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
 
 
 def _place(config: RunConfig) -> str:
-    """Return the addresses of the run's copy and of its server. Credentials are removed, because the note saves the addresses."""
+    """Return the addresses of the run's copy and of the server. Credentials are removed, because the addresses are saved in a file."""
     url = store_url(config) or ""
     root = url.rstrip("/") if "://" in url else str(user_path(url).resolve())
     names = ("HF_ENDPOINT",) if url.lower().startswith("hf://") else ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")

@@ -39,7 +39,7 @@ _MARK = " environment "
 
 
 def describe_environment() -> dict[str, str]:
-    """Return the versions, the machine and the command of this process, by name."""
+    """Return a dict with the versions, the machine and the command of this process."""
     program, *words = sys.argv or [""]
     return {
         "command": redact(shlex.join([Path(program).name, *words])),
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def environment_line(more: dict[str, str] | None = None) -> str:
-    """Return a line for `run.log` with this process's environment and the entries of `more`. `environments_of` reads such lines."""
+    """Return a line for `run.log` with this process's environment and the entries of `more`. Use `environments_of` to read such lines."""
     return f"{_MARK.strip()} {json.dumps(describe_environment() | (more or {}))}"
 
 

@@ -32,11 +32,11 @@ _OWN_NAMES = frozenset(
         *("checkpoints", "results", "figures", "tensorboard"),
     )
 )
-"""Files and folders that `icl` reads or writes in a run's folder. The folder `wandb` is W&B's own, and contains symbolic links."""
+"""Files and folders that `icl` reads or writes in a run's folder. The folder `wandb` is not included, because W&B makes symbolic links in it."""
 
 
 class RunError(UserError, RuntimeError):
-    """A run that cannot continue. The message says why and what to do."""
+    """Raised if a run cannot continue. The message says why, and what to do."""
 
 
 def fails_again(run: "RunFolder", status: Status) -> bool:
@@ -60,13 +60,13 @@ def local_root() -> Path:
 
 
 def place_of(word: str | Path) -> Path:
-    """Return the path that a user's word stands for: an existing path, or else the run of that name below `local_root()`."""
+    """Return the path that a user means by a word: an existing path, or else the run of that name below `local_root()`."""
     path, named = Path(word), local_root() / name_of(word)
     return named if named.exists() and not path.exists() else path
 
 
 def require_place(word: str | Path) -> Path:
-    """Return the path that a user's word stands for, as `place_of` does. The path must exist.
+    """Return the path that a user means by a word, as `place_of` does. The path must exist.
 
     Raises:
         RunError: If there is neither such a path nor such a run. The message names both.
@@ -113,7 +113,7 @@ class RunFolder:
         """Return the configuration with which the run was started.
 
         Raises:
-            ConfigError: If the folder has no configuration, or it cannot be read.
+            ConfigError: If the folder has no configuration, or the configuration cannot be read.
             TasksError: If the table of tasks of an imported run is damaged.
         """
         try:
@@ -126,11 +126,11 @@ class RunFolder:
         return config
 
     def write_status(self, status: Status) -> None:
-        """Replace `status.json`. The new file also has the current time."""
+        """Replace `status.json`. The new file also contains the current time."""
         write_atomically(self.status_file, status_text(status), durable=False)
 
     def overwrite_status(self, status: Status) -> None:
-        """Write into the existing `status.json`. Use this on a full disk, which has no room for a second file.
+        """Overwrite the existing `status.json` in place. Use this method on a full disk, which has no room for a second file.
 
         Raises:
             OSError: If the file cannot be written.
@@ -149,7 +149,7 @@ class RunFolder:
     def require_own_files(self) -> None:
         """Refuse a folder in which one of the files or folders that `icl` uses is a symbolic link out of the folder.
 
-        Otherwise a stranger who made the folder could choose where `icl` writes.
+        Otherwise, somebody else who made the folder could choose where `icl` writes.
 
         Raises:
             StorageError: If there is such a link, or a pipe or device in place of a file. The message names it.
@@ -212,7 +212,7 @@ class RunFolder:
 
 
 def run_of(path: str | Path) -> RunFolder:
-    """Return the run to which a folder belongs. The folder is a run's folder, or the `checkpoints` in it."""
+    """Return the run to which a folder belongs. The folder must be a run's folder, or the folder `checkpoints` in it."""
     path = Path(path)
     return RunFolder(path.parent if path.name == "checkpoints" else path)
 
@@ -250,7 +250,7 @@ def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) ->
     if changed:
         raise ConfigError(
             f"The run {run.path if isinstance(run, RunFolder) else run} was begun with other settings: {'; '.join(changed)}. "
-            "Use the old settings to resume this run, or give the new run its own --run_name."
+            "Use the old settings to resume this run, or give the new run another --run_name."
         )
 
 
@@ -279,7 +279,7 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
 def require_own_place(run: RunFolder) -> None:
     """Refuse to begin a run inside another run's folder, or in a folder that contains other runs.
 
-    Otherwise, listings and copies would mix up the files of these runs.
+    Otherwise, listings and copies would confuse the files of these runs.
 
     Raises:
         RunError: If there is such a run. The message names the run.

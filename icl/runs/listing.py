@@ -23,7 +23,7 @@ def run_folders(root: Path) -> list[RunFolder]:
 
 
 def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """Return the runs at some paths, by name. Each path is a run's folder, or a folder with runs below it.
+    """Return the runs at some paths, keyed by name. Each path is a run's folder, or a folder with runs below it.
 
     Raises:
         RunError: If there is no run at a path or below it.
@@ -54,7 +54,7 @@ def describe_runs(root: Path) -> list[str]:
 
 
 def _line(name: str, status: Status | None) -> str:
-    # A stranger's folder may have a name with control characters, which could move the cursor.
+    # The name of a folder from an unknown source may contain control characters, which could move the cursor.
     name = "".join(character if character.isprintable() else "?" for character in name)
     if status is None:
         return f"{name:40s} {'unreadable':13s} its status.json is damaged; the same `icl train` command writes it again"

@@ -3,14 +3,14 @@
 `measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes the checkpoints that have no cached result
 to a function, several at a time. The result of each step is stored as one entry, in two files below `results/<name>/`:
 
-- `step-000001465.json` has the rows for the table, the entry's key, and the name, shape and position of each array. The key has
-  the hash of the checkpoint, the settings, and the version of the method. If the measurement also uses the checkpoint before
-  this one, the key has the hash of that predecessor, too.
-- `step-000001465.npy` has the numbers of all arrays, one array after the other. Analyses of the whole run, such as a principal
+- `step-000001465.json` contains the rows for the table, the entry's key, and the name, shape and position of each array. The key
+  consists of the hash of the checkpoint, the settings, and the version of the method. If the measurement also uses the previous
+  checkpoint, the key also includes the hash of the previous checkpoint.
+- `step-000001465.npy` contains the numbers of all arrays, one array after the other. Analyses of the whole run, such as a principal
   component analysis, need these arrays. Each array can be read separately, so the arrays of all checkpoints need not fit in memory.
 
-If an entry is damaged or has another key, its checkpoint is measured again. Nothing is ever unpickled. If the process is killed at any
-point, the same call continues after the last entry.
+If an entry is damaged or has a different key, its checkpoint is measured again. Nothing is ever unpickled. If the process is killed at
+any point, the same call continues after the last entry.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Measurement(NamedTuple):
     rows: list[dict[str, Any]]
     """Rows of the table, without step, hash and settings. JSON must be able to store the values; NaN is allowed."""
     arrays: Mapping[str, np.ndarray] = MappingProxyType({})
-    """Arrays for later analyses of the whole run, by name. All arrays have the same dtype."""
+    """Arrays for later analyses of the whole run, keyed by name. All arrays have the same dtype."""
 
 
 class Entry(NamedTuple):
@@ -58,8 +58,8 @@ class Batch(NamedTuple):
 
 
 Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
-"""Function that measures checkpoints. The second argument is the number of checkpoints at the start of the list that are not
-measured: 1 if the first one is only there as the predecessor of the second, and 0 otherwise."""
+"""Function that measures a list of checkpoints. The second argument is the number of checkpoints at the start of the list that are not
+measured: 1 if the list begins with the predecessor of the first checkpoint to be measured, and 0 otherwise."""
 
 
 class Cache:
@@ -110,7 +110,7 @@ class Cache:
         self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)
 
     def stored_array(self, step: int, name: str) -> StoredArray:
-        """Return a reference to an array of an entry, flattened. Its numbers stay in the file until the array is sliced.
+        """Return a reference to an array of an entry, flattened. The numbers stay in the file until the array is sliced.
 
         Raises:
             ContentError: If the entry is missing or damaged.
@@ -122,7 +122,7 @@ class Cache:
         return dataclasses.replace(numbers, offset=offset, size=stop - start)
 
     def steps(self, settings: Mapping[str, Any], version: int) -> set[int]:
-        """Return the steps that have an entry with these settings and this version, whatever the checkpoint's hash."""
+        """Return the steps that have an entry with these settings and this version. The checkpoint's hash is not compared."""
         wanted = (json.loads(json.dumps(settings)), version)
         steps = set()
         for file in self.folder.glob("step-*.json"):
@@ -143,7 +143,7 @@ class Cache:
 
 
 def require_one_run(files: Sequence[Path]) -> None:
-    """Refuse checkpoints of different runs. Call this before the work on them starts: it does not read their weights.
+    """Refuse checkpoints of different runs. This does not read their weights, so call it before the work on the checkpoints starts.
 
     Raises:
         CheckpointError: If a checkpoint and the first checkpoint belong to different runs.
@@ -158,11 +158,13 @@ def require_one_run(files: Sequence[Path]) -> None:
                 break
     else:
         return
-    raise CheckpointError(f"{path} and {files[0].name} belong to different runs: {'; '.join(differences)}.")
+    raise CheckpointError(
+        f"{path} and {files[0].name} belong to different runs: {'; '.join(differences)}. Keep the checkpoints of each run in a separate folder."
+    )
 
 
 def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
-    """Return a checkpoint from its file. Refuse the file if it belongs to a run with other settings than `config`.
+    """Return a checkpoint from its file. Refuse the file if it belongs to a run whose settings differ from `config`.
 
     Raises:
         CheckpointError: If the file is not a usable checkpoint, or belongs to another run.
@@ -171,7 +173,8 @@ def load_same_run(path: Path, config: RunConfig) -> Checkpoint:
     differences = config_differences(config, checkpoint.config)
     if differences:
         raise CheckpointError(
-            f"{path} and the checkpoints before it belong to different runs: {'; '.join(differences)}."
+            f"{path} and the checkpoints before it belong to different runs: {'; '.join(differences)}. "
+            "Keep the checkpoints of each run in a separate folder."
         )
     return checkpoint
 

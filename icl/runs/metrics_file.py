@@ -1,7 +1,7 @@
 """Write and read `metrics.csv`, which has one row per logged step.
 
-The file contains nothing that depends on the wall clock. On resume, the rows after the resume point are removed, and so is a row
-that was cut short. Training then writes these rows again. So the bytes of the complete file do not depend on interruptions.
+The file contains nothing that depends on the current time. On resume, rows after the resume point and incomplete rows are removed.
+Training then writes these rows again. So the bytes of the complete file do not depend on interruptions.
 Floats have nine significant digits, which are enough to restore a float32 exactly.
 """
 
@@ -59,7 +59,7 @@ class MetricsFile:
 
         Args:
             logged_steps: The steps whose rows are kept.
-            known: Columns that are functions of the step, by name. They are computed again in the kept rows, because version
+            known: Columns that are functions of the step, keyed by name. They are computed again in the kept rows, because version
                 0.1.0 wrote the learning rate of the next update instead of the last one.
 
         Raises:
@@ -96,7 +96,7 @@ class MetricsFile:
         If the file was removed or changed its length since the last row, all rows are written again.
 
         Raises:
-            StorageError: If the file cannot be written, or its folder is gone.
+            StorageError: If the file cannot be written, or its folder was moved or removed.
         """
         line = _line([_text(row.get(column)) for column in self.columns])
         self._lines.append(line)
@@ -114,7 +114,7 @@ class MetricsFile:
         """Wait until every row is on disk.
 
         Raises:
-            StorageError: If the disk failed, or the file's folder is gone.
+            StorageError: If the disk failed, or the file's folder was moved or removed.
         """
         if not self._is_whole():
             self._write_all()
@@ -125,7 +125,7 @@ class MetricsFile:
             raise StorageError(f"Cannot write {self.path}: {error.strerror}.") from None
 
     def digest(self) -> dict[str, Any]:
-        """Return the size and the SHA-256 of the rows so far."""
+        """Return the size and the SHA-256 of all rows that have been written so far."""
         data = "".join(self._lines).encode()
         return {"size": len(data), "sha256": sha256(data)}
 
@@ -138,7 +138,9 @@ class MetricsFile:
 
     def _write_all(self) -> None:
         if not self.path.parent.is_dir():
-            raise StorageError(f"Cannot write {self.path}: its folder was moved or removed.")
+            raise StorageError(
+                f"Cannot write {self.path}: its folder was moved or removed. Put the folder back, and run the same command again."
+            )
         data = "".join(self._lines).encode()
         write_atomically(self.path, data)
         self._num_bytes = len(data)
@@ -159,7 +161,7 @@ def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> boo
     Args:
         data: The whole file.
         saved: Result of `MetricsFile.digest` at the save, or None if version 0.1.0 made the save.
-        has_ended: Whether the save was the run's last. If so, further rows count as a change, too.
+        has_ended: Whether the save was the run's last save. If it was, additional rows also count as a change.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
         return False
@@ -168,7 +170,7 @@ def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> boo
 
 
 def whole_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a `metrics.csv` as dicts by column. Rows that are damaged or were cut short are left out."""
+    """Return the rows of a `metrics.csv` as dicts keyed by column. Rows that are damaged or were cut short are left out."""
     columns, rows = _read(path)
     return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns) and columns[0] == "step"]
 

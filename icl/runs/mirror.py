@@ -1,10 +1,10 @@
-"""Send a run to its copy in a store, and fetch it from there.
+"""Copy a run to a store, and fetch a run from its copy in a store.
 
 The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep the copy consistent:
 
 - *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
 - *Order.* Files that describe other files are copied after those files (`icl.runs.copied_files`). If copying is interrupted, the
-  same command continues it.
+  same command continues.
 - *Age.* Files of an earlier step never replace files of a later step, unless the user forces it.
 """
 
@@ -52,7 +52,7 @@ class Mirror:
 
     @property
     def here(self) -> Store:
-        """The folder as a store."""
+        """The run's folder, as a store."""
         return self.run.store
 
     @property
@@ -82,7 +82,7 @@ def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mi
         run: The run's folder.
         url: The address of the store.
         name: The run's name in the store.
-        make: Whether to make the store if it is a folder that does not exist. If False, the copy is only read.
+        make: Whether to make the store if the store is a folder that does not exist. If False, the copy is only read.
 
     Raises:
         ConfigError: If the copy would be the run's own folder, or inside it.
@@ -140,8 +140,8 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
 def _describe_unusable(mirror: Mirror, error: Exception) -> str:
     """Return the error message for a copy from which the run cannot be resumed."""
     return (
-        f"{_bare(str(error))}, so the run cannot be resumed from this copy. If another folder RUN has the undamaged run, "
-        f"`icl checkpoints RUN push --force` repairs the store. Otherwise delete last.ckpt, metrics.csv and status.json at "
+        f"{_bare(str(error))}, so the run cannot be resumed from this copy. If another folder RUN contains the undamaged run, "
+        f"`icl checkpoints RUN push --force` repairs the store. Otherwise, delete last.ckpt, metrics.csv and status.json at "
         f"{mirror.there} to train again from step 0."
     )
 
@@ -154,8 +154,8 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
         force: Whether to fetch all files, even if the folder is at a later step.
 
     Raises:
-        RunError: If the store has no such run, or the folder has another run or is at a later step.
-        DamagedError: If files in the store are damaged. All other files were fetched. The folder's own versions of the damaged
+        RunError: If the store does not contain the run, or the folder contains another run or is at a later step.
+        DamagedError: If files in the store are damaged. All other files were fetched. In the folder, the versions of the damaged
             files are unchanged.
         StorageError: If the store or the folder cannot be used.
     """
@@ -183,7 +183,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
 
     Raises:
         RunError: If the copy belongs to another run, or is at a later step.
-        DamagedError: If files in the folder are damaged. All other files were sent. The store's own versions of the damaged files
+        DamagedError: If files in the folder are damaged. All other files were sent. In the store, the versions of the damaged files
             are unchanged.
         StorageError: If the store or the folder cannot be used.
     """
@@ -199,7 +199,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
 
 
 def write_card(mirror: Mirror) -> None:
-    """Write the model card of a store on the Hugging Face Hub, with this run's section. Other stores have none.
+    """Write the model card of a store on the Hugging Face Hub, with this run's section. Do nothing for other stores.
 
     Raises:
         StorageError: If the store cannot be used.
@@ -269,7 +269,7 @@ def _bare(sentence: str) -> str:
 
 
 def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
-    """Copy the files that differ, several at once. Files that describe other files are copied last.
+    """Copy the files that differ, or all files if `force` is true, several at once. Files that describe other files are copied last.
 
     Returns:
         The names of the copied files, and a sentence for each file in the source that is damaged but not needed to resume.

@@ -1,8 +1,8 @@
 """The files from which a run resumes: `last.ckpt`, and `previous.ckpt`, which is the `last.ckpt` of the previous save.
 
-Each is a zip file that `torch.save` writes. We add a zip comment with the SHA-256 of all other bytes. So even a single altered
-byte is detected, and torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. In
-these files, we check the checksums that a zip file has for each of its parts.
+Each file is a zip file that `torch.save` writes. We add a zip comment with the SHA-256 of all other bytes. So even a single altered
+byte is detected, while torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For
+these files, we check the checksums that a zip file contains for each of its parts.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ NAMES = ("last.ckpt", "previous.ckpt")
 
 
 class ResumeFileError(RunError):
-    """A resume file that cannot be used. The message says why."""
+    """Raised if a resume file cannot be used. The message says why."""
 
 
 class Resume(NamedTuple):
@@ -33,7 +33,7 @@ class Resume(NamedTuple):
     step: int
     config: RunConfig
     member: dict[str, Any]
-    """The state of the run, from `Member.state_dict`."""
+    """The state of the run, as `Member.state_dict` returned it."""
     data: bytes
     """The whole file."""
 
@@ -91,8 +91,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
     """Read the newest undamaged resume file of a run.
 
     Returns:
-        Two values. The first is the content of the file, or None if the run has no resume file. The second is a message if
-        `last.ckpt` could not be used, else None.
+        The content of the file, or None if the run has no resume file, and a message if `last.ckpt` could not be used, else None.
 
     Raises:
         ResumeFileError: If the run has resume files, but all of them are damaged.
@@ -111,7 +110,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
         return None, None
     raise ResumeFileError(
         f"{' '.join(problems)} So the run cannot be resumed. If the run has a store, fetch its copy with `icl checkpoints {run.path} "
-        f"pull --force`. Or delete {' and '.join(NAMES)} in its folder to train again from step 0; the saved checkpoints stay."
+        f"pull --force`. Otherwise, delete {' and '.join(NAMES)} in its folder to train again from step 0; the saved checkpoints stay."
     )
 
 

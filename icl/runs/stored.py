@@ -29,9 +29,13 @@ def load_stored_checkpoint(url: str, step: int | None = None) -> tuple[Checkpoin
         try:
             checkpoint = parse_checkpoint(store.read(name), url)
         except MissingKeyError:
-            raise CheckpointError(f"There is no checkpoint {url}.") from None
+            raise CheckpointError(
+                f"There is no checkpoint {url}; check the address and the step in the file's name."
+            ) from None
         if step not in (None, checkpoint.step):
-            raise CheckpointError(f"{url} is of step {checkpoint.step:,}, not {step:,}.")
+            raise CheckpointError(
+                f"{url} is the checkpoint of step {checkpoint.step:,}, not {step:,}; leave out the step, or give the address of the run."
+            )
         return checkpoint, url
     store = open_store(url)
     matches = [match for match in map(_FILE.fullmatch, store.keys()) if match]
@@ -45,7 +49,7 @@ def load_stored_checkpoint(url: str, step: int | None = None) -> tuple[Checkpoin
         )
     if len(runs) > 1:
         raise CheckpointError(
-            f"{store} has {len(runs):,} runs: {', '.join(runs[:8])}. Add the name of one, such as {store}/{runs[0]}."
+            f"{store} has {len(runs):,} runs: {', '.join(runs[:8])}. Add the name of one run to the address, such as {store}/{runs[0]}."
         )
     address = f"{store}/{runs[0]}".rstrip("/")
     checkpoints = open_store(f"{address}/checkpoints")

@@ -1,8 +1,8 @@
 """The training tasks of an imported run, in `checkpoints/tasks.safetensors`.
 
-The table has the tasks of the older code that trained the run. The run's settings contain the digest of this table
-(`task.imported_tasks`). The table is read whenever the run's checkpoints or settings are read. So prompts of the run's tasks, dMMSE
-and the mean task use the tasks of the older code.
+The table contains the tasks on which the older code trained the run. The run's settings contain the digest of this table
+(`task.imported_tasks`). The table is read whenever the run's checkpoints or settings are read. So prompts from the training tasks,
+dMMSE and the mean task use the tasks of the older code.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ _KEY = "tasks"
 
 
 class TasksError(UserError, ValueError):
-    """A table of tasks that cannot be used. The message says why."""
+    """Raised if a table of tasks cannot be used. The message says why."""
 
 
 def write_tasks(folder: Path, table: Float[Tensor, "M D"]) -> str:
@@ -43,7 +43,9 @@ def parse_tasks(data: bytes, where: str) -> Float[Tensor, "M D"]:
     try:
         table = safetensors.torch.load(data).get(_KEY)
     except SafetensorError as error:
-        raise TasksError(f"The table of tasks {where} is damaged ({first_line(error)}).") from None
+        raise TasksError(
+            f"The table of tasks {where} is damaged ({first_line(error)}). Import the run again with `icl import`."
+        ) from None
     if table is None or table.ndim != 2 or not table.is_floating_point():
         raise TasksError(
             f"{where} is not a table of tasks; `icl import` writes such a table with the run's checkpoints."
@@ -54,10 +56,10 @@ def parse_tasks(data: bytes, where: str) -> Float[Tensor, "M D"]:
 def remember_tasks(folder: Path, config: RunConfig) -> None:
     """Read the table of an imported run from its folder of checkpoints, unless it was read before.
 
-    Runs that `icl` trained have no table. If the file of an imported run is missing, only work that needs the tasks fails later.
+    Runs that `icl` trained have no table. A missing file is not an error here; only work that needs the tasks fails later.
 
     Raises:
-        TasksError: If the file is damaged, or is not the table that the run's settings name.
+        TasksError: If the file is damaged, or its digest is not the one in the run's settings.
     """
     digest = config.task.imported_tasks
     if digest in (None, "unknown") or is_known(str(digest)):
@@ -70,5 +72,8 @@ def remember_tasks(folder: Path, config: RunConfig) -> None:
     except (OSError, ContentError) as error:
         raise TasksError(f"The table of tasks {file} cannot be read: {first_line(error)}.") from None
     if table_digest(table) != digest:
-        raise TasksError(f"{file} is not the table of tasks that the run's settings name, or it was altered.")
+        raise TasksError(
+            f"{file} was altered or belongs to another run: its digest is not `task.imported_tasks` in the run's settings. "
+            "Import the run again with `icl import`."
+        )
     keep_table(table)

@@ -8,8 +8,8 @@
 - `config.yaml` and `status.json` must be readable and agree with `last.ckpt`.
 - Arrays and images in `results/` and `figures/` are compared with their checksums. Tables have no checksums. All rows of a table
   must have the same number of columns, and columns of numbers must contain only numbers.
-- The copy in the store goes through the same checks. In addition, each file there is compared with the digest that was sent
-  with it, and no file of the folder may be missing.
+- The copy in the store is checked in the same way. In addition, each file in the store is compared with the digest that was sent
+  with the file, and no file of the folder may be missing in the store.
 """
 
 import contextlib
@@ -73,13 +73,13 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
     jobs += [(copies[0], "previous.ckpt")] if run.previous_file.is_file() else []
     with progress_bar("verifying", len(jobs), "file") as bar:
         problems = [problem for problem in in_parallel(_problem, jobs, bar) if problem]
-    for copy in copies[:1]:  # files missing in the store were reported by name above
+    for copy in copies[:1]:  # files that are missing in the store have already been reported above
         problems += _what_is_missing(copy)
     return problems
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """Return a copy with its settings, resume file and status, as far as they can be read. Damage is reported later."""
+    """Return a copy with its settings, resume file and status, if they can be read. Damage is reported later."""
     config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml", limit=size_limit("config.yaml")), str(store))
@@ -92,7 +92,7 @@ def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
 
 
 def _what_is_missing(copy: _Copy) -> Iterator[str]:
-    """Yield a sentence for each file that is missing from a copy, and one for all missing checkpoints."""
+    """Yield a sentence for each file that is missing in a copy, and one sentence for all missing checkpoints."""
     end = copy.status if copy.status is not None and copy.status.is_done else None
     step = end.step if end is not None else copy.resume.step if copy.resume is not None else 0
     is_begun = end is None and copy.status is not None and copy.status.step > 0
@@ -117,7 +117,7 @@ def _what_is_missing(copy: _Copy) -> Iterator[str]:
 
 
 def _problem(job: tuple[_Copy, str]) -> str | None:
-    """Return a sentence that says what is wrong with a file, or None if nothing is."""
+    """Return a sentence that says what is wrong with a file, or None if nothing is wrong."""
     copy, name = job
     where = f"{copy.store}/{name}"
     check = _CHECKS.get(name) or _CHECKS.get(PurePosixPath(name).suffix)
@@ -136,7 +136,7 @@ def _problem(job: tuple[_Copy, str]) -> str | None:
     return f"{where} is damaged: {reason}." if reason else None
 
 
-# Each check returns a phrase that says what is wrong with a file's bytes, or None if nothing is. Parsers raise their own errors.
+# Each check returns a phrase that says what is wrong with a file's bytes, or None if nothing is wrong. Parsers raise their own errors.
 
 
 def _check_checkpoint(copy: _Copy, name: str, data: bytes) -> str | None:
@@ -146,7 +146,7 @@ def _check_checkpoint(copy: _Copy, name: str, data: bytes) -> str | None:
     if file != checkpoint_name(checkpoint.step):
         return f"it contains step {checkpoint.step:,}"
     if any(key.startswith(MOMENTS) for key in checkpoint.params) != (folder == CHECKPOINT_FOLDERS[1]):
-        return "it contains weights where Adam's moments should be, or moments where weights should be"
+        return "it contains weights in the folder of Adam's moments, or moments in the folder of the weights"
     return _compare(copy.config, checkpoint.config, "config.yaml")
 
 
@@ -243,23 +243,23 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
     ".json": _check_json,
     ".png": _check_picture,
 }
-"""The check for each file, by the file's name in the run's folder or by its suffix."""
+"""The check for each file. Keys are names of files in the run's folder, or suffixes."""
 
 
 def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
-    """Return a phrase that lists the settings that differ from those in the file `name`, or None if none differ.
+    """Return a phrase that lists how `config` differs from the settings in the file `name`, or None if they are equal.
 
-    If `expected` is None, the file `name` could not be read, and nothing is compared.
+    `expected` contains the settings in that file. If it is None, the file could not be read, and nothing is compared.
     """
     differences = config_differences(expected, config) if expected is not None else []
     return f"its settings differ from those in {name}: {'; '.join(differences)}" if differences else None
 
 
 def _find_fault(data: bytes, numbers: Sequence[str]) -> str | None:
-    """Return a phrase that says what is wrong with a table, or None if nothing is. Columns named in `numbers` must be numeric."""
+    """Return a phrase that says what is wrong with a table, or None if nothing is wrong. Columns named in `numbers` must be numeric."""
     text = data.decode("utf-8")
     if any(not character.isprintable() and character not in "\r\n\t" for character in text):
-        return "it contains characters that no table has"
+        return "it contains control characters"
     rows = list(csv.reader(io.StringIO(text), strict=True))
     if not rows or not text.endswith("\n"):
         return "it was cut short"

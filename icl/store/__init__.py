@@ -1,1 +1,1 @@
-"""Stores of bytes by key, in a folder or a bucket. They do not depend on runs."""
+"""Stores that map keys to bytes, in a folder, a bucket or a repository of the Hugging Face Hub. They do not depend on runs."""

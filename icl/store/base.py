@@ -1,10 +1,10 @@
-"""Stores of bytes by key, behind one small protocol. A store writes, reads, lists and deletes whole values.
+"""Stores that map keys to bytes, behind one small protocol. A store writes, reads, lists and deletes whole values.
 
 A key is a relative path with forward slashes that stays inside its store. `require_key` refuses any other key. The local store
 follows no symbolic link that leads out of its root, although the root itself may be a link.
 
 A value is either complete or absent. The local store writes a temporary file in the folder of the final file, flushes it to disk and
-then renames it. If the process is killed before the renaming, only a temporary file is left, which no listing shows.
+then renames it. If the process is killed before it renames the file, only a temporary file is left, which listings do not show.
 `icl.store.opening` opens a folder or a URL. It imports boto3 only for a bucket.
 """
 
@@ -20,26 +20,26 @@ from icl.files.system import link_or_create
 from icl.files.writing import StorageError, is_temporary, temporary_path, write_atomically
 
 _NOT_PLAIN = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]|^[A-Za-z]:")
-"""Text that no key may contain: backslashes, control characters, halves of surrogate pairs, and a drive letter at the start."""
+"""Pattern of text that no key may contain: backslashes, control characters, halves of surrogate pairs, or a drive letter at the start."""
 
 
 class DamagedError(StorageError):
-    """A value that differs from what was written."""
+    """Raised if a stored value differs from the value that was written."""
 
 
 class MissingKeyError(StorageError):
-    """A key without a value."""
+    """Raised if a key has no value."""
 
 
 @runtime_checkable
 class Store(Protocol):
-    """A store of bytes by key. `str(store)` is the store's address."""
+    """A store that maps keys to bytes. `str(store)` is the store's address."""
 
     files_per_write: int
-    """Largest number of files that `write_many` writes at once. If it is 1, writing files one by one costs no more."""
+    """Largest number of files that `write_many` writes at once. If this is 1, `write_many` is no faster than several calls of `write`."""
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key. If the store keeps digests, compare the value with the digest that was saved with it.
+        """Return the value of a key. If a digest was saved with the value, compare them.
 
         Raise MissingKeyError if the key has no value, and StorageError if the value has more than `limit` bytes.
         """
@@ -54,7 +54,7 @@ class Store(Protocol):
         """Set the values of several keys, and delete others, in as few writes as the store allows."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write only if the key does not exist (atomic); return whether it was written."""
+        """Set the value of a key only if the key has no value (atomic). Return whether the value was set."""
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return every key below the folder `prefix`, sorted."""
@@ -63,7 +63,7 @@ class Store(Protocol):
         """Remove a key. A missing key is not an error."""
 
     def is_resting(self) -> bool:
-        """Return whether a run that trains should delay its next write, because the store limits the number of writes."""
+        """Return whether a run in training should delay its next write, because the store limits the number of writes."""
 
     def check(self) -> None:
         """Raise StorageError if the store cannot be used."""
@@ -82,7 +82,7 @@ class OneByOne:
             self.write(key, data)
 
     def is_resting(self) -> bool:
-        """Return False: writes are not limited."""
+        """Return False, because the number of writes is not limited."""
         return False
 
 
@@ -99,8 +99,9 @@ class LocalStore(OneByOne):
         """Return the value of a key.
 
         Raises:
-            StorageError: If there is no such file, or if it cannot be read, has more than `limit` bytes, or is behind a symbolic link
-                that leads out of the folder.
+            MissingKeyError: If there is no such file.
+            StorageError: If the file cannot be read, has more than `limit` bytes, or can be reached only through a symbolic link that
+                leads out of the folder.
         """
         path = self._path(key)
         self._require_inside(path)
@@ -130,7 +131,7 @@ class LocalStore(OneByOne):
         write_atomically(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key only if the key has no value. Return whether it was set.
+        """Set the value of a key only if the key has no value. Return whether the value was set.
 
         If several processes try this at the same time, only one succeeds.
 
@@ -205,7 +206,9 @@ class LocalStore(OneByOne):
 
     def _require_inside(self, path: Path) -> None:
         if not self._is_inside(path):
-            raise StorageError(f"{path} leads out of {self.root} through a symbolic link, which is not followed.")
+            raise StorageError(
+                f"{path} leads out of {self.root} through a symbolic link, which is not followed. Replace the link with its target."
+            )
 
     def _is_inside(self, path: Path) -> bool:
         """Return whether a path lies inside the root after all links are followed."""

@@ -3,9 +3,10 @@
 The package `huggingface_hub` sends all requests. It also finds the token (`HF_TOKEN`, or the login of `hf auth login`). Our code never
 reads the token, so it is never logged or saved. The server is `HF_ENDPOINT`, or huggingface.co.
 
-Every change is a commit, and the Hub limits commits to 128 an hour. So `write_many` puts up to `FILES_PER_COMMIT` files into one commit,
-which arrives completely or not at all. A commit names its parent commit. If another program has committed since, the Hub refuses
-ours, and we try again on top of the other commit. But if the other commit changed the folder of this store, we raise an error.
+Every change is a commit, and the Hub limits commits to 128 per hour. So `write_many` puts up to `FILES_PER_COMMIT` files into one
+commit, which arrives completely or not at all. A commit names its parent commit. If another program has committed since then, the Hub
+refuses our commit, and we try again on top of the other commit. But if the other commit changed the folder of this store, we raise an
+error.
 """
 
 import functools
@@ -50,7 +51,7 @@ class HubStore:
         return f"hf://{self.repository.name}{revision}/{self.prefix}".rstrip("/")
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key. If the Hub keeps its SHA-256, the value is checked against it.
+        """Return the value of a key. If the Hub stores the SHA-256 of the value, compare them.
 
         Raises:
             MissingKeyError: If the key has no value.
@@ -66,7 +67,7 @@ class HubStore:
         return data
 
     def digest(self, key: str) -> str:
-        """Return the SHA-256 of a value. The Hub keeps it for large files; a small file is read.
+        """Return the SHA-256 of a value. The Hub stores it for large files; for a small file, it is computed from the value.
 
         Raises:
             MissingKeyError: If the key has no value.
@@ -75,10 +76,10 @@ class HubStore:
         return _sha256(self._file(key)) or sha256(self.read(key))
 
     def write(self, key: str, data: bytes) -> None:
-        """Set the value of a key, in a commit of its own.
+        """Set the value of a key, in a separate commit.
 
         Raises:
-            StorageError: If the Hub refuses it or cannot be used.
+            StorageError: If the Hub refuses the commit or cannot be used.
         """
         self.write_many({key: data})
 
@@ -86,7 +87,7 @@ class HubStore:
         """Set the values of several keys and delete others, in commits of up to `FILES_PER_COMMIT` files.
 
         Raises:
-            StorageError: If the Hub refuses a commit, or another program changed this folder at the same time. Earlier commits stay.
+            StorageError: If the Hub refuses a commit, or another program changed this folder at the same time. Earlier commits remain.
         """
         for key in (*files, *delete):
             require_key(key, self)
@@ -99,7 +100,7 @@ class HubStore:
             self._commit(part, f"{names[0]}{more}")
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key only if it has none; return whether it was set. Of several writers, only one succeeds."""
+        """Set the value of a key only if the key has no value. Return whether the value was set. Of several writers, only one succeeds."""
         require_key(key, self)
         with self.repository.lock:
             for _ in range(_MAX_CONFLICTS):
@@ -120,7 +121,7 @@ class HubStore:
         return sorted(path.removeprefix(root) for path in is_ours)
 
     def delete(self, key: str) -> None:
-        """Remove a key, in a commit of its own. A missing key is no error."""
+        """Remove a key, in a separate commit. A missing key is not an error."""
         require_key(key, self)
         if self._path(key) in self.repository.listing().files:
             self.write_many({}, delete=[key])
@@ -129,13 +130,13 @@ class HubStore:
         """Check that the Hub answers. If the repository exists, check that it can be read.
 
         Raises:
-            StorageError: If the Hub cannot be used, or if the repository does not exist and there is no token to make it.
+            StorageError: If the Hub cannot be used, or if the repository does not exist and there is no token with which to make it.
         """
         if self.repository.listing(is_new=True).commit is None:
             self.repository.ask("find", self.repository.api.whoami)
 
     def is_resting(self) -> bool:
-        """Return whether the last commit was so recent that a run that trains should delay the next one."""
+        """Return whether the last commit was so recent that a run in training should delay the next commit."""
         return time.monotonic() - self.repository.committed_at < COMMIT_SECONDS
 
     def _path(self, key: str) -> str:
@@ -167,8 +168,8 @@ class HubStore:
                 changed = self._changed(first, listing)
                 if changed:
                     raise StorageError(
-                        f"Another program changed {changed[0]} in {self} at the same time, so this commit was not made. If it works on the "
-                        "same run, stop one of the two, and run the same command again."
+                        f"Another program changed {changed[0]} in {self} at the same time, so this commit was not made. If that program works "
+                        "on the same run, stop one of the two programs, and run the same command again."
                     )
         raise StorageError(f"Other programs commit to {self} all the time; run the same command again later.")
 
@@ -196,11 +197,11 @@ class HubStore:
 
 
 _REPOSITORIES: dict[tuple[str, str, str], Repository] = {}
-"""Repositories in use, by name, revision and server, so that all stores of this process share listings and commits."""
+"""Repositories in use, keyed by name, revision and server. All stores of this process share their listings and commits."""
 
 
 def open_hub(path: str) -> HubStore:
-    """Return the store at the part of an address after `hf://`."""
+    """Return the store at an address. `path` is the part of the address after `hf://`."""
     user, _, rest = path.partition("/")
     repository, _, prefix = rest.partition("/")
     repository, _, revision = repository.partition("@")
@@ -209,7 +210,7 @@ def open_hub(path: str) -> HubStore:
 
 
 class _Buffer(io.BytesIO):
-    """Bytes of a file to upload. When the client reads bytes, they count as progress of the upload."""
+    """Bytes of a file to upload. Bytes that the client reads count as progress of the upload."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next bytes."""
@@ -221,12 +222,12 @@ class _Buffer(io.BytesIO):
 def _addition(path: str, data: bytes) -> CommitOperationAdd:
     """Return the operation that adds a file, by HTTP.
 
-    The client uploads a buffer by HTTP, and not by Xet. Xet needs a second server besides `HF_ENDPOINT`, and ignores our time limits.
-    It is faster only for files of gigabytes.
+    The client uploads a buffer by HTTP, and not by Xet. Xet needs a second server besides `HF_ENDPOINT`, ignores our time limits, and is
+    faster only for files of gigabytes.
     """
     return CommitOperationAdd(path, _Buffer(data))
 
 
 def _sha256(file: RepoFile) -> str | None:
-    """Return the digest that the Hub keeps for a large file, or None for a small one."""
+    """Return the digest that the Hub stores for a large file, or None for a small file."""
     return file.lfs.sha256 if file.lfs is not None else None

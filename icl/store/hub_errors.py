@@ -16,7 +16,7 @@ from icl.files.redaction import redact
 from icl.files.writing import StorageError
 
 MAX_PAUSE = 90.0
-"""Longest wait in seconds. If the Hub asks for a longer one, the command ends and says so."""
+"""Longest wait in seconds before a request is repeated. If the Hub asks for a longer wait, the command ends with a message."""
 _MAX_CAUSES = 8
 _BUSY = (408, 429, 500, 502, 503, 504)
 _TOKEN = "Set HF_TOKEN to a token with write access, or log in with `hf auth login`"
@@ -33,7 +33,7 @@ def is_conflict(error: BaseException) -> bool:
 
 
 def is_missing_repository(error: BaseException) -> bool:
-    """Return whether the repository does not exist, or this user must not see it."""
+    """Return whether the repository does not exist, or this user is not allowed to see it."""
     return isinstance(error, RepositoryNotFoundError) and _status(error) in (401, 404, None)
 
 
@@ -53,20 +53,22 @@ def pause_before_retry(error: BaseException, attempt: int) -> float | None:
 
 
 def describe(error: BaseException, place: str, verb: str, key: str, endpoint: str) -> StorageError:
-    """Return the error for a request that failed for good. It contains no token."""
+    """Return the error for a request that has failed and is not repeated. The message contains no token."""
     status, what = _status(error), f"{place}/{key}".rstrip("/")
     if isinstance(error, OfflineModeIsEnabled):
         return StorageError(f"Cannot {verb} {what}: HF_HUB_OFFLINE is set. Unset it to use the Hub.")
     if isinstance(error, UnicodeEncodeError):  # from the header with the token
         return StorageError(
-            f"Cannot {verb} {what}: the token contains a character that no token has. Correct HF_TOKEN."
+            f"Cannot {verb} {what}: the token contains a character that tokens never contain. Correct HF_TOKEN."
         )
     if isinstance(error, HFValidationError):
         return StorageError(
             f"{place} cannot be the name of a repository: {first_line(error).rstrip('.')}. Correct the address."
         )
     if isinstance(error, LocalTokenNotFoundError):
-        return StorageError(f"Cannot {verb} {what}: there is no such repository, or no token to see it. {_TOKEN}.")
+        return StorageError(
+            f"Cannot {verb} {what}: the repository does not exist, or is private and no token is set. {_TOKEN}."
+        )
     if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
         return StorageError(
             f"Cannot {verb} {what}: the Hub refuses access ({status or 404}). {_TOKEN}, and check the name of the repository."
@@ -77,8 +79,8 @@ def describe(error: BaseException, place: str, verb: str, key: str, endpoint: st
         asked = _asked_pause(error)
         wait = f" for {asked / 60:.0f} minutes" if asked is not None and asked > MAX_PAUSE else ""
         return StorageError(
-            f"Cannot {verb} {what}: the Hub accepts no more requests of this user{wait} (429). What has arrived stays; run the same "
-            "command again later, and it sends only the rest."
+            f"Cannot {verb} {what}: the Hub accepts no more requests of this user{wait} (429). Files that have arrived stay; run the same "
+            "command again later to send the rest."
         )
     if status is not None:
         return StorageError(
@@ -86,7 +88,8 @@ def describe(error: BaseException, place: str, verb: str, key: str, endpoint: st
         )
     reason = redact(" ".join(str(error).split()))[:200] or type(error).__name__
     return StorageError(
-        f"Cannot {verb} {what}: {endpoint} cannot be reached or broke off ({reason.rstrip('.')}). Run the same command again."
+        f"Cannot {verb} {what}: {endpoint} cannot be reached, or the connection broke off ({reason.rstrip('.')}). Check the network and run "
+        "the same command again."
     )
 
 
@@ -95,7 +98,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _response(error: BaseException | None) -> Any:
-    """Return the server's answer that caused an error. In uploads and downloads, the client wraps this error in errors of its own."""
+    """Return the server's answer that caused an error. In uploads and downloads, the client wraps the original error in other errors."""
     for _ in range(_MAX_CAUSES):
         if error is None or getattr(error, "response", None) is not None:
             break

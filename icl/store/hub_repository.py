@@ -1,6 +1,6 @@
 """One revision of a repository on the Hugging Face Hub: its listing, its commits, and the repetition of failed requests.
 
-All stores of a process below one repository share this object. So they share the listing, and commit one after another.
+All stores of a process in the same repository share one object. So they share the listing, and commit one after another.
 """
 
 import logging
@@ -20,9 +20,9 @@ from icl.store.hub_errors import describe, is_conflict, is_missing_repository, p
 COMMIT_SECONDS = 600.0
 """Seconds between two commits while a run trains. The Hub accepts 128 commits an hour for all runs of a user."""
 LISTING_SECONDS = 2.0
-"""Seconds for which a listing of the repository is used again. A commit of this process discards the listing at once."""
+"""Seconds for which a listing of the repository is reused. After a commit of this process, the listing is no longer used."""
 CALL_SECONDS = 120.0
-"""Seconds without progress after which we give up on a request. Without it, the client could wait longer, if the Hub asks it to."""
+"""Seconds without progress after which we give up on a request. Without this limit, the client would wait as long as the Hub asks."""
 _MAX_RETRIES = 6
 _NO_NEWS = ("not supported by Xet", "thrown while requesting", "Retrying in", "Error while downloading from")
 
@@ -54,7 +54,7 @@ class Repository:
             logging.getLogger(f"huggingface_hub.{module}").addFilter(_is_news)
 
     def listing(self, *, is_new: bool = False) -> Listing:
-        """Return the files at the revision's newest commit. A listing of the last two seconds is used again, unless `is_new` is set."""
+        """Return the files at the revision's newest commit. A listing of the last two seconds is reused, unless `is_new` is true."""
         with self.lock:
             old = self._listing
             if is_new or old is None or time.monotonic() - old.at > LISTING_SECONDS:
@@ -63,14 +63,14 @@ class Repository:
             return self._listing
 
     def files_at(self, commit: str | None) -> dict[str, RepoFile]:
-        """Return the files at a commit by their paths."""
+        """Return the files at a commit, keyed by path."""
         if commit is None:
             return {}
         tree = self.api.list_repo_tree(self.name, recursive=True, revision=commit)
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def commit(self, operations: Sequence[Any], message: str, parent: str | None) -> None:
-        """Add a commit on top of `parent`. A repository that does not exist is made, and is private.
+        """Add a commit on top of `parent`. If the repository does not exist (`parent` is None), make a private one.
 
         Raises:
             Exception: Errors of the client, such as that `parent` is no longer the newest commit.
@@ -87,12 +87,12 @@ class Repository:
         """Return the result of a call. Repeat it while the server is busy or the network fails.
 
         Args:
-            verb: What the call does, for messages.
+            verb: Verb for messages that says what the call does.
             act: The call.
-            key: The file that it is about, for messages.
+            key: The file that the call is about, for messages.
 
         Raises:
-            StorageError: If the call fails for good. The message says what to do.
+            StorageError: If the call fails and is not repeated. The message says what to do.
         """
         for attempt in range(_MAX_RETRIES):
             result, error = _attempt(act, self.endpoint)
@@ -126,13 +126,14 @@ def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, E
         return waiting.await_result(act, seconds=CALL_SECONDS, awaited=endpoint), None
     except waiting.StalledError:
         return None, StorageError(
-            f"{endpoint} is busy: there was no progress for {CALL_SECONDS:.0f} s. What has arrived stays; run the same command again later."
+            f"{endpoint} is busy: there was no progress for {CALL_SECONDS:.0f} s. Files that have arrived stay; run the same command again "
+            "later."
         )
     except Exception as error:  # the client and its libraries raise a dozen kinds
         return None, error
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return False for warnings of the client that would only confuse: that it uploads by HTTP, and each of its many retries."""
+    """Return False for warnings of the client that would only confuse the user: about uploads by HTTP, and about each retry."""
     text = record.getMessage()
     return not any(words in text for words in _NO_NEWS)

@@ -12,7 +12,7 @@ def open_store(url: str) -> Store:
     """Return the store at an address: a folder's path, `file:///folder`, `s3://bucket/prefix` or `hf://USER/REPO`.
 
     Raises:
-        StorageError: If no store has that scheme, the URL has no path, or it contains credentials.
+        StorageError: If the scheme of the URL is unknown, or the URL has no path or contains credentials.
         ConfigError: If a folder begins with `~` and no home folder is known.
     """
     scheme, _, path = url.partition("://") if "://" in url else ("file", "", url)
@@ -38,7 +38,9 @@ def open_store(url: str) -> Store:
 def _open_hub(url: str, path: str) -> Store:
     is_plain = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.%-]+)?(/.*)?", path) is not None
     if not is_plain or {".", ".."} & set(path.split("/")):
-        raise StorageError(f"A store on the Hugging Face Hub is hf://USER/REPO or a folder below, got {redact(url)!r}.")
+        raise StorageError(
+            f"A store on the Hugging Face Hub is hf://USER/REPO or a folder below it, got {redact(url)!r}."
+        )
     try:
         from icl.store.hub import open_hub  # imports huggingface_hub, which is an extra
     except ModuleNotFoundError as error:

@@ -2,7 +2,7 @@
 
 boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`). It also repeats requests that may
 succeed later (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object has the SHA-256 of its bytes as metadata. So if bytes are lost or
-altered, during a transfer or in the store, this is detected when the object is read. A request ends with an error after a minute
+altered during a transfer or in the store, an error is raised when the object is read. A request ends with an error after a minute
 without progress.
 """
 
@@ -47,7 +47,7 @@ class S3Store(OneByOne):
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key, after comparing it with the digest that was saved with it.
+        """Return the value of a key, after comparing the value with the digest that was saved with it.
 
         Raises:
             MissingKeyError: If the key has no value.
@@ -65,15 +65,15 @@ class S3Store(OneByOne):
         return self._ask(key, lambda: self._requests.about(self._full(key)).digest or sha256(self._get(key)[0]))
 
     def write(self, key: str, data: bytes) -> None:
-        """Set the value of a key, and check that the store has it.
+        """Set the value of a key, and check that the store has the value.
 
         Raises:
-            StorageError: If the store did not accept the value, or does not have it afterwards.
+            StorageError: If the store did not accept the value, or does not contain the value afterwards.
         """
         self._ask(key, lambda: self._write(key, data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key only if the key has no value. Return whether it was set.
+        """Set the value of a key only if the key has no value. Return whether the value was set.
 
         If several processes try this at once and the server supports conditional writes, only one succeeds.
 
@@ -131,16 +131,16 @@ class S3Store(OneByOne):
                 continue
             if limit is not None and len(data) > limit:
                 raise StorageError(
-                    f"{self}/{key} cannot be used: it has more than the {limit:,} bytes that such a file may have."
+                    f"{self}/{key} cannot be used: it has more than {limit:,} bytes, the limit for this kind of file."
                 )
             if digest or not _is_error_page(data):
                 return data, digest
         raise StorageError(
-            f"{self}/{key} cannot be used: the server answers with an error instead of the file; try later."
+            f"{self}/{key} cannot be used: the server answers with an error instead of the file; run the same command again later."
         )
 
     def _write(self, key: str, data: bytes) -> None:
-        """Write a value. Check that the server has it, by its length, digest and tag or by reading it back."""
+        """Write a value. Check that the server has the value, by its length, digest and tag, or by reading the value back."""
         tag = self._requests.put(self._full(key), data)
         kept = _unless_absent(lambda: self._requests.about(self._full(key)))
         if kept is None or kept.length != len(data) or kept.digest not in (None, sha256(data)):
@@ -167,7 +167,8 @@ class S3Store(OneByOne):
 
     def _lost(self, key: str) -> StorageError:
         return StorageError(
-            f"{self}/{key} differs from the bytes that were just written: the server accepted the file and lost it."
+            f"{self}/{key} is missing or differs from the bytes that were just written, although the server accepted the file. "
+            "Run the same command again; if this happens again, choose another store."
         )
 
     def _ask(self, key: str, act: Callable[[], Result], *, seconds: float | None = None) -> Result:

@@ -1,6 +1,6 @@
-"""Clients for S3 and servers with the same interface: time limits, tries, and progress while large bodies are sent.
+"""Clients for S3 and servers with the same interface: time limits, retries, and progress while large bodies are sent.
 
-Checksum headers and trailers are left out, because older servers refuse them (`icl.store.s3_requests`).
+Checksum headers and trailers are not sent, because older servers refuse them (`icl.store.s3_requests`).
 """
 
 import io
@@ -19,7 +19,7 @@ NUM_ATTEMPTS = 8
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
 """Time limits of one try in seconds: for the connection, and for the answer."""
 _CHUNK = 2**16
-"""Size in bytes above which the bytes of a body count as progress while they are sent."""
+"""Size in bytes of a body above which its bytes count as progress while they are sent."""
 
 
 def make_session() -> Any:
@@ -85,7 +85,7 @@ class _Counted(io.BytesIO):
 
 
 def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Remove the header `Expect`, with which each upload would wait until the server agrees to it.
+    """Remove the header `Expect`, which makes each upload wait until the server agrees to receive the body.
 
     With a server that ignores this header, each upload would take a second longer.
     """

@@ -12,7 +12,7 @@ from icl.files.redaction import redact
 
 _BUCKET = "the bucket does not exist; make it, or correct AWS_BUCKET_NAME or checkpoints.store"
 _NAME = "the server does not allow this name of a bucket (3 to 63 small letters, digits, dots and hyphens); correct it"
-_RIGHTS = "these credentials may not do this; allow them to list, read, write and delete below the prefix"
+_RIGHTS = "these credentials do not allow this operation; grant them the right to list, read, write and delete below the prefix"
 _KEYS = "the server does not accept these credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine's clock"
 _EXPIRED = (
     "the credentials have expired or are not valid for this server; renew them (AWS_SESSION_TOKEN, or `aws sso login`)"
@@ -33,7 +33,7 @@ _ARCHIVED = "the object is in an archive; restore it, or change the bucket's lif
 _LOCKED = "the bucket does not allow objects to be replaced or removed; choose a bucket without object lock"
 _ENCRYPTION = "the bucket's encryption key cannot be used; check its KMS key and the right to use it"
 _NOT_S3 = "the server does not understand a request that icl needs; check that AWS_ENDPOINT_URL is the address of its S3 service"
-_SIGNATURE = "the secret key does not fit the access key; check AWS_SECRET_ACCESS_KEY"
+_SIGNATURE = "the secret key does not match the access key; check AWS_SECRET_ACCESS_KEY"
 _UNKNOWN_KEY = "the server does not know this access key; check AWS_ACCESS_KEY_ID"
 
 _ADVICE = {

@@ -1,8 +1,8 @@
 """Requests to a bucket, with a replacement for each feature that a server may lack.
 
 Requests avoid features that older servers refuse, such as checksum headers and trailers. Instead, each request is signed with the
-SHA-256 of its body, even over TLS. Every server that supports S3's current signature must check this hash. boto3's own checksums
-would add nothing; for an upload in parts, they are not even a digest of the whole file.
+SHA-256 of its body, even over TLS. Every server that supports S3's current signature must check this hash. The checksums of boto3
+would not detect more errors; for an upload in parts, they are not even a digest of the whole file.
 
 Some servers also refuse conditional writes, metadata, uploads in parts, the newer listing request, or HEAD. After a server's first
 refusal we print a notice, and no longer use the feature with this server.
@@ -37,7 +37,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""The features that each server lacks, as far as this process knows."""
+"""The features that each server has been found to lack in this process."""
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ class About(NamedTuple):
 
 
 class _UnusableAnswerError(Exception):
-    """An answer that shows that the server did not understand the request."""
+    """Raised if an answer shows that the server did not understand the request."""
 
 
 class Requests:
@@ -68,7 +68,7 @@ class Requests:
         self._making = threading.Lock()
 
     def get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return the bytes of an object, and the digest that they should have, if it is known. Stop soon after `limit` bytes.
+        """Return the bytes of an object, and the digest that they should have, or None if no digest was saved. Stop soon after `limit` bytes.
 
         Raises:
             ClientError, BotoCoreError: If there is no such object, or the connection breaks off.
@@ -102,20 +102,20 @@ class Requests:
         return self._with_or_without("HEAD", ask, read)
 
     def put(self, key: str, data: bytes) -> str:
-        """Write an object. Return the tag that the server gives it if its tags are MD5 digests.
+        """Write an object. Return the tag that the object has if the server's tags are MD5 digests.
 
         Raises:
-            ClientError, BotoCoreError: If the server did not accept it.
+            ClientError, BotoCoreError: If the server did not accept the object.
         """
         if len(data) <= self.part_size:
             return self._put(key, data)
         return self._with_or_without("parts", lambda: self._put_in_parts(key, data), lambda: self._put(key, data))
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object that does not exist yet. Return False if the server says that it exists.
+        """Write an object that does not exist yet. Return False if the server says that the object exists.
 
         Raises:
-            ClientError, BotoCoreError: If the server did not accept it.
+            ClientError, BotoCoreError: If the server did not accept the object.
         """
         try:
             new_only = {"IfNoneMatch": "*"}
@@ -127,7 +127,7 @@ class Requests:
         return True
 
     def knows_conditions(self, key: str, data: bytes) -> bool:
-        """Return whether the server supports conditional writes. Some servers accept the condition but ignore it, so we test it."""
+        """Return whether the server supports conditional writes. This is tested, because some servers accept the condition but ignore it."""
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
         return not self.lacks("conditions")
@@ -184,7 +184,7 @@ class Requests:
     def _with_or_without(self, feature: str, act: Callable[[], Result], instead: Callable[[], Result]) -> Result:
         """Call `act`, which needs a feature of the server. If the server lacks the feature, call `instead`.
 
-        A refusal may have another reason. So we record that the server lacks the feature only after `instead` has succeeded.
+        A refusal may also have a different reason. So we record that the server lacks the feature only after `instead` has succeeded.
         """
         if not self.lacks(feature):
             try:
@@ -215,13 +215,13 @@ class Requests:
             yield page
 
     def _put(self, key: str, data: bytes, **condition: str) -> str:
-        """Write an object in one request. Return the tag that it should have."""
+        """Write an object in one request. Return the tag that the object should have."""
         put = partial(self._client().put_object, Bucket=self.bucket, Key=key, Body=data, **condition)
         self._with_or_without("metadata", lambda: put(Metadata={_DIGEST: sha256(data)}), put)
         return f'"{_md5(data).hex()}"'
 
     def _put_in_parts(self, key: str, data: bytes) -> str:
-        """Write an object in parts, one after the other. Return the tag that it should have, the MD5 of the parts' MD5s."""
+        """Write an object in parts, one after the other. Return the tag that the object should have: the MD5 of the MD5s of its parts."""
         client = self._client()
         about = {"Bucket": self.bucket, "Key": key}
         create = partial(client.create_multipart_upload, **about)
@@ -236,7 +236,7 @@ class Requests:
                 waiting.moved()
             client.complete_multipart_upload(**about, MultipartUpload={"Parts": parts})
         except Exception:
-            with contextlib.suppress(Exception):  # let the server forget the parts, if it still answers
+            with contextlib.suppress(Exception):  # let the server delete the parts, if it still answers
                 client.abort_multipart_upload(**about)
             raise
         return f'"{_md5(b"".join(map(_md5, pieces))).hex()}-{len(pieces)}"'

@@ -1,8 +1,8 @@
-"""Run calls that may hang. Each call runs in its own thread, and we give up on it after some time without progress.
+"""Run calls that may hang. Each call runs in a separate thread, and we give up on the call after some time without progress.
 
-A socket's time limit does not help against a server that sends a byte now and then. A limit on the total time would be wrong too,
-because a large file may need an hour. So we limit the time without progress. Progress is an answer, or enough bytes; `moved` records
-it for the whole process.
+The time limit of a socket is not enough if a server occasionally sends a byte. A limit on the total time would be wrong too, because
+a large file may need an hour. So we limit the time without progress. Progress is an answer, or a sufficient number of bytes. The
+function `moved` records progress for the whole process.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from typing import TypeVar
 SECONDS = 60.0
 """Seconds without progress after which we give up on a call."""
 NOTICE_SECONDS = 2.0
-"""Seconds without progress after which we print a notice that says what the program waits for."""
+"""Seconds without progress after which we print what the program waits for."""
 _ENOUGH_BYTES = 2**16
-"""Number of bytes that count as progress. At about a kilobyte per second, this number takes `SECONDS`."""
+"""Number of bytes that count as progress. At about one kilobyte per second, these bytes arrive within `SECONDS`."""
 _POLL_SECONDS = 0.05
 
 Result = TypeVar("Result")
 
 
 class StalledError(Exception):
-    """We gave up on a call, because it made no progress for too long or the program was interrupted. The call may still be running."""
+    """Raised if we give up on a call, because it made no progress or the program was interrupted. The call may still be running."""
 
 
 class _Progress:
@@ -55,7 +55,7 @@ def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
 
 @contextlib.contextmanager
 def giving_up() -> Iterator[None]:
-    """Inside this context, give up at once on all calls of this process. It is for a program that the user has interrupted."""
+    """Give up at once on all calls of this process while the context is open. Use this after the user has interrupted the program."""
     _is_given_up.set()
     try:
         yield
@@ -65,7 +65,7 @@ def giving_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Inside this context, print no notices about what this thread waits for. It is for threads that work in the background."""
+    """Do not print what this thread waits for while the context is open. Use this in threads that work in the background."""
     _thread.is_silent = True
     try:
         yield
@@ -85,7 +85,7 @@ def await_result(
     Args:
         act: The call.
         seconds: Seconds without progress after which to give up. The default is `SECONDS`.
-        awaited: Name of the thing that the program waits for, printed after `NOTICE_SECONDS`. If it is empty, nothing is printed.
+        awaited: What the program waits for. It is printed after `NOTICE_SECONDS`. If it is empty, nothing is printed.
         is_stopped: Function that returns whether to give up at once. It is called many times a second.
 
     Raises:
@@ -120,9 +120,9 @@ def await_result(
 
 
 def would_block_exit() -> bool:
-    """Return whether a call on which we gave up still runs and has a pool of threads, for which Python waits before it ends.
+    """Return whether Python would wait at exit for a call on which we gave up. It waits if the call still runs and uses a pool of threads.
 
-    The client of the Hugging Face Hub sends files in such a pool. A server that does not answer would keep it for minutes.
+    The client of the Hugging Face Hub sends files in such a pool. If the server does not answer, its threads run for minutes.
     """
     has_pool = any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
     return has_pool and any(thread.is_alive() for thread in _left)

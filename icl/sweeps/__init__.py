@@ -1,1 +1,1 @@
-"""W&B sweep files without an account: reading them, listing their points, and running the points on any number of machines."""
+"""Run W&B sweep files without a W&B account: read the files, list their points, and run the points on any number of machines."""

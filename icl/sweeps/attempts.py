@@ -1,14 +1,13 @@
 """Attempts at a point of a sweep: numbered files in the run's folder that show which worker runs the point.
 
 Only the attempt with the highest number counts. Once the previous attempt has ended or its worker has died, another worker can
-begin an attempt. For this, the worker creates the file with the next number. It creates the file exclusively, so only one
-process can succeed. Files are never deleted, so no number is used twice. If a worker was considered dead by mistake, it finds a
-file with a higher number. Then it knows that another worker has taken over the point. There are two ways to check whether an
-attempt is alive:
+begin an attempt. For this, the worker creates the file with the next number. The creation is exclusive, so only one process can
+succeed. Files are never deleted, so no number is used twice. A worker that was considered dead by mistake finds a file with a
+higher number, so it knows that another worker has taken over the point. There are two ways to check whether an attempt is alive:
 
-- On the machine where the attempt runs, by a lock that the worker and its program hold until both have ended.
-- On other machines, by the modification time of the file, which the worker refreshes. All times come from the file server, so the
-  clocks of the machines need not agree.
+- On the machine where the attempt runs, a lock shows this. The worker and its program keep the lock until both have ended.
+- On other machines, the modification time of the file shows this, because the worker refreshes it. All times come from the file
+  server, so the clocks of the machines need not agree.
 """
 
 import contextlib
@@ -35,8 +34,8 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """Seconds without a refresh after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest pause, in seconds, between two attempts of one session. Engines pause only for milliseconds, but the clocks of
-different machines may differ by seconds."""
+"""Longest pause, in seconds, between two attempts of one session. Engines pause only for milliseconds between two attempts, but the
+clocks of different machines may differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class Attempt:
 
     number: int
     job: str
-    """The job of the attempt (`Point.job`)."""
+    """`Point.job` of the attempt: a hash of the command and of the settings that affect the result."""
     outcome: Outcome = "running"
     reason: str | None = None
     exit_status: int | None = None
@@ -91,9 +90,9 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
 
     Args:
         folder: Folder of the run.
-        job: The job of the attempt (`Point.job`).
-        number: One more than the number of the last attempt, which must be over. If the claim succeeds, nobody has
-            begun another attempt since the caller read that number.
+        job: `Point.job` of the attempt.
+        number: One more than the number of the last attempt, which must have ended. If the claim succeeds, no other process has
+            begun an attempt since the caller read that number.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -118,7 +117,7 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
 
 
 def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
-    """Return the last attempt in a run's folder, or None if there is none. If `job` is given, ignore attempts at other jobs."""
+    """Return the last attempt in a run's folder, or None if there is none. If `job` is given, ignore attempts with a different `job`."""
     files = sorted((file for file in (folder / "attempts").glob("*.json") if file.stem.isdecimal()), reverse=True)
     attempts = (_read(file) for file in files)
     return next((attempt for attempt in attempts if job is None or attempt.job == job), None)
@@ -146,7 +145,7 @@ def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
     A session is a series of attempts without pauses that lasts until now.
 
     Args:
-        live: Attempts whose workers are still working. If there are none, there is no session, and infinity is returned.
+        live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.
         ended: Attempts that have ended.
     """
     start = min((attempt.started for attempt in live if attempt.started), default=math.inf)

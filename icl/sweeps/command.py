@@ -1,4 +1,4 @@
-"""Make a point's command and environment from the command of a sweep, in which macros stand for the point's values.
+"""Make the command and environment of a point from the command of a sweep, by replacing its macros.
 
 The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
@@ -54,7 +54,7 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
         for name in names:
             if name.startswith("envvar:"):
                 raise ConfigError(
-                    f"`${{{name}}}` in the command must name a variable in capital letters, digits and _."
+                    f"`${{{name}}}` in the command must name a variable that has only capital letters, digits and _."
                 )
             if name in _MACROS:
                 raise ConfigError(
@@ -138,7 +138,7 @@ def with_own_icl(words: Sequence[str]) -> list[str]:
 
 
 def _is_this_python(word: str) -> bool:
-    """Return whether a word of the command starts the Python that runs this program."""
+    """Return whether a word of the command is the Python that runs this program."""
     path = shutil.which(word, path=_search_path())
     return word == sys.executable or (path is not None and Path(path).resolve() == Path(sys.executable).resolve())
 
@@ -164,7 +164,9 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
     if not words or words[0].startswith("-") or "=" in words[0]:  # options or variables of `env` are not parsed
         return
     if shutil.which(words[0], path=_search_path()) is None:
-        raise ConfigError(f"The command cannot be started: there is no program `{words[0]}` here.")
+        raise ConfigError(
+            f"The command cannot be started: there is no program `{words[0]}` on this machine. Install it, or correct `command`."
+        )
     is_python = words[0] == sys.executable or re.fullmatch(r"python[\d.]*", words[0])
     script = _script(words[1:]) if is_python else None
     is_ours = script is not None and Path(script).name == "icl"
@@ -204,12 +206,12 @@ def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict
 
 
 def _search_path() -> str:
-    """Return the PATH of a point's program, with the folder of this Python first."""
+    """Return the PATH for a point's program. The folder of this Python comes first."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the settings of a point as arguments in each form of W&B, in alphabetical order of the outermost names."""
+    """Return the settings of a point as arguments, for each of W&B's macros. The outermost names are in alphabetical order."""
     pairs = sorted(settings.items())
     return {
         "args": [f"--{key}={value}" for key, value in pairs],

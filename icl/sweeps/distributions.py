@@ -1,9 +1,9 @@
 """The distributions of a sweep's parameters: those of W&B, defined by their quantile functions.
 
-Draw i of a parameter is quantile(u), where u is a hash of (seed, name, i), uniform on (0, 1). So a draw is the same
-after every restart and on every machine, and does not depend on the other parameters of the file. Names, meanings and
-defaults are those of W&B ("Sweep configuration options"). For example, the bounds of `log_uniform` are exponents of e,
-and the bounds of `log_uniform_values` are the values themselves.
+Draw i of a parameter is quantile(u), where u is a hash of (seed, name, i) that is uniform on (0, 1). So a draw is the same
+after every restart and on every machine, and does not depend on the other parameters of the file. The distributions have the
+same names, meanings and defaults as in W&B ("Sweep configuration options"). For example, the bounds of `log_uniform` are
+exponents of e, and the bounds of `log_uniform_values` are the values themselves.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Distribution(NamedTuple):
     defaults: dict[str, float]
     """Options that may be left out, with their defaults."""
     quantile: Callable[[float, Options], Any]
-    """Function of a probability u in (0, 1) and the options. It returns the u-quantile: a draw is below it with probability u."""
+    """Function of a probability u in (0, 1) and the options. It returns the u-quantile, the value that a draw is below with probability u."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,16 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """The names joined by dots."""
+        """The names in `path`, joined by dots."""
         return ".".join(self.path)
 
 
 EXPONENTS = {name: f"{name}_values" for name in ("log_uniform", "q_log_uniform", "inv_log_uniform")}
-"""Distributions whose `min` and `max` are exponents of e. Each is mapped to the one whose `min` and `max` are values."""
+"""Distributions whose `min` and `max` are exponents of e, each with the corresponding distribution whose `min` and `max` are values."""
 
 
 def draw(parameter: Parameter, *, seed: int, index: int) -> Any:
-    """Return the value of a parameter at point `index` of a random sweep. It is a pure function of the arguments."""
+    """Return the value of a parameter at point `index` of a random sweep. The value depends only on the arguments."""
     digest = hashlib.blake2b(f"{seed}:{index}:{parameter.name}".encode(), digest_size=8).digest()
     share = ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2**-52  # strictly inside (0, 1)
     return DISTRIBUTIONS[parameter.distribution].quantile(share, parameter.options)
@@ -84,7 +84,7 @@ def grid_values(parameter: Parameter) -> list[Any] | None:
 
 
 def has_too_long_grid(parameter: Parameter, most: int) -> bool:
-    """Return whether a parameter has more than `most` values in a grid, without making the list of values."""
+    """Return whether a parameter has more than `most` values in a grid. The list of values is not made."""
     options = parameter.options
     if parameter.distribution == "int_uniform":
         return options["max"] - options["min"] >= most

@@ -1,11 +1,11 @@
 """The engine of `icl sweep`. It runs the missing points of a sweep, a few at a time, each in a separate program.
 
-The whole state of a sweep is in the runs' folders. So the same command continues a sweep after any interruption. Any
-number of engines, on any machines that share the folder, can work on one sweep without running a point twice.
+The whole state of a sweep is in the folders of its runs. So the same command continues a sweep after any interruption. Any
+number of engines, on any machines that share these folders, can work on one sweep without running a point twice.
 
 A point that fails does not stop the other points. The next command tries it again, unless the same settings would fail
 again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
-have failed since the session began. The engine passes a signal on to its programs, which save and exit.
+have failed since the session began. If the engine receives a signal, it asks its programs to save and exit.
 
 In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. It does
 not wait for points that run in other jobs, because its own job would occupy a machine without work.
@@ -43,7 +43,7 @@ class SweepResult(NamedTuple):
     states: dict[int, PointState]
     """The state of each point, by its number."""
     received: signal.Signals | None = None
-    """The signal that stopped the engine, if one did."""
+    """The signal that stopped the engine; None if no signal did."""
     has_progressed: bool = False
     """Whether a program of this engine has finished a point, or has made progress on one."""
     num_failed: int = 0
@@ -80,7 +80,7 @@ def run_sweep(
         num_workers: Number of programs that run at a time.
         pack: Largest number of points in one program, which trains them as one population if their settings allow it.
         retry: Whether to try every failed point again, even if it would fail again or has failed in this session.
-        job: The job of Slurm in which this process runs, if it does.
+        job: The job of Slurm in which this process runs; None outside of Slurm.
         say: Function that receives a line for each event.
     """
     engine = _Engine(sweep, points, root, num_workers=num_workers, pack=pack, retry=retry, job=job, say=say)
@@ -127,7 +127,7 @@ class _Engine:
         return point_state(point, self.root)
 
     def receive(self, number: int, frame: object) -> None:
-        """Record a signal. A second signal kills the programs, but not in a job: Slurm repeats signals, and kills programs itself."""
+        """Record a signal. Outside of Slurm, a second signal kills the programs. Slurm repeats signals, and kills programs itself."""
         if self.received is not None and self.job is None:
             for program in self.programs:
                 program.kill()
@@ -171,17 +171,17 @@ class _Engine:
             self._stop()
 
     def _bear_lost_storage(self) -> None:
-        """Mark all programs, because their files may be lost. If the sweep is being stopped, forget the programs that have ended."""
+        """Mark all programs as having lost their storage. If the sweep is being stopped, forget the programs that have ended."""
         for program in self.programs:
             program.has_lost_storage = True
         if self._stopping is not None:
             self.programs = [program for program in self.programs if program.is_running()]
 
     def _count_earlier_attempts(self) -> dict[int, int]:
-        """Return the number of each point's last attempt before this session. A point that fails later is not tried again.
+        """Return the number of each point's last attempt before this session. A point with a later, failed attempt is not tried again.
 
-        If other engines are at work, this engine joins their session, so a failure since that session began is final too. The
-        session of Slurm's jobs begins with their submission.
+        If other engines are at work, this engine joins their session, so points that have failed since that session began are not
+        tried again either. The session of Slurm's jobs begins with their submission.
         """
         states = {point.number: self.state(point) for point in self.points}
         last = {point.number: last_attempt(self.root / point.name) for point in self.points}
@@ -200,7 +200,7 @@ class _Engine:
         """Send SIGTERM to the programs, so that they save and exit."""
         if self.received is not None and self.programs:
             self.say(
-                f"{self.received.name}: stopping when the running programs ({len(self.programs)}) have saved. "
+                f"{self.received.name}: the sweep stops when the running programs ({len(self.programs)}) have saved. "
                 "Send the signal again to kill them."
             )
         for program in self.programs:
@@ -226,7 +226,7 @@ class _Engine:
             self.say(f"Waiting for {len(self.pending)} points that other workers run.")
 
     def _claim_together(self, first: Point) -> list[tuple[Point, Claim]]:
-        """Claim a point, and with it the points that can be packed into its program; return them with their claims."""
+        """Claim a point and the points that can be packed into its program. Return the claimed points with their claims."""
         work: list[tuple[Point, Claim]] = []
         shared = first.config.shared_settings() if self.pack > 1 else {}
         for point in [first, *(point for point in self.pending if point is not first)]:
@@ -238,13 +238,13 @@ class _Engine:
         return work
 
     def _claim(self, point: Point) -> Claim | None:
-        """Claim a point. Return None if another worker runs it. If the point is over, report this and return None too."""
+        """Claim a point. Return None if another worker runs the point. If the point is done or has failed, report this and return None."""
         state = self.state(point)
         if state.state == "running":
             return None
         has_failed_now = state.attempt > self._earlier_attempts[point.number] or (state.is_final and not self.retry)
         if state.state == "done" or (state.state == "failed" and has_failed_now):
-            if not self._storage.is_there(now=True):  # then the state was read from a missing or empty folder
+            if not self._storage.is_there(now=True):  # if so, the state was read from a missing or empty folder
                 return None
             self._close(point, f"{state.state:8s} {point.name}: {state.reason}")
             return None
@@ -310,5 +310,5 @@ class _Engine:
             self._report(line)
 
     def _report(self, line: str) -> None:
-        """Print a line for an event. It begins with the number of points that are over and the number of all points."""
+        """Print a line for an event. The line begins with the number of points that are done or have failed, and the number of all points."""
         self.say(f"[{self._num_over}/{len(self.points)}] {line}")

@@ -1,7 +1,7 @@
 """The points of a sweep. Each point has settings, the configuration that results from the settings, and the name of its run.
 
-All points are resolved before any of them runs. If a point has invalid settings, only this point fails, as under `wandb
-agent`. The other points run.
+The settings of all points are checked before any point runs. If a point has invalid settings, only this point fails and the other
+points run, as under `wandb agent`.
 
 A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep
 is a pure function of (seed, i). The name of a point depends only on its configuration, so the point is the same run
@@ -43,9 +43,9 @@ class Point:
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""
     job: str
-    """Hash of the command and of the settings that affect the result. Attempts with another hash are ignored."""
+    """Hash of the command and of the settings that affect the result. Attempts with a different hash are ignored."""
     trains: bool
-    """Whether the program is `icl train`. If it is, the run's own status says whether the point is done."""
+    """Whether the program is `icl train`. In this case, the status of the run says whether the point is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class InvalidPoint:
     number: int
     """Number in the sweep's order, from 1."""
     name: str
-    """The point's number, and its values of the settings that change from point to point."""
+    """The point's number, and the values of the settings that differ between points."""
     reason: str
     """Message that says why the point cannot run."""
 
@@ -63,7 +63,7 @@ class InvalidPoint:
 def sweep_points(
     sweep: SweepFile, *, count: int | None = None, seed: int = 0, invalid: list[InvalidPoint] | None = None
 ) -> list[Point]:
-    """Return the valid points of a sweep. A draw of a random sweep that repeats an earlier draw is left out.
+    """Return the valid points of a sweep. In a random sweep, a draw that repeats an earlier draw is left out.
 
     Args:
         sweep: The sweep file.
@@ -72,7 +72,7 @@ def sweep_points(
         invalid: List to which invalid points are added. If it is None, an invalid point is an error.
 
     Raises:
-        SweepFileError: If no point is valid, two points of a grid are the same run, or a random sweep has no end.
+        SweepFileError: If no point is valid, two points of a grid are the same run, or a random sweep has no number of points.
     """
     caps = [cap for cap in (count, sweep.run_cap) if cap is not None]
     if sweep.method == "random" and not caps:
@@ -161,7 +161,7 @@ def _resolve_point(sweep: SweepFile, number: int, settings: Settings) -> Point:
 
 
 def _is_done(config: RunConfig) -> bool:
-    """Return whether the run is done. If it is, its settings need no check: an older version may have allowed them."""
+    """Return whether the run is done. The settings of a done run are not checked again, because an older version may have allowed them."""
     run = RunFolder(local_root() / run_name(config))
     status = run.read_status()
     try:
@@ -171,7 +171,7 @@ def _is_done(config: RunConfig) -> bool:
 
 
 def _name(sweep: SweepFile, number: int, settings: Settings) -> str:
-    """Return the number of a point with the values that change from point to point."""
+    """Return the number of a point, with the values of the settings that differ between points."""
     changing = {parameter.name for parameter in sweep.parameters if parameter.distribution != "constant"}
     values = ", ".join(f"{key}={value}" for key, value in flatten(settings).items() if key in changing)
     return f"point {number}{f' ({values})' if values else ''}"

@@ -36,7 +36,7 @@ class Program:
 
     def __init__(self, work: Sequence[tuple[Point, Claim]], log: Path, process: subprocess.Popen | str) -> None:
         self.work, self.log, self.process = work, log, process
-        self.is_lost = False  # whether another worker has taken a point over
+        self.is_lost = False  # whether another worker has taken over a point
         self.has_lost_storage = False  # whether the folder of the runs could not be reached while the program ran
         self._started = time.monotonic()
         self._log_start = log.stat().st_size if log.exists() else 0
@@ -57,7 +57,7 @@ class Program:
         return not isinstance(self.process, str) and self.process.poll() is None
 
     def beat(self) -> bool:
-        """Refresh all claims; return False if another worker has taken a point over."""
+        """Refresh all claims. Return False if another worker has taken over a point."""
         return all([claim.beat() for _, claim in self.work])  # noqa: C419 (a list, so that every claim is refreshed)
 
     def stop(self) -> None:
@@ -77,7 +77,7 @@ class Program:
         """Record the outcome of each point, and release the point.
 
         Args:
-            stopping: The reason why the engine stops its programs, if it does.
+            stopping: The reason why the engine stops its programs; None if it does not stop them.
 
         Raises:
             StorageError: If the outcome cannot be written.
@@ -104,7 +104,7 @@ class Program:
             reason = self._reason_of_failure(claim, status, code)
             if self._was_out_of_reach(claim, reason):
                 self.has_lost_storage = True
-                outcome, reason = "preempted", "its folder was out of reach for a moment"
+                outcome, reason = "preempted", "its folder could not be reached for a while"
         claim.finish(outcome, exit_status=code, reason=reason)
 
     def _reason_of_failure(self, claim: Claim, status: Status | None, code: int) -> str:
@@ -116,7 +116,7 @@ class Program:
         return redact(f"{end}: {line}" if line else end)
 
     def _was_out_of_reach(self, claim: Claim, reason: str) -> bool:
-        """Return whether a program failed only because the folder of all runs was out of reach, and the folder is back now."""
+        """Return whether a program failed only because the folder of all runs could not be reached, and can be reached again."""
         return claim.folder.is_dir() and (self.has_lost_storage or WAS_REMOVED in reason)
 
     def _last_line(self, prefix: str) -> str:
@@ -184,5 +184,5 @@ def _amount(point: Point, folder: Path) -> int:
 
 
 def _end_with_engine() -> None:
-    """Ask Linux, in the new process, for a SIGTERM when the engine dies, so that no program outlives a killed engine."""
+    """Ask Linux to send this new process a SIGTERM when the engine dies, so that no program outlives a killed engine."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Read W&B sweep files strictly. If W&B would ignore or guess something, an error says what to write instead.
+"""Read W&B sweep files strictly. Where W&B would ignore a part of the file, or guess what it means, an error says what to write instead.
 
 The schema is that of W&B: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and
 `max`, a `distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and
@@ -31,7 +31,7 @@ MAX_POINTS = 100_000
 
 
 class SweepFileError(ConfigError):
-    """A sweep file that cannot be run. The message names the faulty part and says what to write instead."""
+    """Raised if a sweep file cannot be used. The message names the faulty part and says what to write instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,10 @@ class SweepFile:
     path: Path
     method: Literal["grid", "random"]
     parameters: tuple[Parameter, ...]
-    """Parameters in W&B's order: sorted by name. A nested group has the place of its own name, and its parameters are
-    sorted within the group."""
+    """Parameters in W&B's order: sorted by name. A nested group is sorted by its own name, and its parameters are sorted within the
+    group."""
     command: tuple[str, ...]
-    """Words of the command that starts a run, with macros."""
+    """Words of the command that starts a run; macros are not replaced yet."""
     program: str | None = None
     run_cap: int | None = None
     """Largest number of points."""
@@ -109,7 +109,7 @@ def _require_grid(parameter: Parameter) -> None:
         )
     if grid_values(parameter) is None:
         raise SweepFileError(
-            f"`{parameter.name}` is {parameter.distribution}, which has no grid. List its `values`, or use `method: random`."
+            f"`{parameter.name}` has the distribution {parameter.distribution}, which has no grid. List its `values`, or use `method: random`."
         )
 
 
@@ -150,7 +150,7 @@ def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | No
     refuse_unused_macros(words)
     if program is None and "${program}" in words:
         raise SweepFileError(
-            "`program` is missing: the command, which is W&B's default if the file has none, starts it. Add a `program`, or "
+            "`program` is missing, but the command contains `${program}`, as does W&B's default command. Add a `program`, or "
             'write a command without it, such as `command: ["${env}", icl, train]`.'
         )
     return words, program

@@ -1,7 +1,7 @@
 """Read the state of a sweep's point from the folder of its run: done, running, failed or waiting, with the reason.
 
-A point of `icl train` is done if its run is done under the same settings, whoever trained the run. A point of any other
-program is done if the last attempt at the point exited with status 0. A failure is final if the same settings would fail again,
+A point of `icl train` is done if its run is done with the same settings, even if the run was trained outside the sweep. A point of any
+other program is done if the last attempt at the point exited with status 0. A failure is final if the same settings would fail again,
 for example because the loss becomes NaN. Such a point is tried again only with `--retry`, or after the installed versions change.
 """
 
@@ -29,7 +29,7 @@ class PointState(NamedTuple):
 
 
 def point_state(point: Point, root: Path) -> PointState:
-    """Return the current state of a point. Its run is below `root`, the folder of all runs."""
+    """Return the current state of a point. `root` is the folder of all runs."""
     run = RunFolder(root / point.name)
     current = last_attempt(run.path)
     status = run.read_status() if point.trains else None
@@ -55,7 +55,7 @@ def _state(point: Point, run: RunFolder, status: Status | None, current: Attempt
 
 
 def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt | None, number: int) -> PointState:
-    """Return the state of a point whose run `icl train` has begun, in a sweep or outside of one."""
+    """Return the state of a point whose run has been started by `icl train`, in a sweep or outside of one."""
     try:
         require_same_config(run.read_config(), point.config, run)
     except ConfigError as error:
@@ -74,7 +74,7 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
 
 
 def _state_of_attempt(attempt: Attempt, status: Status | None, number: int) -> PointState:
-    """Return the state of a point from its last attempt, which is over."""
+    """Return the state of a point from its last attempt, which must have ended."""
     progress = _progress(status)
     if attempt.outcome == "done":
         return PointState("done", "exited with status 0", number)

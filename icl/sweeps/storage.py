@@ -1,7 +1,7 @@
-"""Watch the folder of all runs. If the folder is on a file server, it may be out of reach for a while.
+"""Watch whether the folder of all runs can be reached. A folder on a file server may be unreachable for a while.
 
-Nothing may be written while the folder is out of reach. Otherwise a new folder of the same name could hide the old one, or block its
-return.
+Nothing may be written while the folder cannot be reached. Otherwise a new folder of the same name could hide the old one, or keep the
+old one from being mounted again.
 """
 
 import time
@@ -12,7 +12,7 @@ from icl.files.writing import StorageError
 
 _CHECK_SECONDS = 1.0
 _GIVE_UP_SECONDS = 600.0
-"""Seconds for which the folder may be out of reach before the sweep ends."""
+"""Seconds for which the folder may be unreachable before the sweep ends."""
 
 
 class StorageWatch:
@@ -29,10 +29,10 @@ class StorageWatch:
         self._lost_at: float | None = None
 
     def is_there(self, *, now: bool = False) -> bool:
-        """Return whether the folder can be reached. The folder is checked at most once a second, or at once with `now`.
+        """Return whether the folder can be reached. It is checked at most once a second, or immediately if `now` is true.
 
         Raises:
-            StorageError: If the folder has been out of reach for ten minutes.
+            StorageError: If the folder has been unreachable for ten minutes.
         """
         if self.mark is None:
             return True
@@ -42,10 +42,11 @@ class StorageWatch:
         return self._lost_at is None
 
     def lose(self, error: OSError) -> None:
-        """Record that an operation failed. If no later check succeeds, the folder counts as out of reach.
+        """Record that an operation failed. The folder counts as unreachable until a later check succeeds.
 
         Raises:
-            OSError: The same error, if the checks are turned off or the folder has been out of reach for ten minutes.
+            OSError: The same error, if the checks are turned off.
+            StorageError: If the folder has been unreachable for ten minutes.
         """
         if self.mark is None:
             raise error
@@ -55,13 +56,18 @@ class StorageWatch:
     def _note(self, *, is_there: bool, why: str = "") -> None:
         if is_there:
             if self._lost_at is not None:
-                self.say(f"The folder of the runs is back after {time.monotonic() - self._lost_at:.0f} s.")
+                self.say(f"The folder of the runs can be reached again after {time.monotonic() - self._lost_at:.0f} s.")
             self._lost_at = None
         elif self._lost_at is None:
             self._lost_at = time.monotonic()
-            self.say(f"The folder of the runs is out of reach{why}: {self.mark}. Waiting until it is back.")
+            self.say(
+                f"The folder of the runs cannot be reached{why}: {self.mark}. Waiting until it can be reached again."
+            )
         elif time.monotonic() - self._lost_at > _GIVE_UP_SECONDS:
-            raise StorageError(f"The folder of the runs has been out of reach for ten minutes: {self.mark} is missing.")
+            raise StorageError(
+                f"The folder of the runs could not be reached for ten minutes: {self.mark} is missing. "
+                "Once it is back, run the same command again."
+            )
 
 
 def _exists(path: Path) -> bool:

@@ -1,1 +1,1 @@
-"""Training runs with Lightning; nothing else in `icl` imports it."""
+"""Training of runs with Lightning. No other package of `icl` imports Lightning."""

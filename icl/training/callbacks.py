@@ -1,7 +1,7 @@
-"""Callbacks of training: each decides when something happens, and calls a function that does it.
+"""Callbacks of training: each callback decides when something happens, and calls a function that does it.
 
-The callbacks run in the order of `trainer.make_callbacks`. Everything that goes into a row or a checkpoint is computed before the
-row or checkpoint is written. The resume file is written last, so it never contains a step that the other files lack.
+The callbacks run in the order of `trainer.make_callbacks`. All contents of a row or checkpoint are computed before the row or
+checkpoint is written. The resume file is written last, so it never contains a step that the other files lack.
 """
 
 import contextlib
@@ -29,24 +29,27 @@ from icl.training.wandb.agent import PARENT_PROCESS, in_sweep
 Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
-"""Two signals within this time count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent then
-signals this program again. In a sweep, all signals count as one: Slurm signals the engine and its programs, and the engine then
-signals the programs again, perhaps seconds later. The engine uses SIGKILL to end a program at once."""
+"""Two signals within this number of seconds count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent
+then signals this program again. In a sweep, all signals count as one: Slurm signals the engine and its programs, and the engine then
+signals the programs again, perhaps seconds later. To end a program at once, the engine uses SIGKILL."""
 
 
 class NonFiniteGuard(pl.Callback):
-    """End a member whose loss is no longer finite. The other members continue. It is checked at intervals, so that steps need not wait."""
+    """End a member whose loss is no longer finite. The other members continue.
+
+    The losses are checked only every `every` steps, because a check waits for the device.
+    """
 
     def __init__(self, members: Sequence[Member], every: int) -> None:
         self.members, self.every = members, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Check every `every` steps, and at the last step."""
+        """Check the losses every `every` steps, and at the last step."""
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.check(module)
 
     def check(self, module: PopulationModule) -> None:
-        """Check now. Every callback that saves something calls this first."""
+        """Check the losses now. Every callback that saves something calls this method first."""
         for member, step in zip(self.members, module.first_bad_step.tolist(), strict=True):
             if step >= 0 and member.is_running:
                 member.end("failed", step, _describe_bad_step(step))
@@ -150,10 +153,10 @@ class Ending(pl.Callback):
 
 
 class StopSignals(pl.Callback):
-    """End training after the current step on SIGINT or SIGTERM, with everything saved. A second signal ends it at once.
+    """On SIGINT or SIGTERM, end training after the current step, with everything saved. A second signal ends training at once.
 
-    Training also ends after the current step if the W&B agent that started the program has died. Otherwise nobody would
-    end the program.
+    Training also ends after the current step if the W&B agent that started the program has died, because then nobody else would end
+    the program.
     """
 
     def __init__(self) -> None:
@@ -167,9 +170,9 @@ class StopSignals(pl.Callback):
         self._handling.enter_context(handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._receive)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop all ranks if one of them got a signal."""
+        """Stop all processes if one of them has received a signal."""
         if self._agent is not None and os.getppid() != self._agent and self.received is None:
-            print("\nThe W&B agent is gone: saving after this step.", file=sys.stderr)
+            print("\nThe W&B agent has ended: saving after this step, then stopping.", file=sys.stderr)
             self.received = signal.SIGTERM
         if any_rank(trainer, self.received is not None):
             trainer.should_stop = True
@@ -218,7 +221,7 @@ class MetricsLog(pl.Callback):
         self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: PopulationModule) -> None:
-        """Write rows. Only logged steps wait for the device, because their rows need the mean losses."""
+        """Write the rows of this step. Only logged steps wait for the device, because their rows need the mean losses."""
         step = trainer.global_step
         evaluated = self.evaluation.latest(step)
         is_logged = step > 0 and step % self.every == 0
@@ -245,7 +248,7 @@ class MetricsLog(pl.Callback):
 
 
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
-    """Return whether the flag is set on any rank. Every rank must call this."""
+    """Return whether the flag is true in any process. Every process must call this function."""
     return flag if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(flag, all=False)
 
 

@@ -1,14 +1,14 @@
-"""Estimate how many members of a population fit on a device at once, and refuse runs that are too large for it.
+"""Estimate how many members of a population fit on a device at once, and refuse runs that are too large for the device.
 
 On a GPU all members are updated together. Each member needs memory for seven arrays of the size of its parameters: the
-parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. We run
-forward passes of a few prompts and measure the size of the tensors that autograd keeps.
+parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. To
+estimate these, we run forward passes of a few prompts and measure the size of the tensors that autograd keeps.
 
 On a CPU at most one member per core is updated at a time, so activations count once per core. Each member also needs memory for:
 
-- Its parameters and moments. While members are resumed, this is three times as much, because the arrays are read from the resume
-  files and then copied into joined arrays.
-- The prompts of a step while they are drawn, or the arrays of its evaluation, whichever is larger.
+- Its parameters and moments. While members are resumed, they need three times as much memory, because the arrays are read from the
+  resume files and then copied into joined arrays.
+- The prompts of one training step while they are drawn, or the arrays of the member's evaluation, whichever is larger.
 - Its evaluation prompts with their baselines. Members that differ only in their training seeds share them.
 """
 
@@ -37,11 +37,11 @@ _EVALUATED_ARRAYS = 48
 """Number of arrays that each further member adds to an evaluation (measured). An array has one float32 per target."""
 _NUM_BASELINES = 5
 _SHARE = 0.85
-"""Share of the memory that a population may use. The rest allows for fragmentation."""
+"""Share of the memory that a population may use. The rest is left free because of fragmentation."""
 
 
 def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int:
-    """Estimate how many members with these settings fit on a device at once; at least one."""
+    """Estimate how many members with these settings fit on a device at once. The result is at least 1."""
     config = configs[0]
     is_cpu = torch.device(device).type == "cpu"
     member = dict(build_model(config).named_parameters())
@@ -59,10 +59,10 @@ def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int
 def require_room(config: RunConfig, device: torch.device | str) -> None:
     """Refuse a run that cannot fit on the device, before anything is built or written.
 
-    The estimate is below the memory that training needs, so no run that fits is refused.
+    The estimate is a lower bound on the memory that training needs, so no run that fits is refused.
 
     Raises:
-        ConfigError: If the run cannot fit; the message names the settings that need most memory.
+        ConfigError: If the run cannot fit; the message names the settings that need the most memory.
     """
     if config.model.is_language:
         _require_language_room(config, device)

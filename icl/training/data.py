@@ -1,7 +1,7 @@
 """Training prompts as an endless stream that can start at any step.
 
-The prompts of step s are a pure function of (seeds, s). So a resumed run draws the same prompts as an uninterrupted one, although
-no state of the stream is saved. Prompts of several steps are drawn as one block, because that costs little more than drawing the
+The prompts of step s depend only on the seeds and s. So a resumed run draws the same prompts as an uninterrupted one, although no
+state of the stream is saved. The prompts of several steps are drawn as one block, because this takes little more time than the
 prompts of one step. Blocks begin at multiples of their length, so resuming in the middle of a block gives bit-identical numbers.
 """
 
@@ -22,16 +22,18 @@ from icl.tasks.streams import sample_sources, stream_source
 _BLOCK_NORMALS = 2**19
 """Largest number of normal variates in a block of prompts on a CPU."""
 _CUDA_BLOCK_NORMALS = 2**24
-"""The same limit on a GPU. It is higher, because a kernel takes as long for few numbers as for many."""
+"""Largest number of normal variates in a block of prompts on a GPU, where a kernel takes as long for few numbers as for many."""
 _MAX_BLOCK = 64
 """Largest number of steps in a block."""
 
 LONGEST_STRETCH = {"cuda": 32, "cpu": 4}
-"""Largest number of steps in one batch, by device kind. It is limited so that training can be stopped soon."""
+"""Largest number of steps in one batch, for each type of device. It is limited so that training can be stopped quickly."""
 
 
 class PromptStream:
-    """One batch per step for every member: xs (N, B, K, D), ys (N, B, K), or tokens (N, B, T). B is this process's share of the batch.
+    """Stream of training batches, one per step for all members: xs (N, B, K, D) and ys (N, B, K), or tokens (N, B, T).
+
+    B is the number of prompts or rows that this process takes from each member's batch.
 
     Args:
         configs: Settings of the members.
@@ -77,13 +79,13 @@ class PromptStream:
 class Stretches:
     """Batches that contain the prompts of several steps, up to the next step at which a callback has work to do.
 
-    Lightning then runs once per batch (a stretch of steps) instead of once per step. Its overhead is about 2 ms per call on a
-    slow core, which is as long as a step on a GPU.
+    Lightning then runs once per batch (a stretch of steps) instead of once per step. The overhead of Lightning is about 2 ms per call
+    on a slow core, which is as long as a step on a GPU.
 
     Args:
         stream: Source of the prompts of each step.
         first_step: Function that returns the first step. It is called when iteration begins.
-        stop: Function of a step. It returns the next step at which callbacks must see the model.
+        stop: Function of a step that returns the next step at which callbacks must see the model.
         longest: Largest number of steps in a stretch.
     """
 

@@ -1,7 +1,8 @@
 """Record how a member's training ends, in its status, its log and its W&B run.
 
 If one member of several fails, `isolate_failure` ends that member with the reason, and the others continue. The failure of a
-single run is raised. With several processes, any failure is raised, because the processes could not agree on the remaining members.
+single run is raised as an error. With several processes, any failure is raised, because the processes could not agree on the
+remaining members.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from icl.training.wandb.log import exit_code_of
 
 
 def record_outcome(member: Member, step: int, received: signal.Signals | None) -> None:
-    """Record the outcome of a member that has ended. Do nothing if it is still running or is already recorded."""
+    """Record the outcome of a member that has ended. Do nothing if the member is still running, or its outcome is already recorded."""
     if member.is_running and step == member.config.trainer.max_steps:
         member.end("finished", step)
     elif member.is_running and received is not None:
@@ -55,9 +56,9 @@ def _write_end(member: Member, step: int) -> None:
 
 @contextlib.contextmanager
 def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
-    """End only this member if the body raises a `UserError`. If the member is alone, raise the error.
+    """Catch a `UserError` of the body and end only this member. If `is_alone`, raise the error instead.
 
-    The failure is written to the folder only if the folder is known to be this run's (`Member.is_own`). Otherwise the folder may
+    The failure is written to the folder only if the folder is known to belong to this run (`Member.is_own`). Otherwise the folder may
     belong to another run, or another process may be training in it.
     """
     try:
@@ -73,7 +74,7 @@ def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Record an exception of the body in the status and the W&B run of every unfinished member, as far as the disk allows."""
+    """Record an exception of the body in the status and the W&B run of every unfinished member. Failed writes of the record are ignored."""
     try:
         yield
     except SystemExit as stop:  # Lightning raises it after a second Ctrl-C

@@ -1,4 +1,4 @@
-"""Start the loggers that `trainer.loggers` names. `metrics.csv` is always written, and the other loggers get its rows."""
+"""Start the loggers that `trainer.loggers` names. They receive the rows of `metrics.csv`, which is always written."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def require_loggers(settings: TrainerConfig) -> None:
         require_tensorboard()
     if "wandb" in settings.logger_names and mode is None and not is_disabled():
         raise ConfigError(
-            "`trainer.loggers` contains wandb, but W&B is not set up. Type `wandb login`, or set WANDB_MODE=offline to log to the "
+            "`trainer.loggers` contains wandb, but W&B is not set up. Run `wandb login`, or set WANDB_MODE=offline to log to the "
             "run's folder."
         )
 
@@ -31,8 +31,8 @@ def start_loggers(member: Member, step: int, wandb_run: Any) -> list[RowLogger]:
 
     Args:
         member: The member.
-        step: Step from which it continues. A logger that lacks earlier rows gets these rows first.
-        wandb_run: W&B run of a sweep's point, which always gets the rows. If it is None, a W&B run is started, unless
+        step: Step from which the member continues. A logger that lacks earlier rows receives these rows first.
+        wandb_run: W&B run of a sweep's point, which always receives the rows. If it is None, a W&B run is started, unless
             `trainer.loggers` leaves W&B out or W&B is not set up.
     """
     names = member.config.trainer.logger_names

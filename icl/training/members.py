@@ -1,7 +1,7 @@
-"""The state of each run of a population while it trains. The step is not included, because it is the same for all runs.
+"""The members of a population: the state of each run while it trains, without the step, which is the same for all runs.
 
-A member trains until it ends, for example because it stops early or its loss is no longer finite. Its saved files are then
-final. Its slice of the stacked parameters is still computed until the population is rebuilt, but its results are no longer
+A member trains until it ends, for example because it stops early or its loss is no longer finite. Then its saved files are no longer
+changed. Its slice of the stacked parameters is still computed until the population is rebuilt, but its results are no longer
 recorded. Members do not interact, so this does not change the numbers of the other members.
 """
 
@@ -32,7 +32,7 @@ _SAVED = (
 
 @runtime_checkable
 class RowLogger(Protocol):
-    """A logger that gets the rows of a member's `metrics.csv`."""
+    """A logger that receives the rows of a member's `metrics.csv`."""
 
     def log(self, row: Mapping[str, int | float], /) -> None:
         """Log one row, which contains its step."""
@@ -62,28 +62,29 @@ class Member:
     is_recorded: bool = False
     """Whether the member's outcome has been recorded."""
     is_own: bool = False
-    """Whether the folder is known to belong to this run, with no other process training in it. Only then may a failure be
-    written to it."""
+    """Whether the folder is known to belong to this run, with no other process training in it. A failure may be written to the folder
+    only if this is true."""
     is_refused: bool = False
     """Whether the member could not be started or resumed. The other members then train without it."""
     is_packed: bool = False
-    """Whether the member started as one of several members. This selects the CPU kernel. A member that is resumed alone keeps the value,
-    so that its results are the same."""
+    """Whether the member started as one of several members. This selects the CPU kernel. The value is kept if the member is resumed
+    alone, so that its results are the same."""
     num_parts: int | None = None
-    """Number of parts into which a compiled step on a CPU splits the prompts; None before the first start. A resumed run keeps the
-    value, so that its results are the same."""
+    """Number of parts into which a compiled step on a CPU splits the prompts; None before the first start. The value is kept when the
+    run is resumed, so that its results are the same."""
     rows: dict[str, Any] | None = None
     """Length and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()
     """Steps whose checkpoints were missing when the run was resumed; training continues without them."""
     incomplete: str | None = None
-    """Message about missing files of a run that had already ended. If it is set, the run does not count as a success."""
+    """Message about a missing last checkpoint or missing rows of a run that had already ended; None if nothing is missing. A run with
+    such a message does not count as a success."""
     told_lacking: str | None = None
     """Message about missing checkpoints before the last one, and about altered rows, of a run that had already ended."""
     notes: list[str] = field(default_factory=list)
     """Messages to print and log when training starts or resumes."""
     loggers: list[RowLogger] = field(default_factory=list)
-    """Loggers that get the rows of `metrics.csv`, such as W&B."""
+    """Loggers that receive the rows of `metrics.csv`, such as W&B."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
@@ -92,7 +93,7 @@ class Member:
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether results at this step are saved. They are saved before the member ends, and at the step of an early stop."""
+        """Return whether results at this step are saved: as long as the member is running, and at the step of an early stop."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:

@@ -1,8 +1,8 @@
-"""The LightningModule of a population: each batch has the prompts of a few optimiser steps (`icl.compute.step`).
+"""The LightningModule of a population. Each batch contains the prompts of a few optimiser steps (`icl.compute.step`).
 
 A single run is a population of one. The module stores the parameters and Adam's moments of N members as rows of matrices. It also
-records the mean loss, the number of clipped steps and the first non-finite step of every member. These records are tensors on
-the device, so that a step never waits for the host.
+records, for every member, the mean loss, the number of clipped steps and the first step with a non-finite loss. These records are
+tensors on the device, so that a step never waits for the host.
 """
 
 import sys
@@ -29,7 +29,7 @@ from icl.training.rounding import describe_changes, rounding_conditions
 
 
 class PopulationModule(pl.LightningModule):
-    """N members of one architecture. They differ only in their seeds and tasks."""
+    """Lightning module of N members with one architecture, which differ only in their seeds and tasks."""
 
     exp_avg: Tensor
     """Adam's first moment (N, P)."""
@@ -69,15 +69,15 @@ class PopulationModule(pl.LightningModule):
 
     @property
     def params(self) -> Params:
-        """Stacked parameters under the model's own names, as views without gradient."""
+        """Stacked parameters with the names that the model gives them, as views without gradient."""
         return self.layout.to_params(self.rows.detach())
 
     def rate(self, update: int) -> float:
-        """Return the learning rate of an update. Update s, counted from 1, leads from step s - 1 to step s."""
+        """Return the learning rate of an update. Updates are counted from 1; update s leads from step s - 1 to step s."""
         return self.config.optim.lr * self._factor(update - 1)
 
     def configure_optimizers(self) -> "PopulationAdam":
-        """Return Adam with the step for this device and these processes."""
+        """Return Adam with a step function for this device and this number of processes."""
         for member in self.members:
             if member.num_parts is None:
                 member.num_parts = most_parts(self.config.trainer.batch_size, torch.get_num_threads())
@@ -113,7 +113,7 @@ class PopulationModule(pl.LightningModule):
             self._set_rate()
 
     def take_means(self, indices: Sequence[int]) -> tuple[list[float], list[float]]:
-        """Return the mean loss and the share of clipped steps of some members since the last call for them.
+        """Return the mean loss and the share of clipped steps of some members, over the steps since the last call for these members.
 
         The call waits for the device.
         """
@@ -147,7 +147,7 @@ class PopulationModule(pl.LightningModule):
         if settings.compile != "auto":
             return settings.compile == "true"
         if self.config.model.is_language and (self.device.type != "cpu" or not self._is_batch_whole()):
-            return False  # on a GPU it was not measured, and a batch in many parts would be one very long graph
+            return False  # compiling was not measured on a GPU, and a batch in many parts would be one very long graph
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
             num_tokens=self.config.num_tokens * settings.batch_size,
@@ -189,8 +189,8 @@ class PopulationAdam(torch.optim.Optimizer):
     """Adam for N members whose parameters are the rows of one matrix, with the interface of a PyTorch optimiser.
 
     Loss, gradient, clipping and update are one function of tensors (`icl.compute.step`), so that a step can be compiled as one graph.
-    Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`: the parameter group has the rate
-    of the next update, and the state has the moments and the number of updates.
+    Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`: the parameter group contains the
+    learning rate of the next update, and the state contains the moments and the number of updates.
     """
 
     def __init__(self, rows: Tensor, adam: AdamState, function: Step, settings: OptimConfig) -> None:
@@ -198,7 +198,7 @@ class PopulationAdam(torch.optim.Optimizer):
 
         Args:
             rows: The parameters (N, P), a leaf tensor.
-            adam: The same parameters without gradient, with Adam's moments and count. Every step changes it in place.
+            adam: The same parameters without gradient, with Adam's moments and count. Every step changes these tensors in place.
             function: Function that makes one optimiser step.
             settings: Adam's betas and eps, for the parameter group.
         """

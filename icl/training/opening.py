@@ -17,7 +17,11 @@ from icl.training.upload import upload_behind
 
 
 def has_ended(member: Member) -> bool:
-    """Return whether the run has already ended. Raise an error if its folder contains a run with other settings."""
+    """Return whether the run has already ended.
+
+    Raises:
+        ConfigError: If its folder contains a run with other settings.
+    """
     if not member.folder.config_file.exists():
         return False
     require_same_config(member.folder.read_config(), member.config, member.folder)
@@ -43,10 +47,10 @@ def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
 
 
 def _note_missing(member: Member, step: int | None) -> None:
-    """Store the list of missing files in the member. `step` is the step from which the run continues; None if it has ended.
+    """Record in the member which files of the run are missing. `step` is the step from which the run continues; None if it has ended.
 
-    A missing scheduled checkpoint is not a failure. A run that has ended is incomplete if its last checkpoint or rows of
-    its `metrics.csv` are missing.
+    A missing scheduled checkpoint is not a failure. A run that has ended is incomplete if its last checkpoint or some rows of its
+    `metrics.csv` are missing.
     """
     run, config = member.folder, member.config
     last = run.read_status()

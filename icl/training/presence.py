@@ -1,8 +1,8 @@
 """Check that a run's files still exist while it trains.
 
-Somebody may remove the folder of a run, on purpose or by accident. We must never create it again, so the run ends. The settings
-and the rows of metrics are also in memory, so their files are written again if they were removed. Checkpoints of earlier steps
-cannot be restored. If some are missing, we report this as soon as we notice it, and the run ends as failed.
+Somebody may remove the folder of a run, intentionally or by accident. We must never create the folder again, so the run ends. The
+settings and the rows of metrics are also in memory, so their files are written again if they were removed. Checkpoints of earlier
+steps cannot be restored. If some are missing, we report this as soon as we notice it, and the run ends as failed.
 """
 
 import sys
@@ -21,7 +21,7 @@ _SECONDS = 20.0
 
 
 class FilesGuard(pl.Callback):
-    """End a member whose folder is gone. The other members continue."""
+    """End a member whose folder was removed. The other members continue."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
@@ -55,7 +55,7 @@ class FilesGuard(pl.Callback):
             member.end("failed", step, reason)
 
     def _report_lost(self, member: Member, step: int) -> None:
-        """Report missing checkpoints at once, so that a person can put them back before the run ends."""
+        """Report missing checkpoints at once, so that they can be put back before the run ends."""
         missing = missing_steps(member.folder, member.config, step - 1)
         lost = [missing_step for missing_step in missing if missing_step not in member.lacking]
         if lost:

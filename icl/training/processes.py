@@ -60,9 +60,9 @@ class SrunEnvironment(SLURMEnvironment):
 
 
 def join_processes(config: RunConfig) -> RunConfig:
-    """Return the settings of a run with the number of processes that torchrun started.
+    """Return the settings of a run, with the number of processes that torchrun started if it started several.
 
-    If srun started the processes, copy their ranks to the variables that Lightning reads.
+    If srun started the processes, copy the rank of this process to the variables that Lightning reads.
 
     Raises:
         ConfigError: If the number of processes started differs from the settings.
@@ -85,19 +85,19 @@ def join_processes(config: RunConfig) -> RunConfig:
     elif num_processes == 1 and is_child_rank():
         ranks = ", ".join(f"{name}={os.environ[name]}" for name in RANK_VARIABLES if os.environ.get(name, "0") != "0")
         raise ConfigError(
-            f"{ranks} says that this is one of several processes of a run, but {_ONE_PER_PROCESS} is 1; set them to the "
-            "number of processes, or unset the variable."
+            f"According to {ranks}, this is one of several processes of a run, but {_ONE_PER_PROCESS} is 1; set them to the "
+            "number of processes, or unset the environment variable."
         )
     return config
 
 
 def _is_of_srun(num_processes: int) -> bool:
-    """Return whether srun started this process as one of several of a run."""
+    """Return whether srun started this process as one of several processes of a run."""
     return num_processes > 1 and _num_tasks() > 1 and not _is_point()
 
 
 def _join_srun(settings: TrainerConfig) -> None:
-    """Check the number of tasks. Copy the rank of this task from srun's variables to those that `is_child_rank` reads."""
+    """Check the number of tasks. Copy the rank of this task from srun's variables to the variables that `is_child_rank` reads."""
     num_nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
     if _num_tasks() != settings.num_processes:
         raise ConfigError(
@@ -118,7 +118,7 @@ def _join_srun(settings: TrainerConfig) -> None:
 
 
 def _num_tasks() -> int:
-    """Return how many processes srun started, this one included. In the shell of a job, without srun, it is 1."""
+    """Return how many processes srun started, including this one. Without srun, as in the shell of a job, the number is 1."""
     is_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
     return _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1) if is_step else 1)
 

@@ -15,7 +15,7 @@ from icl.training.members import Member
 
 
 class StatusFile(pl.Callback):
-    """Keep the `status.json` of every member up to date while it trains. `endings` writes the final status."""
+    """Keep the `status.json` of every member up to date during training. The module `endings` writes the final status."""
 
     def __init__(self, members: Sequence[Member], metrics_log: MetricsLog) -> None:
         self.members, self.metrics_log = members, metrics_log
@@ -24,7 +24,7 @@ class StatusFile(pl.Callback):
         """Step and time of the last measurement of the speed."""
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Write that the members are running."""
+        """Write into each status that the member is running."""
         self._last = (trainer.global_step, time.monotonic())
         self._write(trainer)
 
@@ -57,7 +57,7 @@ def member_status(member: Member, state: State, step: int) -> Status:
 
 
 class ProgressBar(pl.Callback):
-    """Show loss, steps per second and time left: as a live bar on a terminal, otherwise as a line every ten seconds."""
+    """Show loss, steps per second and remaining time: as a progress bar on a terminal, otherwise as a line every ten seconds."""
 
     def __init__(self, metrics_log: MetricsLog, max_steps: int) -> None:
         self.metrics_log, self.max_steps = metrics_log, max_steps

@@ -1,6 +1,6 @@
-"""Refuse settings that are valid, but make training useless.
+"""Refuse settings that are valid, but with which training would be useless or impossible.
 
-`icl train` checks them before it writes anything, and `icl sweep` before it starts any run.
+`icl train` checks the settings before it writes anything, and `icl sweep` checks them before it starts any run.
 """
 
 import numpy as np
@@ -20,24 +20,26 @@ def require_monitor(config: RunConfig) -> None:
     metrics = [column for column in metric_columns(config) if column.startswith("eval/")]
     monitor = config.early_stopping.monitor
     if config.evaluation.every is not None and monitor not in metrics:
-        raise ConfigError(f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}.")
+        raise ConfigError(
+            f"`early_stopping.monitor` is `{monitor}`, but the metrics are {', '.join(metrics)}; choose one of them."
+        )
 
 
 def require_own_run(config: RunConfig) -> None:
-    """Refuse to train an imported run: its data, optimiser and random numbers were those of another program.
+    """Refuse to train an imported run, because its data, optimiser and random numbers came from another program.
 
     Raises:
         ConfigError: If the settings belong to an imported run.
     """
     if config.checkpoints.imported_from is not None or config.task.imported_tasks is not None:
         raise ConfigError(
-            f"The run was imported from {config.checkpoints.imported_from or 'older code'}, so it cannot be trained further. Leave out "
-            "`checkpoints.imported_from` and `task.imported_tasks` to train a new run with the other settings."
+            f"The run was imported from {config.checkpoints.imported_from or 'older code'}, so it cannot be trained further. To train a "
+            "new run with the other settings, leave out `checkpoints.imported_from` and `task.imported_tasks`."
         )
 
 
 def require_learning(config: RunConfig) -> None:
-    """Refuse settings with which the learning rate of every update is zero in float32.
+    """Refuse settings for which the learning rate of every update is zero in float32.
 
     Raises:
         ConfigError: If no update has a positive rate.

@@ -1,7 +1,7 @@
 """Conditions that affect the rounding of training. A run that resumes under other conditions reports the changes.
 
-The settings decide what is computed. The device, the number of threads and the libraries decide in which order sums are taken.
-Under the same conditions a resumed run is bit-identical to an uninterrupted one.
+The settings determine what is computed. The device, the number of threads and the libraries determine the order of summation.
+Under the same conditions, a resumed run is bit-identical to an uninterrupted one.
 """
 
 import platform
@@ -16,7 +16,7 @@ from icl.runs.environment import versions
 
 
 def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bool) -> dict[str, str]:
-    """Return the current conditions by name.
+    """Return the current conditions, keyed by name.
 
     Args:
         settings: Settings with the number of processes.

@@ -3,10 +3,9 @@
 The same call starts a new run, resumes an unfinished run bit-identically, or reports that a run is finished. Every outcome
 (finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
-Runs that differ only in their seeds and tasks are trained together, as one population. A single run is a population of one. If
-members are at different steps, the ones furthest behind are trained first. When they reach the step at which the next members
-stopped, both groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of
-the others.
+Runs that differ only in their seeds and tasks can be trained together, as one population. A single run is a population of one. If
+the members are at different steps, those at the lowest step are trained first. When they reach the step of the next members, both
+groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of the others.
 """
 
 import contextlib
@@ -54,7 +53,8 @@ class TrainResult(NamedTuple):
     was_done: bool = False
     """Whether the run was already finished."""
     incomplete: str | None = None
-    """Message about missing rows or a missing last checkpoint of an ended run. If it is set, the run does not count as a success."""
+    """Message about missing rows or a missing last checkpoint of an ended run; None if nothing is missing. A run with such a message does
+    not count as a success."""
     lacking: str | None = None
     """Message about missing checkpoints before the last one, and about altered rows, of an ended run. `icl checkpoints RUN verify`
     reports both as damage."""
@@ -97,7 +97,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
 def train_population(
     configs: Sequence[RunConfig], *, folders: Sequence[str | Path] | None = None, wandb_run: Any = None
 ) -> list[TrainResult]:
-    """Train several runs together, each to its end. Each run gets the same results as if it were trained alone.
+    """Train several runs together, each to its end. The results of each run are the same as if it were trained alone.
 
     Unfinished runs are resumed, and finished runs are left as they are. A member fails if its loss becomes non-finite, if
     its folder, settings, resume file or store cannot be used, or if another process trains it. The other members then continue.
@@ -118,7 +118,9 @@ def train_population(
     configs = [join_processes(config) for config in configs]
     paths = folders if folders is not None else [local_root() / run_name(config) for config in configs]
     if len(set(map(str, paths))) < len(paths):
-        raise ConfigError(f"The population has two members with the same folder, {max(paths, key=paths.count)}.")
+        raise ConfigError(
+            f"Two members of the population have the same folder, {max(paths, key=paths.count)}. Give each member its own folder."
+        )
     is_packed = len(configs) > 1
     members = [Member(c, RunFolder(path), is_packed=is_packed) for c, path in zip(configs, paths, strict=True)]
     make_trainer(configs[0])  # raises an error for impossible settings before anything is written
@@ -184,14 +186,14 @@ def _train(
 
 
 def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train as many members at a time as fit on the device. Return the signal that stopped training, if any."""
+    """Train the members in groups that fit on the device. Return the signal that stopped training, if any."""
     if len(members) <= 1:
         return _train_stages(members, steps)
     kind = choose_device(members[0].config.trainer.accelerator)
     limit = num_fitting([member.config for member in members], "cpu" if kind == "tpu" else kind)
     if len(members) > limit / 10 and not is_child_rank():
         in_turn = "" if len(members) <= limit else f", so they are trained in {-(-len(members) // limit)} groups"
-        print(f"About {limit:,} such members fit on this device at a time{in_turn}.")
+        print(f"About {limit:,} members of this size fit on this device at a time{in_turn}.")
     for group in (members[start : start + limit] for start in range(0, len(members), limit)):
         received = _train_stages(group, steps)
         if received is not None:
@@ -202,7 +204,7 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members furthest behind until they reach the next members, then train both together, and so on to the end.
+    """Train the members at the lowest step until they reach the step of the next members, then both together, and so on to the end.
 
     Returns:
         The signal that stopped training, if any.
@@ -247,7 +249,7 @@ def _fit(
 
 
 def _initial_params(configs: Sequence[RunConfig]) -> Params:
-    """Return the parameters before training, in the precision of training, so that loading a resume file does not round."""
+    """Return the parameters before training. They have the precision of training, so that loading a resume file does not round."""
     is_double = configs[0].trainer.precision == "64-true"
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])

@@ -89,7 +89,7 @@ class ResumeFiles(pl.Callback):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save if the last save is more than `seconds` seconds ago, and when training stops for one or all members."""
+        """Save if the last save was more than `seconds` seconds ago, or if training stops for one or all members."""
         step = trainer.global_step
         is_last = trainer.should_stop or step == trainer.max_steps or any(m.end_step == step for m in self.members)
         if is_last or any_rank(trainer, time.monotonic() - self._saved_at > self.seconds):
@@ -122,12 +122,12 @@ class MemberFiles(CheckpointIO):
         _replace_all(runs, (_select_member(population, index) for index in indices))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Return the checkpoint of the population, joined from the members' files, which must be of the same step."""
+        """Return the checkpoint of the population, joined from the members' files, which must contain the same step."""
         files = [member.folder.resume_file for member in self.members]
         return _join([unpack(file.read_bytes(), str(file)) for file in files])
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Do nothing: Lightning has written no file of its own."""
+        """Do nothing, because Lightning itself has written no file."""
 
 
 def read_resume_file(member: Member) -> int:
@@ -152,7 +152,7 @@ def read_resume_file(member: Member) -> int:
 
 
 def _moments(module: PopulationModule) -> Params:
-    """Return Adam's moments, named as in `exp_avg/blocks.0.attention.qkv.weight`."""
+    """Return Adam's moments, with names such as `exp_avg/blocks.0.attention.qkv.weight`."""
     return {
         f"{kind}/{name}": tensor
         for kind in MOMENTS
@@ -167,16 +167,16 @@ def _select_member(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the checkpoint of a population from those of its members, which must be at the same step."""
+    """Return the checkpoint of a population, joined from checkpoints of its members at the same step."""
     return _map_stacked(lambda tensors: torch.cat(list(tensors)), parts) | {
         name: [part[name][0] for part in parts] for name in ("configs", "members")
     }
 
 
 def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
-    """Combine trees of the same structure: replace the tensors at each place by `function` of them, and copy the rest from the first tree.
+    """Combine trees of the same structure: apply `function` to the stacked tensors at each place, and copy the rest from the first tree.
 
-    Stacked tensors are those with at least one axis: the parameters and Adam's moments.
+    A stacked tensor is one with at least one axis. These are the parameters and Adam's moments.
     """
     if isinstance(trees[0], dict):
         return {key: _map_stacked(function, [tree[key] for tree in trees]) for key in trees[0]}
@@ -186,7 +186,7 @@ def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence
 
 
 def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
-    """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`. Contents are built one at a time.
+    """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`. The contents are built one after the other.
 
     All new files are on the disk before the first old one is replaced. So if the process is killed, every run still has an intact
     resume file.

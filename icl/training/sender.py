@@ -1,8 +1,8 @@
-"""Send new files of a run's folder to its store, in such an order that the run can be resumed from its copy at any time.
+"""Send new files of a run's folder to its store, in such an order that the run can be resumed from the store at any time.
 
 Checkpoints are sent at once. The other files are sent when there is a newer `last.ckpt`, because only their newest versions matter.
-`last.ckpt` and `status.json` are vouchers: they say that the other files are complete. So they are read before the others, and
-sent only after all others have arrived.
+We call `last.ckpt` and `status.json` vouchers, because their presence in the store means that the other files there are complete. So
+the vouchers are read before the other files, and sent only after all other files have arrived.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class _File(NamedTuple):
 
 
 class Sender:
-    """Sender of the files of a run's folder to its store.
+    """Object that sends the files of a run's folder to the run's store.
 
     Args:
         mirror: The run and its copy in the store.
@@ -45,7 +45,7 @@ class Sender:
     def __init__(self, mirror: Mirror, config: RunConfig) -> None:
         self.mirror = mirror
         self.reason = ""
-        """Reason why a file could not be sent. If several files failed, it is the reason of the last one."""
+        """Reason why a file could not be sent. If several files failed, this is the reason for the last one."""
         self._scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
         self._there: set[str] | None = None
         self._sent: dict[str, Signature | None] = {}
@@ -113,9 +113,9 @@ class Sender:
             return None
 
     def _send(self, files: Sequence[_File | None], bar: tqdm | None) -> bool:
-        """Send files in one write, without those that the store has. Return False if the store failed.
+        """Send in one write those files that the store does not have yet. Return False if the store failed.
 
-        If a file in the run's folder is damaged, it is not sent, so that it never replaces an intact copy.
+        A damaged file in the run's folder is not sent, so that it never replaces an intact copy.
         """
         there = self._there
         if there is None:
@@ -141,7 +141,7 @@ class Sender:
         return True
 
     def _is_whole(self, file: _File) -> bool:
-        """Return whether a file is undamaged. If it is not, keep the reason."""
+        """Return whether a file is undamaged. If it is damaged, store the reason in `self.reason`."""
         try:
             require_whole(file.name, file.data, f"{self.mirror.here}/{file.name}")
         except UserError as error:
@@ -150,7 +150,7 @@ class Sender:
         return True
 
     def _signature(self, name: str) -> Signature | None:
-        """Return modification time, size and inode of a file, which change when it is written again."""
+        """Return modification time, size and inode of a file. They change when the file is written again."""
         try:
             stat = (self.mirror.run.path / name).stat()
         except FileNotFoundError:

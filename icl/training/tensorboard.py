@@ -1,7 +1,7 @@
 """Log a run to TensorBoard, with Lightning's logger. The event file is in the run's folder, below `tensorboard/`.
 
 `metrics.csv` is the authoritative record. A run that starts or resumes removes its older event files, and writes all earlier rows to a
-new one. So TensorBoard shows every row once, even after a kill, and even if the user adds this logger only when the run resumes.
+new file. So TensorBoard shows every row exactly once, even if the run was killed, or if the user adds this logger only when the run resumes.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ def require_tensorboard() -> None:
 
     if not (_TENSORBOARD_AVAILABLE or _TENSORBOARDX_AVAILABLE):
         raise ConfigError(
-            "`trainer.loggers` contains tensorboard, but no package that writes its files is installed. Type `pip install "
-            "tensorboard`, or leave it out."
+            "`trainer.loggers` contains tensorboard, but no package that writes its files is installed. Run `pip install "
+            "tensorboard`, or leave tensorboard out."
         )
 
 

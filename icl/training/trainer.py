@@ -27,13 +27,13 @@ from icl.training.saving import MemberFiles, ResumeFiles, ScheduledCheckpoints
 from icl.training.xla import xla_options
 
 _SetsKey: TypeAlias = tuple[TaskConfig, int | str, int]
-"""Settings of a member on which its evaluation sets depend, of those in which members may differ."""
+"""Settings in which members may differ and on which their evaluation sets depend."""
 _MANY_TASKS = 2**16
-"""Above this number of tasks, dMMSE on the evaluation prompts takes seconds, so we print a message."""
+"""Number of tasks above which computing dMMSE on the evaluation prompts takes seconds, so that we print a message."""
 
 
 def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps: int | None = None) -> pl.Trainer:
-    """Build Lightning's Trainer, without Lightning's callbacks. It saves to and loads from the members' own files.
+    """Build Lightning's Trainer, without Lightning's callbacks. It saves to the files of each member, and loads from them.
 
     Args:
         config: Settings that the members share.
@@ -52,7 +52,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         raise ConfigError(f"`trainer.strategy` must be ddp for several processes, got {strategy}.")
     if settings.precision.startswith("16") or settings.precision == "bf16-true":
         raise ConfigError(
-            f"`trainer.precision` cannot be {settings.precision}: weights and Adam's moments need float32. Use bf16-mixed."
+            f"`trainer.precision` cannot be {settings.precision}, because weights and Adam's moments need float32. Use bf16-mixed."
         )
     kind = choose_device(settings.accelerator)
     options = {
@@ -63,8 +63,8 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         "precision": settings.precision,
         "max_steps": max_steps or settings.max_steps,
         "plugins": [MemberFiles(members)],
-        # In a job of Slurm, Lightning looks in this folder for a checkpoint of its own from before a requeue. Without this setting, it
-        # would look in the working folder.
+        # In a job of Slurm, Lightning looks in this folder for a checkpoint that it saved before the job was requeued. Without this
+        # setting, it would look in the working folder.
         "default_root_dir": str(members[0].folder.path) if members else None,
         "logger": False,
         "enable_checkpointing": False,
@@ -124,11 +124,11 @@ _USES: dict[type[pl.Callback], tuple[type[pl.Callback], ...]] = {
     StatusFile: (MetricsLog,),
     ProgressBar: (MetricsLog,),
 }
-"""For each callback, the callbacks whose results it uses at the same step. It must run after them."""
+"""The callbacks whose results each callback uses at the same step. Each callback must run after the callbacks that it uses."""
 
 
 def require_order(callbacks: Sequence[pl.Callback]) -> None:
-    """Check that every callback comes after those whose results it uses.
+    """Check that every callback comes after the callbacks whose results it uses.
 
     Raises:
         RuntimeError: If two callbacks are in the wrong order; the message names them.
@@ -141,16 +141,16 @@ def require_order(callbacks: Sequence[pl.Callback]) -> None:
 
 
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
-    """Return the fixed prompts of every member, with their baselines. Members that differ only in training seeds share them.
+    """Return the fixed prompts of every member, with their baselines. Members that differ only in training seeds share the same sets.
 
-    Only rank 0 evaluates, so other ranks get empty lists. Their own devices are not chosen yet, so their sets would need memory on the
-    device of rank 0.
+    Only rank 0 evaluates, so other ranks receive empty lists. Sets of other ranks would need memory on the device of rank 0, because
+    these ranks have not chosen their own devices yet.
     """
     settings = configs[0].evaluation
     if settings.every is None or is_child_rank():
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
-    device = "cpu" if kind == "tpu" else kind  # evaluation is small, and an XLA device would compile it for every shape
+    device = "cpu" if kind == "tpu" else kind  # an XLA device would compile the small evaluation for every shape
     by_key: dict[_SetsKey, list[EvaluationSet]] = {}
     by_member = []
     for config in configs:
@@ -168,7 +168,10 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
 def sets_at(
     configs: Sequence[RunConfig], sets: Sequence[Sequence[EvaluationSet]], step: int
 ) -> Sequence[Sequence[EvaluationSet]]:
-    """Return the evaluation sets of every member at a step: those of `evaluation_sets`, but with the pool of this step if pools change."""
+    """Return the evaluation sets of every member at a step.
+
+    They are those of `evaluation_sets`, except that members whose pool changes get sets with the pool of this step.
+    """
     if not sets or not any(config.task.has_moving_pool for config in configs):
         return sets
     device = sets[0][0].prompts.xs.device

@@ -1,8 +1,8 @@
 """Copy a run to a second store in the background, so that training never waits for the network.
 
 A thread checks the run's folder every few seconds and sends new files (`icl.training.sender`). A file that cannot be sent is tried
-again in every round. At the end of training the remaining files are sent, as long as there is progress. If some files cannot be
-sent, an error is raised. The run itself is complete even then: all files are in its folder.
+again at every check. At the end of training the remaining files are sent, as long as there is progress. If some files cannot be
+sent, an error is raised. Even then the run is complete, because all files are in its folder.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from icl.training.sender import Sender
 SECONDS = 2.0
 """Seconds between two checks of the folder."""
 PATIENCE = 30.0
-"""At the end of training, we give up after this many seconds in which the store answers with errors and no file is sent."""
+"""At the end of training, we give up after this number of seconds in which the store answers with errors and no file is sent."""
 STOPPED_SECONDS = 20.0
 """Time limit in seconds for the upload after a signal stopped training. Programs that send such signals do not wait longer."""
 
 
 @contextlib.contextmanager
 def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
-    """Keep the copy in the run's store up to date while the body trains the run. A run without a store has no copy.
+    """Keep the copy in the run's store up to date while the body trains the run. Do nothing for a run without a store.
 
     Raises:
         StorageError: Before the body, if the store cannot be used.
@@ -85,12 +85,12 @@ class Uploader:
         self._thread.start()
 
     def abandon(self) -> None:
-        """Send nothing more, and do not wait for the current file. The process may continue and train again."""
+        """Stop sending, without waiting for the current file. The process may continue and train again."""
         self._is_given_up.set()
         self._stop.set()
 
     def finish(self, *, idle_seconds: float | None = None, seconds: float = math.inf) -> None:
-        """Send all remaining files, with a progress bar, until a signal arrives or it takes too long.
+        """Send all remaining files, with a progress bar. Give up if a signal arrives or sending takes too long.
 
         Args:
             idle_seconds: Seconds without progress after which to give up; None uses `waiting.SECONDS`.
@@ -143,7 +143,7 @@ class Uploader:
                 self._send_all(bar)
 
     def _send_all(self, bar: tqdm) -> None:
-        """Try until all files are sent, or no file could be sent for `PATIENCE` seconds."""
+        """Try to send all files, until all are sent or no file could be sent for `PATIENCE` seconds."""
         pause, give_up_at = 0.5, time.monotonic() + PATIENCE
         num_sent = bar.n
         while not self.sender.send(self._is_given_up.is_set, bar) and time.monotonic() + pause < give_up_at:
@@ -157,7 +157,7 @@ class Uploader:
 
 
 def _is_complete(mirror: Mirror) -> bool:
-    """Return whether the run has ended and the store has all its files.
+    """Return whether the run has ended and all of its files are in the store.
 
     Training sends the status last, and `icl checkpoints RUN push` sends `config.yaml` last. So it is enough to check these two files.
     """
@@ -197,7 +197,7 @@ def _finish_failed(uploader: Uploader, error: BaseException) -> None:
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         uploader.abandon()
         return
-    # After an UploadError, another run of the population has just waited for the store without success. So wait only briefly.
+    # An UploadError means that another run of the population has just waited for the store without success. So wait only briefly.
     try:
         uploader.finish(idle_seconds=2.0 if isinstance(error, UploadError) else None)
     except UploadError as problem:

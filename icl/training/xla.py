@@ -1,7 +1,7 @@
 """Train on an XLA device: one core of a TPU, or XLA's CPU backend (`PJRT_DEVICE=CPU`).
 
-XLA traces a step into a graph and compiles it. The graph is the same for all backends. So we test with the CPU backend, without a TPU,
-that a step is compiled only once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
+XLA traces a step into a graph and compiles the graph, which is the same for all backends. So a test on the CPU backend, without a TPU,
+shows that a step is compiled only once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
 """
 
 import os
@@ -26,7 +26,7 @@ class HostXLAAccelerator(XLAAccelerator):
 
     @staticmethod
     def is_available() -> bool:  # type: ignore[override]
-        """Return True: the CPU always exists."""
+        """Return True, because a CPU always exists."""
         return True
 
     @staticmethod
@@ -41,14 +41,14 @@ class HostXLAAccelerator(XLAAccelerator):
 
 
 class XLAMemberFiles(MemberFiles, XLACheckpointIO):
-    """`MemberFiles` of the type that Lightning's XLA strategy requires."""
+    """Version of `MemberFiles` with the base class that Lightning's XLA strategy requires."""
 
 
 def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str, Any]:
     """Return the arguments of Lightning's Trainer for an XLA device.
 
     Raises:
-        ConfigError: If there is no such device, or the settings ask for several devices or for another precision.
+        ConfigError: If there is no XLA device, or the settings ask for several devices or for another precision than 32-true.
     """
     if settings.num_processes > 1:
         raise ConfigError(

@@ -134,7 +134,7 @@ def test_push_sends_what_is_missing_or_different_to_any_store(run, tmp_path, cap
 
 def test_verify_is_content_with_whole_copies(run, capsys):
     assert main(["checkpoints", "tiny", "verify"]) == 0
-    assert "All is well" in capsys.readouterr().out
+    assert "There are no faults" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -358,8 +358,8 @@ def test_verify_finds_a_whole_checkpoint_in_a_place_that_is_not_its_own(there_to
     weights, moments = (there_too.path / name for name in FILES[:2])
     other = load_checkpoint_file(weights)
     for file, reason, act in (
-        (weights, "it contains weights where Adam's moments", lambda: shutil.copy(moments, weights)),
-        (moments, "it contains weights where Adam's moments", lambda: shutil.copy(weights, moments)),
+        (weights, "it contains weights in the folder of Adam's moments", lambda: shutil.copy(moments, weights)),
+        (moments, "it contains weights in the folder of Adam's moments", lambda: shutil.copy(weights, moments)),
         (
             weights,
             "its settings differ from those in config.yaml: `seeds.model` was 0 and is now 7",

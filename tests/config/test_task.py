@@ -90,7 +90,7 @@ def test_contradiction_is_refused_and_named(case, as_users_run):
 
 
 def test_a_population_with_a_member_without_a_pool_is_refused():
-    with pytest.raises(ConfigError, match=r"`population\.num_tasks` has a member with inf"):
+    with pytest.raises(ConfigError, match=r"`population\.num_tasks` contains inf, for which there is no pool"):
         RunConfig(task=TaskConfig(pool="walk", pool_steps=9), population=PopulationConfig(num_tasks=(8, math.inf)))
 
 

@@ -185,13 +185,13 @@ def test_a_state_dict_alone_is_imported_and_contradictions_are_refused(tmp_path)
     torch.save(model.state_dict(), tmp_path / "7.pt")
     options = {"task.num_tasks": "inf", "task.noise_variance": 0.25, "model.num_heads": 2}
     with pytest.raises(
-        ConfigError, match=r"`task.task_size` is 3 by the files of the run.*, but 4 on the command line"
+        ConfigError, match=r"`task.task_size` is 3 according to the files of the run.*, but 4 on the command line"
     ):
         import_run(tmp_path / "7.pt", "timaeus", tmp_path / "run", options={**options, "task.task_size": 4})
     run = import_run(tmp_path / "7.pt", "timaeus", tmp_path / "run", options=options)
     assert run.steps == [7]
     assert_same_predictions(run.folder.path, model)
-    with pytest.raises(RunError, match="There is a run at"):
+    with pytest.raises(RunError, match="There is already a run at"):
         import_run(tmp_path / "7.pt", "timaeus", tmp_path / "run", options=options)
 
 
@@ -255,16 +255,16 @@ def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path):
 
 def test_other_models_are_refused_by_name(tmp_path, icr_module):
     save_icr(tmp_path / "old", icr_module, step=1)
-    with pytest.raises(OlderFileError, match="it looks like one of --from icr"):
+    with pytest.raises(OlderFileError, match="it looks like a checkpoint for --from icr"):
         import_run(tmp_path / "old", "timaeus", tmp_path / "run")
     with pytest.raises(ConfigError, match="--from"):
         import_run(tmp_path / "old", "garg", tmp_path / "run")
     save_icr(tmp_path / "old", icr_module, step=2, n_layers=1)
-    with pytest.raises(OlderFileError, match=r"are of different runs: `model\.num_layers`"):
+    with pytest.raises(OlderFileError, match=r"belong to different runs: `model\.num_layers`"):
         import_run(tmp_path / "old", "icr", tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
     torch.save({"model_state_dict": {"input_proj.weight": torch.ones(4, 3)}, "step": 1}, tmp_path / "1.pt")
-    with pytest.raises(OlderFileError, match="contains no pos_emb"):
+    with pytest.raises(OlderFileError, match="contains no tensor pos_emb"):
         import_run(tmp_path / "1.pt", "icr", tmp_path / "other")
 
 

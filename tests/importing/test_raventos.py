@@ -94,7 +94,9 @@ def test_settings_come_from_config_json_or_are_asked_for(tmp_path):
     (tmp_path / "alone.msgpack").write_bytes(packed(params))
     with pytest.raises(OlderFileError, match="does not say its step"):
         import_run(tmp_path / "alone.msgpack", "raventos", tmp_path / "alone")
-    with pytest.raises(ConfigError, match=r"does not say `task.num_tasks`.*`task.noise_variance`.*`model.num_heads`"):
+    with pytest.raises(
+        ConfigError, match=r"does not contain `task.num_tasks`.*`task.noise_variance`.*`model.num_heads`"
+    ):
         import_run(tmp_path / "alone.msgpack", "raventos", tmp_path / "alone", step=1)
 
 
@@ -104,7 +106,7 @@ def test_neither_another_folder_nor_a_half_written_one_is_used(tmp_path):
     half.parent.mkdir()
     half.write_bytes(b"half")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # of another run, in the folder above
-    with pytest.raises(ConfigError, match=r"does not say `task.num_tasks`"):
+    with pytest.raises(ConfigError, match=r"does not contain `task.num_tasks`"):
         import_run(tmp_path / "train_abc", "raventos", tmp_path / "run")
 
 

@@ -100,7 +100,7 @@ def test_the_folder_of_checkpoints_is_preferred_to_the_last_model(tmp_path):
 
 def test_files_without_their_settings_take_those_of_the_command_line(tmp_path):
     models = format_a(tmp_path / "a", positions="standard", mlp_size=4, activation="gelu")
-    with pytest.raises(ConfigError, match=r"does not say `model\.activation` \(relu, gelu or gelu_tanh\)"):
+    with pytest.raises(ConfigError, match=r"does not contain `model\.activation` \(relu, gelu or gelu_tanh\)"):
         import_run(tmp_path / "a", "timaeus-lm", tmp_path / "none")
     options = {"model.activation": "gelu", "model.positions": "standard"}
     import_run(tmp_path / "a", "timaeus-lm", tmp_path / "run", options=options)
@@ -129,7 +129,9 @@ def test_models_of_other_kinds_and_hostile_files_are_refused(tmp_path):
     extra = {**state_of(make_model(make_config(), 1)), "other": torch.zeros(2)}
     (tmp_path / "extra").mkdir()
     safetensors.torch.save_file(extra, tmp_path / "extra" / "model.safetensors")
-    with pytest.raises(OlderFileError, match="contains other, which its architecture does not have"):
+    with pytest.raises(
+        OlderFileError, match="contains the tensor other, which the architecture of this model does not have"
+    ):
         import_run(tmp_path / "extra", "timaeus-lm", tmp_path / "run", step=1)
 
 

@@ -69,7 +69,7 @@ def test_a_finished_run_is_still_finished_and_whole(root, capsys):
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     assert train(folder.read_config(), folder=folder.path).was_done
     assert main(["checkpoints", "finished", "verify"]) == 0
-    assert "All is well" in capsys.readouterr().out
+    assert "There are no faults" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
 
 

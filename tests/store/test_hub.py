@@ -179,7 +179,7 @@ def test_a_throttle_during_which_the_client_itself_waits_ends_too(hub: HubServer
     hub.refuse = lambda method, path: (429, {"Retry-After": "3000"}) if "/preupload/" in path else None
     assert push() == 1
     said = capsys.readouterr().err
-    assert "What has arrived stays; run the same command again later" in said
+    assert "Files that have arrived stay; run the same command again later" in said
     assert "tiny/config.yaml" not in hub.files(REPO)
 
 

@@ -96,7 +96,7 @@ def test_without_slurm_one_sentence_and_nothing_is_left(sweep, no_slurm, capsys)
         (["--slurm", "--jobs", "0"], "must be a whole number from 1"),
         (["--jobs", "2"], "only with `--slurm`"),
         (["--sbatch", "--time=1"], "only with `--slurm`"),
-        (["--in-job", "."], "is for the script that `--slurm` submits"),
+        (["--in-job", "."], "works only in the script that `--slurm` submits"),
         (["--slurm", "--in-job", "."], "cannot be given together"),
     ],
 )
@@ -154,7 +154,7 @@ def test_where_squeue_is_missing_jobs_are_shown_as_they_said_themselves(tmp_path
     write_record(tmp_path, JobRecord(task=1, job="12_1", state="ended", reason="no point is left", updated=time.time()))
     write_record(tmp_path, JobRecord(task=2, job="12_2", state="running", host="n7", updated=time.time() - 7200))
     assert describe_jobs([tmp_path]) == [
-        "squeue does not answer here, so each job is shown as in its own last record.",
+        "squeue does not answer here, so each job is shown with its last recorded state.",
         "waiting   job 12_0: submitted",
         "ended     job 12_1: no point is left (0 min ago)",
         "running   job 12_2: on n7 (2.0 h ago)",
@@ -301,7 +301,7 @@ def test_a_folder_that_vanishes_for_a_moment_costs_nothing_and_is_not_made_again
         away.rename(root)
         said, _ = engine.communicate(timeout=60)
     assert engine.returncode == 0, said
-    assert said.count("out of reach") == said.count("is back after") == 1
+    assert said.count("cannot be reached") == said.count("can be reached again after") == 1
     assert len(re.findall(r"\] done ", said)) == 3
     assert main(["sweep", sweep, "--status"]) == 0
     shutil.rmtree(root)

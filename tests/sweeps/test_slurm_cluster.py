@@ -137,7 +137,7 @@ def test_a_job_without_progress_is_not_queued_for_ever_and_a_forbidden_requeue_h
     log = work.logs()
     assert "successor of job" in log
     assert log.count("started  ") == 2
-    assert "2 times in a row without progress" in log
+    assert "2 times in succession without progress" in log
     assert re.search(
         r"failed +job \S+: reached its time limit 2 times", work.icl("sweep", "sweep.yaml", "--status", status=1)
     )

@@ -366,7 +366,7 @@ def test_a_dead_machines_point_is_taken_over(tmp_path, ledger, monkeypatch):
     ("words", "sentence"),
     [
         (["--workers", "0"], "whole number from 1"),
-        (["--seed", "1"], "no meaning for a grid"),
+        (["--seed", "1"], "no effect on a grid"),
         (["--status", "--dry-run"], "cannot be given together"),
     ],
 )

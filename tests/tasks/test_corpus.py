@@ -103,7 +103,7 @@ def test_the_text_changes_at_a_step_for_training_rows_only(tmp_path):
     assert RunConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="set both, or neither"):
         run(source=texts["source"], change_step=7)
-    with pytest.raises(ConfigError, match=r"needs a text as `language\.source`"):
+    with pytest.raises(ConfigError, match=r"works only with texts"):
         run(next_source=texts["source"], change_step=7)
     np.save(tmp_path / "b.npy", np.zeros(3, np.int64))
     open_corpus.cache_clear()

@@ -112,11 +112,11 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, folder, limi
 def test_how_many_fit_is_told_only_where_it_matters(monkeypatch, capsys):
     monkeypatch.setattr(run, "_train_stages", lambda members, steps: None)
     configs = [change(TINY, seeds={"model": seed}) for seed in range(2)]
-    for limit, told in ((20, ""), (19, "About 19 such members fit on this device at a time.")):
+    for limit, told in ((20, ""), (19, "About 19 members of this size fit on this device at a time.")):
         monkeypatch.setattr(run, "num_fitting", lambda configs, device, limit=limit: limit)
         train_population(configs, folders=[local_root() / f"{limit}-{seed}" for seed in range(2)])
         printed = capsys.readouterr().out
-        assert "such members fit" not in printed if told == "" else told in printed
+        assert "members of this size fit" not in printed if told == "" else told in printed
 
 
 @pytest.mark.slow
@@ -126,7 +126,8 @@ def test_a_population_that_does_not_fit_is_trained_in_groups_with_the_same_resul
     monkeypatch.setattr(run, "num_fitting", lambda configs, device: 2)
     results = train_population(configs, folders=[local_root() / f"grouped{seed}" for seed in range(3)])
     assert (
-        "About 2 such members fit on this device at a time, so they are trained in 2 groups." in capsys.readouterr().out
+        "About 2 members of this size fit on this device at a time, so they are trained in 2 groups."
+        in capsys.readouterr().out
     )
     for seed, result in enumerate(results):
         alone = train(configs[seed], folder=local_root() / f"alone{seed}")

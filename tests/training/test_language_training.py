@@ -339,7 +339,8 @@ def test_the_published_mode_is_labelled_and_has_the_estimate_with_the_bug(folder
     assert f"the loss of predicting the uniform distribution is {math.log(12):.4g}" in told
     assert "uniform's loss" in told
     assert "zero" not in told
-    assert f"For these chains it gives {row[WITH_BUG]:.4g}, where the paired excess is {row['llc']:.4g}" in told
+    assert f"For these chains it gives {row[WITH_BUG]:.4g} (column {WITH_BUG} of llc.csv)." in told
+    assert f"The estimate with the correct initial loss is {row['llc']:.4g}." in told
 
 
 def test_essential_dynamics_are_those_of_the_logits(folder, capsys):

@@ -97,7 +97,7 @@ def test_wandb_that_is_chosen_and_not_set_up_is_an_error_but_disabled_wins(tmp_p
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "")
     assert main(words) == 2
-    assert "W&B is not set up. Type `wandb login`" in capsys.readouterr().err
+    assert "W&B is not set up. Run `wandb login`" in capsys.readouterr().err
     assert not (local_root() / "tiny").exists()
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert main(words) == 0
@@ -113,7 +113,7 @@ def test_tensorboard_without_its_package_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(lightnings, "_TENSORBOARD_AVAILABLE", False)
     monkeypatch.setattr(lightnings, "_TENSORBOARDX_AVAILABLE", False)
     with pytest.raises(
-        ConfigError, match=r"no package that writes its files is installed. Type `pip install tensorboard`"
+        ConfigError, match=r"no package that writes its files is installed. Run `pip install tensorboard`"
     ):
         train(SHORT, folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -231,7 +231,7 @@ def test_the_members_of_a_configuration_are_a_product():
 @pytest.mark.parametrize(
     ("population", "reason"),
     [
-        ({"seeds": (0, 0)}, "has a value twice"),
+        ({"seeds": (0, 0)}, "contains the same value twice"),
         ({"seeds": ()}, "must be a list"),
         ({"seeds": (-1,)}, "at least 0"),
         ({"num_tasks": (0,)}, "number of tasks M"),

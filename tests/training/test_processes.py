@@ -185,7 +185,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(started):
 def test_a_rank_that_was_left_in_the_environment_is_named(started, name, capsys):
     started({name: "1"})
     assert main(["train", *as_arguments(SHORT)]) == 2
-    assert f"{name}=1 says that this is one of several processes" in capsys.readouterr().err
+    assert f"According to {name}=1, this is one of several processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"])

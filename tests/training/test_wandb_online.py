@@ -287,7 +287,7 @@ def test_a_program_whose_agent_died_saves_and_hands_its_point_back(wandb_server,
     wait_for(lambda: run.exit_codes)
     assert (run.was_preempting, run.exit_codes) == (True, [143])
     assert state_of(the_run()) == "preempted"
-    assert "The W&B agent is gone" in (tmp_path / "said").read_text()
+    assert "The W&B agent has ended" in (tmp_path / "said").read_text()
 
 
 # A network that fails
@@ -335,6 +335,6 @@ def test_a_backend_that_refuses_at_the_start_of_a_point_ends_it(wandb_server, st
     wandb_server.answer = lambda path: 401
     assert end_of(start([*ICL, "train", *arguments(SHORT)], **as_point(wandb_server, tmp_path))) == 1
     said = (tmp_path / "said").read_text()
-    assert said.count("icl: W&B did not return the point of this sweep") == 1
+    assert said.count("icl: W&B did not return the settings of this sweep's point") == 1
     assert "Traceback" not in said
     assert not list(local_root().iterdir())

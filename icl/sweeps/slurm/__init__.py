@@ -1,9 +1,9 @@
-"""Run sweeps on a Slurm cluster, as a job array whose jobs share the points of a sweep. This needs only Slurm's own commands.
+"""Run a sweep on a Slurm cluster, as a job array whose jobs share the points of the sweep. Only Slurm's own commands are needed.
 
 - `commands.py` calls sbatch, squeue and scontrol.
 - `submission.py` writes the script of the array, and submits it.
 - `job.py` runs inside a job: it ends the work before the time limit, and puts the job back in the queue.
-- `records.py` contains what a job writes about itself, and lists all jobs of a sweep.
+- `records.py` reads and writes the records in which jobs describe themselves, and lists all jobs of a sweep.
 
 We do not use submitit. It pickles a Python function and its arguments for each job, and restarts from this pickle. Our jobs
 need no arguments: each one reads from the runs' folders which points are left. Two commands are enough, `sbatch --array`

@@ -1,4 +1,4 @@
-"""Call Slurm's commands sbatch, squeue and scontrol. An error of a command is raised as a `SlurmError` of one sentence."""
+"""Call Slurm's commands sbatch, squeue and scontrol. If a command fails, a `SlurmError` says why in one sentence."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from icl.config.validation import UserError
 
 _TIMEOUT_SECONDS = 60.0
 _JOB_TIMEOUT_SECONDS = 10.0
-"""Time limit in seconds when a job asks Slurm about itself. The job needs the rest of the time before its own limit to save."""
+"""Time limit in seconds when a job asks Slurm about itself. It is short, because the job still has to save before its own time limit."""
 _OVERRIDES = tuple(f"SBATCH_{name}" for name in ("ARRAY_INX", "JOB_NAME", "OPEN_MODE", "OUTPUT", "SIGNAL", "WAIT"))
 """Environment variables that would override options of our script."""
 
 
 class SlurmError(UserError):
-    """A command of Slurm that is missing or has failed. The message contains Slurm's own words."""
+    """Raised if a command of Slurm is missing or fails. The message contains Slurm's error message."""
 
 
 class QueuedJob(NamedTuple):
@@ -46,7 +46,7 @@ def submit(script: Path, *options: str) -> str:
     numbers = re.findall(r"^\s*(\d+)\s*(?:;.*)?$", answer, re.MULTILINE)
     if not numbers:
         raise SlurmError(
-            f"`sbatch` answered without the number of a job, so look with `squeue`; it said {answer.strip()!r}."
+            f"`sbatch` did not print the number of the job, but {answer.strip()!r}. Use `squeue` to see whether the job is queued."
         )
     return numbers[-1]
 
@@ -75,7 +75,7 @@ def seconds_left(job: str) -> float | None:
 
 
 def is_preempted(job: str) -> bool:
-    """Return whether Slurm pre-empts a job whose programs still run: it has announced this, or it has just sent SIGTERM."""
+    """Return whether Slurm is preempting a job whose programs still run: it has announced this, or has just sent SIGTERM."""
     try:
         text = _run("scontrol", "show", "job", job, timeout=_JOB_TIMEOUT_SECONDS)
     except SlurmError:

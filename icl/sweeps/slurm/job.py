@@ -1,9 +1,9 @@
-"""One job of an array, seen from inside: when the job must stop, and how its work continues.
+"""One job of an array, in the job's own process: when it must stop, and how its work continues.
 
-Before its time limit, the job saves its points and returns to the queue by `scontrol requeue`. If the site does not allow this, the
-job submits a successor, which begins when the job has ended. A job that reaches its time limit twice in a row without any progress
-is not queued again, because it needs more time or smaller points. All other cases are left to Slurm: `scancel` ends the job for
-good, and Slurm itself puts a job back in the queue if its node dies or a more urgent job takes its place.
+Before its time limit, the job saves its points and returns to the queue with `scontrol requeue`. If the site does not allow this, the
+job submits a successor, which begins when the job has ended. A job that reaches its time limit twice in succession without any
+progress is not queued again, because it needs more time or smaller points. All other cases are left to Slurm: `scancel` ends the job
+permanently, and Slurm itself puts a job back in the queue if its node dies or a more urgent job takes its place.
 """
 
 import os
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from icl.sweeps.engine import SweepResult
 
 MAX_IDLE = 2
-"""Number of starts in a row without progress after which a job is not queued again."""
+"""Number of consecutive starts without progress after which a job is not queued again."""
 _SLACK_SECONDS = 120.0
-"""Largest number of seconds by which Slurm sends its warning of the time limit early. If more time is left when the signal arrives,
-the signal announces a preemption instead."""
+"""Slurm sends its warning of the time limit at most this many seconds too early. If more time is left when the signal arrives, the
+signal announces a preemption instead."""
 _PAUSE_SECONDS = 5.0
 
 
@@ -49,11 +49,13 @@ class SlurmJob:
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID", ""), os.environ.get("SLURM_ARRAY_TASK_ID", "")
         submission = read_submission(folder)
         if not array or not task.isdecimal() or submission is None:
-            raise ConfigError("`--in-job` is for the script that `--slurm` submits; use `--slurm`, or leave it out.")
+            raise ConfigError(
+                "`--in-job` works only in the script that `--slurm` submits; leave it out, or use `--slurm` to submit jobs."
+            )
         self.folder, self.say = folder, say
         self.id = f"{array}_{task}"
         self.since = submission.submitted
-        """Unix time. A point that has failed since then is not tried again by this job."""
+        """Unix time of the submission. This job does not try a point again that has failed since then."""
         self.mark = folder / SUBMISSION
         """A file that exists as long as the file system of the runs can be reached."""
         self._is_warned = False
@@ -73,7 +75,7 @@ class SlurmJob:
         """Return the reason why the job must save its points now, or None if it need not."""
         if self._reason is None and (self._is_warned or (self._stop_at or time.monotonic() + 1) <= time.monotonic()):
             left = seconds_left(self.id)  # ask again, because the time limit may have changed
-            # After a signal with much time left, which announces a preemption, the job stops at once.
+            # A signal with much time left announces a preemption, so the job stops at once.
             is_early = (
                 left is not None and left > self._margin + 1 and (not self._is_warned or left < _warned_at_most())
             )
@@ -115,7 +117,7 @@ class SlurmJob:
         if self._record.num_idle >= MAX_IDLE:
             self._finish(
                 "failed",
-                f"reached its time limit {MAX_IDLE} times in a row without progress, so it is not queued again; give the jobs "
+                f"reached its time limit {MAX_IDLE} times in succession without progress, so it is not queued again; give the jobs "
                 'more time (`--sbatch "--time=..."`) and run the same command again',
             )
             return 1

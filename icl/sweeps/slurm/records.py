@@ -26,7 +26,7 @@ class Submission:
     """The content of `submission.json`."""
 
     submitted: float
-    """Unix time of the submission. Its jobs do not try points again that have failed since then."""
+    """Unix time of the submission. The jobs do not try points again that have failed since then."""
     num_jobs: int
     array: str = ""
     """Slurm's number of the array. It is empty until Slurm has accepted the array."""
@@ -39,14 +39,14 @@ class JobRecord:
     task: int
     """Index in the array."""
     job: str
-    """Slurm's identifier of the job, such as `12_0`. If the job has submitted a successor, it is the successor's."""
+    """Slurm's identifier of the job, such as `12_0`, or of its successor if it has submitted one."""
     state: Literal["running", "ended", "waiting", "failed"]
     """`waiting` means that the job is in the queue again."""
     reason: str = ""
     host: str = ""
     num_starts: int = 0
     num_idle: int = 0
-    """Number of most recent starts, in a row, that made no progress."""
+    """Number of starts without progress since the last start that made progress."""
     updated: float = 0.0
 
 
@@ -89,7 +89,7 @@ def describe_jobs(submissions: Sequence[Path]) -> list[str]:
     arrays |= {record.job.partition("_")[0] for each in records.values() for record in each if record is not None}
     queue = queued_jobs(sorted(arrays - {""}))
     lines = (
-        [] if queue is not None else ["squeue does not answer here, so each job is shown as in its own last record."]
+        [] if queue is not None else ["squeue does not answer here, so each job is shown with its last recorded state."]
     )
     for folder, submission in known:
         for task, record in enumerate(records[folder]):
@@ -121,7 +121,7 @@ def _describe_job(record: JobRecord | None, queue: dict[str, QueuedJob] | None, 
     if record.state == "ended" or record.state == "failed" or queue is None:
         where = f"on {record.host}, " if record.state == "failed" and record.host else ""
         return record.state, f"{record.reason or f'on {record.host}'} ({where}{_age(record)} ago)"
-    died = "left the queue without a word: cancelled, killed at its time limit, or its node died"
+    died = "left the queue without recording why: cancelled, killed at its time limit, or its node died"
     return "failed", f"{died} (on {record.host}, {_age(record)} ago)"
 
 

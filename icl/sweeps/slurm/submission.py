@@ -30,15 +30,13 @@ WARNING_SECONDS = 90
 _RESERVED = {
     **dict.fromkeys(("--array", "-a"), "use `--jobs N`"),
     **dict.fromkeys(("--signal",), "the jobs of `icl` watch their time limit themselves"),
-    **dict.fromkeys(
-        ("--wrap", "--test-only", "--parsable", "--help", "-h", "--version", "-V"), "it has no meaning here"
-    ),
+    **dict.fromkeys(("--wrap", "--test-only", "--parsable", "--help", "-h", "--version", "-V"), "it has no use here"),
     **dict.fromkeys(("--wait", "-W"), "`--status` shows whether the jobs have ended"),
-    **dict.fromkeys(("--export-file", "--input", "-i"), "it has no meaning here"),
+    **dict.fromkeys(("--export-file", "--input", "-i"), "it has no use here"),
 }
 """Options of sbatch that the user cannot set, each with the reason or with advice."""
 _LETTERS_WITHOUT_VALUE = "HkOQsv"
-"""Options of sbatch that consist of one letter and take no value. More letters can follow in the same word."""
+"""One-letter options of sbatch that take no value, so further options can follow in the same word."""
 
 
 def parse_sbatch(text: str) -> list[str]:
@@ -126,8 +124,8 @@ def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
     """Return the number of jobs to submit. If it is not the requested number, also return a sentence that says why.
 
     Args:
-        num_jobs: Number of jobs that the user requests. None requests as many jobs as would find work.
-        num_programs: Number of jobs that would find work.
+        num_jobs: Number of jobs that the user requests. None requests as many jobs as there is work for.
+        num_programs: Number of jobs for which there is work.
     """
     limit = largest_array()
     number = min(num_programs, num_jobs or num_programs, limit or sys.maxsize)
@@ -149,7 +147,9 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
 
     Raises:
         SlurmError: If Slurm refuses the script.
-        StorageError: If the files cannot be written. After both errors, the folder of the submission is removed.
+        StorageError: If the files cannot be written.
+
+    After either error, the folder of the submission is removed.
     """
     submission = Submission(submitted=round(time.time(), 3), num_jobs=num_jobs)
     try:

@@ -1,9 +1,9 @@
 """Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` contains the settings of the point.
 
 First, the settings from the file and the command line are resolved without those of the point, and passed to
-`wandb.init`. After that, `wandb.config` also contains the settings of the point, under names such as `optim.lr`, or
+`wandb.init`. After that, `wandb.config` also contains the settings of the point, with names such as `optim.lr`, or
 `lr` in a section `optim`. Then all settings are resolved again: the point overrides the file, and the command line
-overrides both. The name of the run depends on its whole configuration, so a point that is handed out again continues
+overrides both. The name of the run depends on its whole configuration. So if W&B assigns a point again, its run continues
 from its checkpoint. The new W&B run first receives the rows that the run has logged before.
 """
 
@@ -22,14 +22,14 @@ from icl.signals import defer, deferred, handling
 from icl.training.wandb.log import end_run, exit_code_of, init_settings, sent_step, use_steps
 
 PARENT_PROCESS = os.getppid()
-"""Process id of the agent. We read it before slow imports, because the agent may die while torch is imported."""
+"""Process id of the agent. We read the id before slow imports, because the agent may die while torch is imported."""
 _SWEEP_VARIABLE = "WANDB_SWEEP_ID"
 _POINT_VARIABLE = "WANDB_SWEEP_PARAM_PATH"
 _OWN_KEYS = ("_wandb", "wandb_version")
 
 
 class SweepError(UserError):
-    """A W&B sweep that this run cannot join; the message says why."""
+    """Raised if this run cannot join its W&B sweep. The message says why."""
 
 
 def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
@@ -38,7 +38,7 @@ def in_sweep(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[str, Any]], int]) -> int:
-    """Work on the point of the sweep that the agent assigned. Report the exit status to W&B, however the work ends.
+    """Work on the point of the sweep that the agent assigned. Report the exit status to W&B in every case, even after an error.
 
     Args:
         read_base: Function that resolves the settings without the point.
@@ -48,7 +48,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
         SweepError: See `join_sweep`.
         UserError: Any error of the two functions.
     """
-    # An interrupted `wandb.init` leaves a run that W&B takes for finished, so signals wait until it has returned.
+    # If `wandb.init` is interrupted, W&B considers the run finished. So signals are handled only after it has returned.
     with handling({signal.SIGTERM: defer, signal.SIGINT: defer}):
         try:
             base = read_base()
@@ -56,7 +56,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
             end_run(join_sweep({}), exit_code_of(error))
             raise
         run = join_sweep(base.to_dict())
-    # Until training handles signals itself, they interrupt the program, so that the end is reported to W&B.
+    # Until training handles signals itself, they raise KeyboardInterrupt, so that the end is reported to W&B.
     interrupt = signal.default_int_handler
     with handling({signal.SIGTERM: interrupt, signal.SIGINT: interrupt}):
         try:
@@ -67,7 +67,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
         except BaseException as error:
             end_run(run, exit_code_of(error))
             raise
-        end_run(run, status)  # last: W&B may hand a pre-empted point to the next agent at once
+        end_run(run, status)  # last, because W&B may at once assign a pre-empted point to the next agent
         return status
 
 
@@ -78,7 +78,7 @@ def join_sweep(base: Mapping[str, Any]) -> Any:
         base: The settings without the point.
 
     Raises:
-        SweepError: If W&B cannot be reached or refuses the run. Only W&B knows the point, so the run cannot continue.
+        SweepError: If W&B cannot be reached or refuses the run. Only W&B knows the settings of the point, so the run cannot continue.
     """
     import wandb
 
@@ -86,7 +86,7 @@ def join_sweep(base: Mapping[str, Any]) -> Any:
         run = wandb.init(config=dict(base), resume="allow", settings=wandb.Settings(**init_settings()))
     except Exception as error:  # wandb raises many types of errors
         raise SweepError(
-            f"W&B did not return the point of this sweep ({first_line(error)}). Check WANDB_BASE_URL and the login."
+            f"W&B did not return the settings of this sweep's point ({first_line(error)}). Check WANDB_BASE_URL and the login."
         ) from None
     use_steps(run)
     return run
@@ -109,7 +109,7 @@ def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
 
 
 def describe_run(run: Any, config: RunConfig) -> None:
-    """Give the W&B run its name and the whole resolved configuration. W&B locks the swept keys, so these are left out."""
+    """Set the name of the W&B run, and its configuration without the swept keys, which W&B locks."""
     run.name = run_name(config)
     names = _swept_names() or set()
     locked = names | {name.partition(".")[0] for name in names if name not in dict(run.config)}

@@ -1,9 +1,9 @@
-"""Log a run to Weights & Biases if the user has set it up; training never depends on it.
+"""Log a run to Weights & Biases (W&B) if the user has set it up. Training never depends on W&B.
 
 W&B is used if `WANDB_MODE` is `online` or `offline`, if the environment has an API key, or if `.netrc` has a login.
 `WANDB_MODE=disabled` overrides all of these. If W&B cannot be reached at the start, a message says so and the run is
 logged offline. If the network fails later, the end of the program is delayed by at most a minute. The W&B id of a run
-is kept in its folder, so that a resumed run continues the same W&B run. The only step axis is `step`.
+is stored in its folder, so that a resumed run continues the same W&B run. All metrics have `step` as their x axis.
 """
 
 import netrc
@@ -72,9 +72,9 @@ class WandbLog:
         self.sent = sent_step(run)
 
     def log(self, row: Mapping[str, int | float]) -> None:
-        """Send one row, unless W&B already has it.
+        """Send one row, unless W&B already has the row.
 
-        W&B may already have it, because a run that resumes repeats the steps after its last save.
+        W&B has some rows already if a run resumes, because the run repeats the steps after its last save.
         """
         if row["step"] > self.sent:
             self.run.log(row)
@@ -86,7 +86,7 @@ class WandbLog:
 
 
 def sent_step(run: Any) -> int:
-    """Return the step of the last row that W&B has of a run; -1 if it has none."""
+    """Return the step of the last row of a run that W&B has; -1 if W&B has no row."""
     step = run.summary.get("step")
     return -1 if step is None else int(step)
 
@@ -101,9 +101,9 @@ def end_run(run: Any, exit_code: int) -> None:
     """End a W&B run with the program's exit code, unless the run has ended.
 
     An exit code above 128 means that a signal stopped the run. Such a run is marked as pre-empted, so that a W&B sweep can
-    hand it out again. Rows that are not sent within a minute stay on disk, and a message names their folder. W&B's exit
-    handlers could delay the end of the program for days to send these rows. So `icl.cli` then ends without the handlers
-    (`has_unsent_rows`).
+    assign it again. Rows that are not sent within a minute stay on disk, and a message names their folder. To send these rows,
+    W&B's exit handlers could delay the end of the program for days. So `icl.cli` ends without the handlers if there are such
+    rows (`has_unsent_rows`).
     """
     global _has_unsent_rows
     if run in _ended_runs:
