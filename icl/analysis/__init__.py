@@ -8,7 +8,7 @@ analysis consists of:
 - `plot(table, *, title)`, in the module of the same name in `icl.plotting`.
 - One line in `ANALYSES` below.
 
-Analyses of checkpoints call `icl.analysis.run.over_checkpoints`. It measures many checkpoints at once, as a
+Analyses of checkpoints call `icl.analysis.run.over_checkpoints`. This function measures many checkpoints at once, as a
 population, and never measures a checkpoint twice.
 """
 
@@ -18,7 +18,7 @@ from icl.config.validation import ConfigError
 
 
 class NotApplicableError(ConfigError):
-    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` leaves it out."""
+    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` skips it."""
 
 
 class About(NamedTuple):
@@ -34,7 +34,7 @@ class About(NamedTuple):
     needs_density: bool = False
     """Whether the analysis needs a model with a predictive distribution (`model.output` `gaussian` or `mixture`)."""
     families: tuple[str, ...] = ("regression",)
-    """Families of the runs that the analysis serves (`model.family`)."""
+    """Values of `model.family` for which the analysis is available."""
 
 
 ANALYSES: dict[str, About] = {
@@ -71,12 +71,12 @@ ANALYSES: dict[str, About] = {
     ),
     "mixture": About(
         "run",
-        "mixtures of dMMSE and ridge that are closest to the model: a fixed weight, and prior odds; when they change, and how this grows with M",
+        "mixtures of dMMSE and ridge that are closest to the model (fixed weight, or prior odds), the steps at which they change, and the effect of M",
         needs_finite_tasks=True,
     ),
     "prior": About(
         "run",
-        "the prior that the model has learned: tasks of prompts that it writes itself, compared with the M training tasks and with N(0, I)",
+        "the prior over tasks that the model has learned: tasks of prompts that the model generates, compared with the M training tasks and with N(0, I)",
         needs_density=True,
     ),
     "diversity": About(
@@ -94,17 +94,17 @@ def analyses_of(family: str) -> list[str]:
 
 
 def name_for(name: str, family: str) -> str:
-    """Return the analysis that a name stands for in a family: `behaviour` of a language run is `language-behaviour`.
+    """Return the analysis that a name selects for runs of a family: for language runs, `behaviour` selects `language-behaviour`.
 
     Raises:
-        NotApplicableError: If the analysis does not serve runs of this family. The message names those that do.
+        NotApplicableError: If the analysis is not available for runs of this family. The message names the available analyses.
     """
     if family == "language" and name == "behaviour":
         return "language-behaviour"
     if ANALYSES[name].of == "run" and family not in ANALYSES[name].families:
         known = ", ".join(analyses_of(family))
         raise NotApplicableError(
-            f"The analysis `{name}` does not serve {family} runs; the analyses that do are {known}."
+            f"The analysis `{name}` is not available for {family} runs; choose one of {known}."
         )
     return name
 

@@ -209,7 +209,7 @@ def _summary(entries: list[Entry]) -> list[str]:
     for quantity, name in (("eigenvalue", "eigenvalues"), ("trace", "traces")):
         verdicts = [row["verdict"] for entry in entries for row in entry.rows if row["quantity"] == quantity]
         lines.append(f"Suspect {name}: {sum(verdict != 'ok' for verdict in verdicts)} of {len(verdicts)}.")
-    lines.append(f"At step {entries[-1].step:,}, the last of {len(entries)}:")
+    lines.append(f"At step {entries[-1].step:,}, the last of {len(entries)} saved steps:")
     for row in entries[-1].rows:
         if row["quantity"] in ("eigenvalue", "trace"):
             doubt = f"   {row['verdict']}: {row['reasons']}" if row["reasons"] else ""

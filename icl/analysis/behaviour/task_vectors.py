@@ -9,7 +9,7 @@ generated the prompt:
 - `cosine`: the cosine of the angle between the weights and t. It is 0 for a vector of zeros, so ridge starts at 0.
 - `norm_ratio`: |weights| / |t|.
 
-Both are averaged over prompts. The prompt ends at position p, because later examples have no effect on the prediction.
+Both are averaged over prompts. We cut each prompt at position p, because later examples have no effect on the prediction.
 """
 
 from collections.abc import Callable

@@ -242,7 +242,7 @@ def _summary(entries: list[Entry]) -> list[str]:
         {(row["quantity"], row["part"], row["position"]): row for row in entry.rows}
         for entry in (entries[0], entries[-1])
     )
-    lines = [f"Step {entries[0].step:,} -> step {entries[-1].step:,}, the last of {len(entries):,}:"]
+    lines = [f"Step {entries[0].step:,} -> step {entries[-1].step:,}, the last of {len(entries):,} saved steps:"]
     for quantity in (
         "loss",
         "icl_score",

@@ -222,7 +222,7 @@ def _summary(entries: list[Entry], whole_run: list[Row]) -> list[str]:
             f"Nearer prior ({len(usable)} of {len(findings)} steps are ok): {', then '.join(changes) or 'none'}."
         )
     last = entries[-1]
-    lines.append(f"At step {last.step:,}, the last of {len(entries)}:")
+    lines.append(f"At step {last.step:,}, the last of {len(entries)} saved steps:")
     lines += [_line(row) for row in (*last.rows, *whole_run)]
     return lines
 
