@@ -87,7 +87,7 @@ def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
 def _means(
     losses: Mapping[str, pd.DataFrame], groups: Mapping[str, Sequence[str]], key: str
 ) -> dict[str, pd.DataFrame]:
-    """Return the mean curve over the seeds of each group, at the steps that occur in most of its runs."""
+    """Return the mean curve over the seeds of each group, at the steps at which the largest number of its runs have a loss."""
     means = {}
     for group, runs in groups.items():
         table = pd.concat([losses[run] for run in runs]).rename(columns={key: "value"})
