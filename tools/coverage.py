@@ -169,7 +169,7 @@ def _results(cell: Cell) -> list[LLCResult]:
             for seed in range(cell.num_runs)
         ]
     loss = _quadratic if cell.loss == "quadratic" else _product
-    # All runs of a cell are one population. They have different noise, because its seed contains the run's number in the population.
+    # All runs of a cell are one population. Each run has different noise, because the seed contains its number in the population.
     return estimate_llcs(loss, [start] * cell.num_runs, [None], settings, trivial_loss=100.0)
 
 

@@ -30,7 +30,7 @@ class About(NamedTuple):
     module: str | None = None
     """Name of the module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
     needs_finite_tasks: bool = False
-    """Whether the analysis has no meaning for a run with M = inf."""
+    """Whether the analysis needs a run with a finite M."""
     needs_density: bool = False
     """Whether the analysis needs a model with a predictive distribution (`model.output` `gaussian` or `mixture`)."""
     families: tuple[str, ...] = ("regression",)
@@ -85,7 +85,7 @@ ANALYSES: dict[str, About] = {
         "diversity_fit",
     ),
 }
-"""All analyses, by name. The option `--what` takes these names."""
+"""All analyses. The keys are the names that the option `--what` accepts."""
 
 
 def analyses_of(family: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Attention of every head at every saved step: mean patterns on fixed prompts, and scores of the patterns.
 
 A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered from k = 0 to T - 1. Query token k attends to the tokens j <= k with
-weights p_kj, which sum to 1. The scores of a query k are those of Hoogland et al. 2024 (figures on attention). Each
-score is averaged over prompts, and has the standard error of this average.
+weights p_kj, which sum to 1. We compute the following scores of a query k, as in the figures on attention of Hoogland et
+al. 2024. Each score is averaged over prompts, and has the standard error of this average.
 
 - `entropy`: -sum_j p_kj log p_kj / log(k + 1). It is 1 for uniform attention and 0 for attention to a single token.
 - `variability`: half of sum_j |p_kj - m_kj|, where m is the mean pattern over prompts (a total variation distance). It is 0 if
@@ -129,7 +129,7 @@ def uniform_pattern(num_tokens: int) -> Float[Tensor, "1 T T"]:
 def scores(pattern: Float[Tensor, "B T T"]) -> dict[str, Float[Tensor, "B Q"]]:
     """Return the scores of one head for every prompt and each of the Q = T - 1 queries k = 1 to T - 1."""
     pattern = pattern.cpu().double()
-    positions = torch.arange(pattern.shape[-1], dtype=torch.float64)  # of queries (k) and of keys (j)
+    positions = torch.arange(pattern.shape[-1], dtype=torch.float64)  # positions of queries (k) and of keys (j)
     visible = torch.ones(pattern.shape[-2:], dtype=torch.bool).tril()
     lag = (positions.unsqueeze(-1) - positions) / positions.unsqueeze(-1)  # T T; row 0 is NaN and is left out below
     previous = torch.nn.functional.pad(pattern.diagonal(-1, dim1=-2, dim2=-1), (1, 0))  # B T

@@ -1,8 +1,8 @@
 """Scatter of the points of a curve about a smooth trend: its size, and its correlation between saved steps.
 
-Training noise makes a measured curve wander: after a saved step that lies above the trend, the next steps often lie
-above it too. An analysis that treats such points as independent finds rises and stages that do not exist. We model n
-points at u = ln(step + 1) as
+Because of training noise, the scatter of a measured curve is correlated: after a saved step that lies above the trend, the next
+steps often lie above the trend too. An analysis that treats such points as independent finds rises and stages that do not
+exist. We model n points at u = ln(step + 1) as
 
     y_i = f(u_i) + e_i,   f ~ a Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 

@@ -18,7 +18,7 @@ from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.tidying import name_outside
 
 MAX_LABELS = 16
-"""Largest number of runs in a legend. A reader cannot distinguish more colours."""
+"""Largest number of runs for which there is a legend. A reader cannot distinguish more colours."""
 MAX_END_LABELS = 12
 """Largest number of runs that are named at the ends of their lines."""
 _LABEL_HEIGHT = 0.065

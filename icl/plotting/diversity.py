@@ -21,7 +21,7 @@ from icl.plotting.style import new_figure, select
 SERIES = {"delta_ridge": (VERMILION, "o", "gap to ridge"), "delta_dmmse": (GREEN, "s", "gap to dMMSE")}
 PANELS = {"pretrain": "In distribution: the M training tasks", "true": "Out of distribution: new tasks, w ~ N(0, I)"}
 _MAX_MINOR_RATIO = 30.0
-"""Largest ratio of the ends of the y axis at which ticks between powers of ten are labelled too."""
+"""Largest ratio of the limits of the y axis at which ticks between powers of ten are labelled too."""
 _MAX_TICKS = 11
 
 

@@ -66,7 +66,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 def _draw_plane(axes: Axes, table: pd.DataFrame, plane: list[str], norm: LogNorm) -> None:
     runs = select(table, quantity="score")["run"].unique()
-    is_first_plane = plane[0] == "PC1"  # its legend is for both planes
+    is_first_plane = plane[0] == "PC1"  # only this plane has the legend of runs and references
     for number, run in enumerate(runs):
         points, path = _scores_and_path(select(table, run=run))
         axes.scatter(

@@ -16,7 +16,7 @@ SAMPLERS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("published sampler", True, {"color": VERMILION, "marker": "s", "markersize": 5}),
     ("sampler that stays in the basin", False, {"color": BLUE, "marker": "o", "markersize": 5}),
 )
-"""Name of each sampler, whether it is the published one, and the style of its marks."""
+"""Name of each sampler, whether it is the published sampler, and the style of its marks."""
 
 
 def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:

@@ -18,7 +18,7 @@ _PARAMETERS = {"weight": "weight of dMMSE, p", "log_odds": "prior log odds of dM
 _SUSPECT_SHARE, _INVALID_SHARE = 0.1, 1.0
 """Residual shares above which a mixture is suspect and invalid, as in `icl.analysis.mixture.judging`."""
 _MAX_LOG_ODDS = 21.5
-"""Largest log odds in a figure: a little above the limit of the search in `icl.analysis.mixture.fits`."""
+"""Largest log odds in a figure: slightly more than the limit of the search in `icl.analysis.mixture.fits`."""
 _CURVE = "theory (Wurgaft et al. 2025)"
 
 
@@ -218,7 +218,7 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
         axes.plot([], [], "o", color=colour, label=text + exponent, gid=KEY)
     curve = select(rows, quantity="curve_step")
     curve = curve[np.isfinite(curve["value"]) & (curve["value"] < 1e9)]
-    levels = np.exp(np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean())  # the advantage differs between seeds
+    levels = np.exp(np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean())  # mean over seeds, because `loss_advantage` differs between seeds
     axes.plot(levels.index.astype(float), levels, color=VERMILION, linestyle=":", label=_CURVE)
     axes.set_title(f"Transition to dMMSE, {label}", fontsize=10)
     axes.set(

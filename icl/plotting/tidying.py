@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator
 from matplotlib.transforms import Bbox, BboxBase, ScaledTranslation
 
 KEY = "key"
-"""The `gid` of an artist that has no data and only explains a line style. Its legend entry is kept."""
+"""The `gid` of an artist that has no data and only explains a line style in the legend. Such legend entries are kept."""
 _LOCATIONS = (
     "upper right",
     "upper left",

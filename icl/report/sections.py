@@ -40,7 +40,7 @@ _OF_LANGUAGE = {
     "predicting the next token from the frequencies of tokens, or of pairs of tokens, in the training text.",
     "evaluation": "The numbers are from the last step, ± one standard error. Losses are in nats per token, averaged over positions.",
 }
-"""Explanations that differ for language runs."""
+"""Explanations of sections for language runs. Sections that are missing here use `_EXPLANATIONS`."""
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
     "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus the "

@@ -44,7 +44,7 @@ class Found(NamedTuple):
     value: float
     stderr: float = 0.0
     step: float | None = None
-    """Step at which the number was measured; None for the published step."""
+    """Step at which the number was measured; None if this is the published step."""
 
 
 class Tables(NamedTuple):

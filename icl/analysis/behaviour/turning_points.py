@@ -50,7 +50,7 @@ _ENOUGH_STEPS = 16
 
 
 class TurningPoint(NamedTuple):
-    """A step, its error or bounds, and a verdict."""
+    """A turning point: its step, the error or the bounds of this step, and a verdict."""
 
     step: float
     stderr: float
@@ -69,7 +69,7 @@ class Crossing(NamedTuple):
 
 
 class Transience(NamedTuple):
-    """Whether a loss rises again after its minimum."""
+    """Result of `transience`: whether a loss rises again after its minimum."""
 
     finding: str
     """`none`, `unresolved`, `transient ridge`, `partial dip` or `rise without a dip`."""

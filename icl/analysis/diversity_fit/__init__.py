@@ -11,12 +11,12 @@ validate the fit, we leave out one M at a time, with all its steps:
 
     R2_cv = 1 - sum_i (y_i - prediction without i's M)^2 / sum_i (y_i - mean without i's M)^2 .
 
-Its standard error is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife; for the
-lasso they are only a rough guide.
+The standard error of R2_cv is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife;
+for the lasso they are only a rough guide.
 
 The verdict is `invalid` if R2_cv <= 0, because the mean then predicts at least as well. It is `suspect` if R2_cv is within two
-standard errors of 0. It is also `suspect` if there are fewer than `FEW_GROUPS` values of M, or fewer than
-`GROUPS_PER_COEFFICIENT` for each coefficient. Otherwise it is `ok`. Fewer than four values of M raise an error.
+standard errors of 0, if there are fewer than `FEW_GROUPS` values of M, or if there are fewer than `GROUPS_PER_COEFFICIENT` values
+of M for each coefficient (including the intercept). Otherwise it is `ok`. Fewer than four values of M raise an error.
 """
 
 import warnings

@@ -59,11 +59,11 @@ class JudgedCandidate(NamedTuple):
     plane: tuple[int, int]
     time: float
     stderr: float
-    """Uncertainty of the time: half the range of the times found with different kernel widths. NaN if only one width shows it."""
+    """Uncertainty of the time: half the range of the times with different kernel widths; NaN if the shape appears with only one width."""
     point: tuple[float, float]
     radius: float
     width: float
-    """Kernel width at this time."""
+    """Kernel width at the time of the cusp or vertex."""
     reasons: str
 
 

@@ -2,7 +2,7 @@
 
 Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At
 every u0 we fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These
-derivatives are exact for cubics at any spacing. They are linear in the data, so they have standard errors. The kernel
+derivatives are exact for cubics at any spacing. They are linear in the data, so their standard errors are known. The kernel
 width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint). A narrower kernel would make the curve
 pass through each of the few early checkpoints. The variance of the noise is the local mean square of the residuals. We
 treat neighbouring residuals as independent, which makes standard errors too small where checkpoints are dense. The code of
@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 NEIGHBOURS = 6
-"""The kernel width is at least half the distance to the n-th nearest checkpoint, with n = `NEIGHBOURS`."""
+"""Number n in the definition of the kernel width, which is at least half the distance to the n-th nearest checkpoint."""
 MIN_POINTS = 8
 """Minimum number of checkpoints for smoothing."""
 _VERTEX_ERRORS = 4.0
@@ -56,7 +56,7 @@ class Smooth(NamedTuple):
     noise: Float[np.ndarray, "G C"]
     """Standard deviation of the observations about the curve."""
     gains: Float[np.ndarray, "G 3 3"]
-    """Covariances of r, r' and r'' for noise of variance one. They are the same for every component."""
+    """Covariances of r, r' and r'' for noise of variance one. All components have the same covariances."""
 
 
 class Circles(NamedTuple):

@@ -14,7 +14,7 @@ A state is one of the following arrays, flattened:
   prompts. We also store the expected square of its error (`Trajectory.noise`). All steps use the same prompts, so part of the error
   cancels in differences.
 - `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
-  exist for runs trained with `checkpoints.moments`, and cannot be computed from weights later.
+  are saved only by runs with `checkpoints.moments`, and cannot be computed from the weights later.
 
 Rows are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is multiplied,
 so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory, only a
@@ -110,9 +110,9 @@ class Products(NamedTuple):
 
     rows: Float[np.ndarray, "S S"]
     references: Float[np.ndarray, "R S"]
-    """Products of each reference with each row."""
+    """Inner products of each reference with each row."""
     squares: Float[np.ndarray, " R"]
-    """Products of each reference with itself."""
+    """Inner products of each reference with itself."""
 
 
 def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Trajectory:

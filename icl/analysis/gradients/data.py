@@ -39,7 +39,7 @@ PARAMETERS = ("x_mean", "x_scale", "w_mean", "w_scale", "noise_mean", "noise_sca
 Losses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function from xs (N, B, K, D) and ys (N, B, K) to the losses (N, B, K) of N members."""
 _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
-"""Step size of the finite differences, by dtype. It balances their truncation error against rounding."""
+"""Step size of the finite differences for each dtype. It balances truncation errors and rounding errors."""
 _FD_PROMPTS = 64
 _MAX_Z = 5.0
 """Largest difference between two estimators of a gradient that counts as agreement, in standard errors. The limit is high

@@ -14,9 +14,9 @@ from icl.model.stacked import Params
 def k_composition(config: ModelConfig, params: Params) -> Float[Tensor, "N P"]:
     """Return the K-composition of every pair of heads of `head_pairs` (Elhage et al. 2021, "A mathematical framework").
 
-    K-composition measures how strongly the keys of a later head depend on the output of an earlier head. It is
-    |W_QK W_OV^T| / (|W_QK| |W_OV|) in Frobenius norms, where W_QK = W_Q W_K^T is from the later head and W_OV = W_V W_O from the earlier
-    head. Both matrices act on row vectors.
+    K-composition measures how strongly the keys of a later head depend on the output of an earlier head. It is defined as
+    |W_QK W_OV^T| / (|W_QK| |W_OV|) in Frobenius norms. W_QK = W_Q W_K^T is from the later head, and W_OV = W_V W_O is from the
+    earlier head. Both matrices act on row vectors.
     """
     values = [
         _ratio(

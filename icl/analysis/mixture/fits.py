@@ -38,7 +38,7 @@ class Pair(NamedTuple):
 
     ridge: Float[Tensor, "B K"]
     difference: Float[Tensor, "B K"]
-    """d: the prediction of dMMSE minus that of ridge."""
+    """The difference d: the prediction of dMMSE minus the prediction of ridge."""
     log_ratio: Float[Tensor, "B K"]
     """Logarithm of the Bayes factor of the discrete prior, from the examples before each position."""
 

@@ -63,7 +63,7 @@ def agree(
 
     Args:
         signals: All signals of the run.
-        fits: Smoothed signals, by name.
+        fits: Smoothed signals. The keys are the names of the signals.
         tolerance: Distance in ln(step + 1) from the strongest candidate within which other candidates always belong to the same
             boundary. Candidates that agree within two standard errors may be twice as far away.
         least_change: Minimum change of a signal within a stage, as a share of its range.

@@ -70,7 +70,7 @@ class Signal(NamedTuple):
     source: str
     """Description of the source for the summary."""
     points: pd.DataFrame
-    """Columns step, checkpoint_hash, value, stderr; for the LLC also verdict, init_loss and mean_loss."""
+    """Columns `step`, `checkpoint_hash`, `value` and `stderr`; for the LLC also `verdict`, `init_loss` and `mean_loss`."""
 
     @property
     def group(self) -> str:
