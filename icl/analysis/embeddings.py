@@ -1,12 +1,12 @@
 """Embeddings, layer norms and unembedding over training: spectra, overlaps and collapse.
 
 All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens, and W_P
-(C, 2K) embeds positions. W_U maps the residual stream to the outputs. With `model.output` `scalar` or `token`, only its row 0 gives
-predictions, and its other rows are never trained. Row 0 is the mean for `gaussian`, and the mean of the first component for
-`mixture`. The last position of W_P is never trained. Rows of the table, by `quantity`:
+(C, 2K) embeds positions. W_U maps the residual stream to the outputs. With `model.output` `scalar` or `token`, only row 0 of W_U
+gives predictions, and the other rows are never trained. Row 0 gives the mean for `gaussian`, and the mean of the first component
+for `mixture`. The last position of W_P is never trained. Rows of the table, by `quantity`:
 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
-  largest first in `component`. It shows embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
+  largest first in `component`. These shares show embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
   `effective_rank` is (sum s^2)^2 / sum s^4.
 - `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two
   subspaces. The subspace of a matrix is spanned by its leading left singular directions that together have a share

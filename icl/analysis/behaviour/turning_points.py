@@ -10,8 +10,8 @@ average is far below the standard error of either mean. The functions therefore 
   first or last saved step is `suspect`, because the curve may have no turning point.
 - Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero
   by more than `SIGN_ERRORS` standard errors. Between these two steps we interpolate linearly in log(t + 1). The standard
-  error of the crossing step is propagated to first order. A crossing is `suspect` if, before or after it, there is only one clear
-  step until the next crossing or the end of the run.
+  error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear step between it and
+  a neighbouring crossing or an end of the run.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts of new
   tasks is lowest. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
   If it is higher by between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
@@ -21,9 +21,9 @@ average is far below the standard error of either mean. The functions therefore 
   by chance. `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations of
   the scatter. A rise that has disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
-  loss) at t_crit. If it is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If it is smaller but significant, the finding is
-  `partial dip`; otherwise it is `rise without a dip`. In the paper (D = 8), ridge is transient for M = 16 to 128, and the dip is
-  partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
+  loss) at t_crit. If the dip is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is smaller but significant, the
+  finding is `partial dip`; otherwise the finding is `rise without a dip`. In the paper (D = 8), ridge is transient for M = 16 to 128,
+  and the dip is partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
 
 Saved steps with a value that is not finite are left out.
 """

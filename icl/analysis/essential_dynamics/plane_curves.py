@@ -15,8 +15,8 @@ curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y
 - Cusp: r' = 0 and r'' is not zero, so the curve reverses its direction. (Hoogland et al. 2024 also require r'' = 0, but this does
   not hold for the ordinary cusp (t^2, t^3).) A candidate is a minimum of v that meets three conditions. (1) The change of r'
   within one kernel width, |r''| h, is more than four standard errors above zero. (2) v is below a tenth of |r''| h plus two
-  standard errors. (3) Both one width before the minimum and one width after it, the curve lies away from the minimum in the
-  direction of r'', by more than a tenth of h^2 |r''| / 2. Condition 3 excludes the start of training, where the motion is slow
+  standard errors. (3) One width before the minimum, and also one width after it, the curve is displaced from the minimum in the
+  direction of r'' by more than a tenth of h^2 |r''| / 2. Condition 3 excludes the start of training, where the motion is slow
   but does not reverse.
 - Vertex: the curvature has an extremum, so the osculating circle has four-point contact and the evolute has a cusp. A candidate
   is a prominent extremum of the curvature. On both sides, the curvature must change by at least a tenth of its value and by

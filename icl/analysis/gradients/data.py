@@ -4,12 +4,13 @@ A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noi
 and n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for
 all coordinates; `noise_scale` is a standard deviation. Training uses means 0, scales 1 and noise_scale sigma, the
 square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so w_mean and w_scale shift and
-stretch the whole pool. The loss of a prompt is the mean over the K positions of the training loss of a fixed model: (f(x, y) - y)^2 for a
-predictor f, or a negative log-likelihood (`icl.model.heads`). L(phi) is its expectation. For f = 0, with means m and scales s,
+stretch the whole pool. The loss of a prompt is the mean over the K positions of the training loss of a fixed model: (f(x, y) - y)^2
+for a predictor f, or a negative log-likelihood (`icl.model.heads`). L(phi) is the expected loss for the six parameters phi. For
+f = 0, with means m and scales s,
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .
 
-We compute three estimators of dL/dphi. Each gives a number for each prompt, and the mean over prompts is the estimate
+We compute three estimators of dL/dphi. Each estimator gives a number for each prompt, and the mean over prompts is the estimate
 (Mohamed, Rosca, Figurnov, Mnih 2020, "Monte Carlo gradient estimation in machine learning", sections 4 and 5):
 
 - `pathwise`: differentiate through x(phi), y(phi) and the model at fixed z, t, n. This is the estimator to use.
