@@ -99,7 +99,9 @@ def on_checkpoint(file: Path, sampler: SamplerConfig, *, reference: float, num: 
 def main() -> None:
     """Print the best step size and its number of gradients, for each problem and kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file; by default, losses with known LLCs are used")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a checkpoint file; by default, losses with known LLCs are used"
+    )
     parser.add_argument("--reference", type=float, help="the checkpoint's LLC from a longer estimate")
     parser.add_argument("--repetitions", type=int, default=8, help="number of estimates of the checkpoint (default 8)")
     arguments = parser.parse_args()

@@ -36,7 +36,9 @@ def has_devinterp() -> bool:
     """Return whether devinterp is installed. If it is not, print how to install it."""
     found = find_spec("devinterp") is not None
     if not found:
-        print('devinterp is not installed, so the comparison with it is left out; install it with `pip install -e ".[bench]"`.')
+        print(
+            'devinterp is not installed, so the comparison with it is left out; install it with `pip install -e ".[bench]"`.'
+        )
     return found
 
 

@@ -103,9 +103,7 @@ def name_for(name: str, family: str) -> str:
         return "language-behaviour"
     if ANALYSES[name].of == "run" and family not in ANALYSES[name].families:
         known = ", ".join(analyses_of(family))
-        raise NotApplicableError(
-            f"The analysis `{name}` is not available for {family} runs; choose one of {known}."
-        )
+        raise NotApplicableError(f"The analysis `{name}` is not available for {family} runs; choose one of {known}.")
     return name
 
 

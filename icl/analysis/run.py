@@ -94,7 +94,9 @@ def analyse(name: str, path: str | Path, **settings: Any) -> Result:
     known = [field.name for field in dataclasses.fields(module.Settings)]
     unknown = set(settings) - set(known)
     if unknown:
-        raise ConfigError(f"The analysis `{name}` has no setting `{min(unknown)}`; its settings are {', '.join(known)}.")
+        raise ConfigError(
+            f"The analysis `{name}` has no setting `{min(unknown)}`; its settings are {', '.join(known)}."
+        )
     result: Result = module.analyse(Path(path), module.Settings(**settings))
     return result
 

@@ -93,7 +93,9 @@ def _draw_patterns(figure: Figure, axes: Axes, rows: pd.DataFrame) -> None:
         pattern = select(rows, part=name)
         canvas[top + pattern["query_token"].to_numpy(int), left + pattern["key_token"].to_numpy(int)] = pattern["value"]
         axes.text(left + size - 0.5, top, name, ha="right", va="top", fontsize=8)
-    brightest = rows.loc[rows["query_token"] > 0, "value"].max()  # token 0 is left out: its weight on itself is always 1
+    brightest = rows.loc[
+        rows["query_token"] > 0, "value"
+    ].max()  # token 0 is left out: its weight on itself is always 1
     image = axes.imshow(canvas, cmap="Blues", vmin=0, vmax=brightest)
     axes.set(xticks=[], yticks=[], xlabel="token attended to", ylabel="attending token")
     axes.grid(False)

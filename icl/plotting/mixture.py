@@ -218,7 +218,9 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
         axes.plot([], [], "o", color=colour, label=text + exponent, gid=KEY)
     curve = select(rows, quantity="curve_step")
     curve = curve[np.isfinite(curve["value"]) & (curve["value"] < 1e9)]
-    levels = np.exp(np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean())  # mean over seeds, because `loss_advantage` differs between seeds
+    levels = np.exp(
+        np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean()
+    )  # mean over seeds, because `loss_advantage` differs between seeds
     axes.plot(levels.index.astype(float), levels, color=VERMILION, linestyle=":", label=_CURVE)
     axes.set_title(f"Transition to dMMSE, {label}", fontsize=10)
     axes.set(

@@ -93,10 +93,12 @@ def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
     has_seeds = sum(map(len, groups.values())) == len(curves) > len(groups)
     caption = "loss curves, from the first run (dark) to the last (light)"
     if has_seeds:
-        caption = (
-            "loss curves: means over seeds (thick) and single seeds (thin), from the first settings (dark) to the last (light)"
-        )
-    caption += "; there is no legend, because there are too many curves" if len(groups if has_seeds else curves) > MAX_LABELS else ""
+        caption = "loss curves: means over seeds (thick) and single seeds (thin), from the first settings (dark) to the last (light)"
+    caption += (
+        "; there is no legend, because there are too many curves"
+        if len(groups if has_seeds else curves) > MAX_LABELS
+        else ""
+    )
     figure = plot_curves(curves, title=title, groups=groups if has_seeds else None)
     return draw(figure, alt=f"Loss curves of {len(curves)} runs", caption=caption)
 

@@ -370,7 +370,10 @@ def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
     values = np.linalg.svd(centred, compute_uv=False)
     assert np.linalg.norm(scores, axis=0) == pytest.approx(values[:2], rel=1e-4)
     assert main(["analyse", str(folder.path), "--what", "essential-dynamics", "--state", "gradients"]) != 0
-    assert "is for regression runs only. For a language run, use --distribution true with the state outputs, weights" in capsys.readouterr().err
+    assert (
+        "is for regression runs only. For a language run, use --distribution true with the state outputs, weights"
+        in capsys.readouterr().err
+    )
 
 
 def test_all_analyses_of_a_language_run_are_those_that_serve_it_and_the_others_are_named(folder, capsys, monkeypatch):

@@ -122,7 +122,9 @@ def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Traject
         CheckpointError: If there is no usable checkpoint, the path is a single file, or moments are missing or damaged.
     """
     if path.is_file():
-        raise CheckpointError(f"{path} is a single checkpoint; give the folder of a run, because a trajectory needs many.")
+        raise CheckpointError(
+            f"{path} is a single checkpoint; give the folder of a run, because a trajectory needs many."
+        )
     name, folder = f"trajectory-{settings.state}", run_of(path)
     cache = Cache(folder.results / name)
     if settings.state in MOMENT_OF:

@@ -224,7 +224,9 @@ def summary(runs: Sequence[RunFits], rows: Sequence[Row]) -> list[str]:
             lines.append(f"{row['run']}: transition of {_label(row)}: {row['finding']}{step}; {_verdict(row)}.")
     for run in runs:
         last = run.entries[-1]
-        lines.append(f"{run.name} (M = {run.task.num_tasks}) at step {last.step:,}, the last of {len(run.entries)} saved steps:")
+        lines.append(
+            f"{run.name} (M = {run.task.num_tasks}) at step {last.step:,}, the last of {len(run.entries)} saved steps:"
+        )
         for distribution in _SETS:
             for mixture, parameter in MIXTURES.items():
                 row, share = (step_row(last, name, distribution, mixture) for name in (parameter, "residual_share"))

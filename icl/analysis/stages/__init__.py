@@ -119,7 +119,9 @@ def analyse(path: Path, settings: Settings) -> Result:
     rows = [row for signal in signals for row in _curve_rows(signal, fits[signal.name].curve)]
     rows += [row for boundary in boundaries for row in _boundary_rows(boundary)]
     rows += [row for number, stage in enumerate(stages, 1) for row in _stage_rows(number, stage)]
-    if family_of(path) == "language":  # this column shows the unit of the loss; tables of regression runs do not have it
+    if (
+        family_of(path) == "language"
+    ):  # this column shows the unit of the loss; tables of regression runs do not have it
         rows = [row | {"family": "language"} for row in rows]
     lines = _boundary_lines(boundaries) + _stage_lines(signals, stages)
     lines += [f"Signal {signal.name}: {len(signal.points)} steps from {signal.source}." for signal in signals]
