@@ -165,5 +165,5 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=said):
             require_comparable(pair, settings)
     require_comparable([read_trajectory(run, FEW, run="x") for run in runs], FEW)
-    with pytest.raises(CheckpointError, match="needs the folder of a run"):
+    with pytest.raises(CheckpointError, match="give the folder of a run"):
         read_trajectory(checkpoint_files(runs[0])[0], FEW, run="x")

@@ -61,7 +61,7 @@ def test_a_run_or_table_that_does_not_ship_is_refused(gallery):
         gallery.table("losses", "c")
     with pytest.raises(ConfigError, match=r"python -m tools\.data small"):
         gallery.table("llc")
-    with pytest.raises(ConfigError, match="No model of `a`"):
+    with pytest.raises(ConfigError, match="There is no model of `a`"):
         gallery.model("a", 3)
 
 
