@@ -94,7 +94,7 @@ def test_moments_are_read_from_beside_the_checkpoints(tmp_path, dtype):
     shapes = {name: tensor.shape for name, tensor in build_model(TINY).state_dict().items()}
     saved = []
     for step in (0, 1, 4, 20):
-        with pytest.raises(CheckpointError, match=f"no Adam moments at step {step}; .*--checkpoints.moments true"):
+        with pytest.raises(CheckpointError, match=f"no Adam moments at step {step}. .*--checkpoints.moments true"):
             read_trajectory(path, StateSettings(state="first_moment"), run="r")
         names = [f"{kind}/{name}" for kind in ("exp_avg_sq", "exp_avg") for name in shapes]  # in any order
         moments = {
