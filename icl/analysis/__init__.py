@@ -1,4 +1,4 @@
-"""Analyses of how models develop: each turns a run's checkpoints, or a table, into one tidy table with verdicts.
+"""Analyses of how models develop. Each analysis turns a run's checkpoints, or a table, into one tidy table with verdicts.
 
 An analysis is a module or a folder in this package. `essential-dynamics`, for example, is in `essential_dynamics/`. An
 analysis consists of:
@@ -47,7 +47,7 @@ ANALYSES: dict[str, About] = {
     ),
     "essential-dynamics": About(
         "run",
-        "PCA of the trajectory, compared with random walks; evolutes, cusps, forms",
+        "PCA of the trajectory, compared with random walks; evolutes, cusps, vertices and forms of its path",
         families=("regression", "language"),
     ),
     "embeddings": About("run", "spectra and overlap of the embeddings; collapse of layer norms and the unembedding"),
@@ -94,7 +94,7 @@ def analyses_of(family: str) -> list[str]:
 
 
 def name_for(name: str, family: str) -> str:
-    """Return the analysis that a name selects for runs of a family: for language runs, `behaviour` selects `language-behaviour`.
+    """Return the name of the analysis for runs of a family: for language runs, `behaviour` means `language-behaviour`.
 
     Raises:
         NotApplicableError: If the analysis is not available for runs of this family. The message names the available analyses.

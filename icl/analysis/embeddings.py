@@ -18,9 +18,9 @@ for `mixture`. The last position of W_P is never trained. Rows of the table, by 
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.
-- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. The table
-  has the same statistics of these weights as of a layer norm. `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its
-  input, so adding a constant to all weights changes nothing. Like the published figures, we do not subtract a constant.
+- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. For these
+  weights, the table contains the same statistics as for a layer norm. `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres
+  its input, so adding a constant to all weights changes nothing. Like the published figures, we do not subtract a constant.
 - `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
 """
 

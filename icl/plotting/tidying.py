@@ -1,4 +1,4 @@
-"""Final corrections before a figure is saved: no legend on a curve, no empty legend entry, no overlapping tick labels.
+"""Final corrections before a figure is saved: legends that cover curves, legend entries without data, overlapping tick labels.
 
 Overlaps depend on the data, so they are measured after the layout is computed. A figure that needs no correction is not
 changed.

@@ -54,8 +54,8 @@ def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
         )
     header = [name for name in rows[0] if any(row[name].text != MISSING for row in rows)]
     note = (
-        "Settings that are the same in all runs are left out. Losses are means over positions, per target. The columns above Bayes show "
-        "the loss minus the loss of the Bayes predictor, ± one standard error over prompts."
+        "Settings that are the same in all runs are left out. Losses are means over positions, per target. Columns that begin with "
+        "'above Bayes' show the loss minus the loss of the Bayes predictor, ± one standard error over prompts."
     )
     if others := list(settings)[MAX_SETTINGS:]:
         note += f" The runs also differ in {', '.join(others)}."

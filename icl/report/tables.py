@@ -80,7 +80,7 @@ def look_of(badge: str) -> str:
 
 
 def table_of(rows: Sequence[Sequence[Any]], header: Sequence[str], *, caption: str) -> Table:
-    """Return a table of plain values and cells."""
+    """Build a table from rows of plain values or cells."""
     cells = [[value if isinstance(value, Cell) else cell(value) for value in row] for row in rows]
     return Table(caption=caption, header=list(header), rows=cells)
 

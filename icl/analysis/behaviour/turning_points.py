@@ -118,7 +118,7 @@ def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list
         is_single_before = number == 0 or sides[clear[number - 1]] == sides[after]
         is_single_after = number + 2 == len(clear) or sides[clear[number + 2]] == sides[before]
         reasons = (
-            ["only one saved step on one side is significantly different from zero"]
+            ["before or after the crossing, only one saved step is significantly different from zero"]
             if is_single_before or is_single_after
             else []
         )

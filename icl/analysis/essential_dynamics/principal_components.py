@@ -61,7 +61,7 @@ class Components(NamedTuple):
 
 
 class Walks(NamedTuple):
-    """Random walks made from the run's steps with random signs."""
+    """Random walks that are made from the run's steps, each multiplied by a random sign."""
 
     shares: Float[np.ndarray, "W C"]
     displacement: Float[np.ndarray, "W r"]

@@ -3,7 +3,7 @@
 At position k, let r_k be the model's prediction minus the prediction of ridge, and d_k the prediction of dMMSE minus the prediction of
 ridge. A mixture predicts ridge + w_k d_k. The best mixture has the smallest mean of (r_k - w_k d_k)^2 over prompts.
 
-- `fixed`: w_k = p for all prompts. The best p is mean(r d) / mean(d^2), limited to [0, 1]. For squared distances, this equals the
+- `fixed`: w_k = p for all prompts. The best p is mean(r d) / mean(d^2), limited to [0, 1]. For squared distances, this p equals the
   relative distance of Wurgaft et al. 2025 (arXiv 2506.17859; the formula is from their code).
 - `bayes`: the Bayes predictor under the prior that draws w from the M tasks with probability pi, and from N(0, I) otherwise. The
   posterior probability of the discrete prior is w_k = sigmoid(lambda + log_ratio_k). Here lambda = log(pi / (1 - pi)) are the prior

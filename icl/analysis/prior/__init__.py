@@ -23,9 +23,9 @@ tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next on
   exceeds `separation`, or if `separation` is not at least 4 standard errors above zero.
 - `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
 
-If the pool of tasks changes during training, `pool` is the pool of the last update before each saved step, and the rows of candidates have
-a step. Standard errors are from the block jackknife over all samples, which includes the errors of particle filters. Inputs and random
-numbers are the same at all steps.
+If the pool of tasks changes during training, each saved step is compared with the pool at the last update before it, and the rows of
+candidates have a step too. Standard errors are from the block jackknife over all samples, which includes the errors of particle filters.
+Inputs and random numbers are the same at all steps.
 """
 
 import math

@@ -66,7 +66,10 @@ class Boundary(NamedTuple):
     """u = ln(step + 1)."""
     stderr: float
     strength: float
-    """Significance of the weaker of the two motions, in standard errors: the smaller value with and without correlated scatter."""
+    """Significance of the weaker of the two motions, in standard errors.
+
+    This is the smaller of two values: with independent scatter, and with correlated scatter.
+    """
     is_robust: bool
     """Whether curves with a shorter and with a longer kernel also show the boundary."""
     is_significant: bool
