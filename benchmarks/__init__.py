@@ -1,1 +1,1 @@
-"""Compare the speed of `icl` with that of other programs (see `python -m benchmarks --help`)."""
+"""Compare the speed of `icl` with other programs (see `python -m benchmarks --help`)."""

@@ -1,8 +1,8 @@
-"""Compare the speed of `icl` with that of other programs: `python -m benchmarks [--seconds S] [--out FOLDER]`, or `make bench`.
+"""Compare the speed of `icl` with other programs: `python -m benchmarks [--seconds S] [--out FOLDER]`, or `make bench`.
 
-Each result is a ratio of times: the other program's time divided by ours, for the same work. Both programs run in turns, in one
-process, with the same number of threads and the same precision. The ratio is the median over turns, with quartiles. Times depend
-on the machine and its other users, but ratios do so much less. The device is the best one that the machine has. Example:
+Each result is a ratio of times: the other program's time divided by our time, for the same work. Both programs run in turns, in one
+process, with the same number of threads and the same precision. The ratio is the median over turns, with quartiles. Ratios depend
+much less than times on the machine and its other users. We use the fastest device of the machine. Example:
 
     python -m benchmarks --seconds 20 --out data/benchmarks
 
@@ -42,7 +42,7 @@ def main() -> None:
     device = choose_device()
     machine = describe_machine(device)
     print(" · ".join(str(value) for value in machine.values()))
-    print("Compiling the steps takes up to a minute or two ...", flush=True)
+    print("Compiling the steps takes up to two minutes ...", flush=True)
     print(f"{'ratio of times, larger is better for us':46} {'median':>7} {'quartiles':>14} {'ms':>17} {'target':>7}")
     command, target = f"python -m benchmarks --seconds {arguments.seconds:g}", arguments.out / f"{device}.json"
     ratios: list[Ratio] = []

@@ -1,7 +1,7 @@
-"""Measure what `icl train` costs beyond its training step: Lightning, our callbacks, logging, evaluation and saving.
+"""Measure how much time `icl train` needs beyond its training steps: for Lightning, our callbacks, logging, evaluation and saving.
 
 A real training run pauses at intervals. In each pause we run as many bare steps (the training step alone) as the run has made since
-the last pause. The ratio compares the time of the bare steps with that of the run.
+the last pause. The ratio compares the time of the bare steps with the time of the run.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
 class Interruptions(pl.Callback):
     """Callback that times the run's steps since its last call, and then the same number of bare steps.
 
-    It must be the last callback, so that its times include the costs of all others.
+    This callback must be the last one, so that the times include all other callbacks.
 
     Args:
         bare: Function that makes one bare step.
-        device: Device on which both train.
+        device: Device of the run and of the bare steps.
         seconds: Total time of all turns, in seconds. The first turn only warms up and does not count.
         num_steps: Minimum number of the run's steps in a turn.
     """
@@ -50,7 +50,7 @@ class Interruptions(pl.Callback):
         self._go_on(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Count the run's time since the last call, then time the same number of bare steps."""
+        """Add the run's time since the last call, then time the same number of bare steps."""
         wait_for(self.device)
         num_steps, seconds = trainer.global_step - self._step, time.perf_counter() - self._since
         self._steps += num_steps

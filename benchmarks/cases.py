@@ -1,7 +1,7 @@
 """The cases that are measured: our training step, evaluation, dMMSE, LLC chains, and the whole training program.
 
-Our step is compared with a plain training loop, with training the members of a population one at a time, and with its matrix
-products alone.
+Our training step is compared with a plain training loop, with training the members of a population one at a time, and with the
+matrix products of the step alone.
 """
 
 import shutil
@@ -38,16 +38,16 @@ NUM_CHECKPOINTS = 190
 
 
 class Case(NamedTuple):
-    """One ratio: the other program's time divided by ours, for the same work."""
+    """One ratio: the other program's time divided by our time, for the same work."""
 
     name: str
     turns: Callable[[float], list[Turn]]
-    """Function that measures both programs for a number of seconds."""
+    """Function that times both programs in turns for a given number of seconds."""
     target: str = ""
 
 
 def make_cases(device: str) -> Iterator[Case]:
-    """Yield all cases for a device. Each case is made only when it is measured, so that it does not slow down or fill up the others."""
+    """Yield all cases for a device. Each case is made only when it is measured, so that it does not use memory during the others."""
     many = 32 if device == "cuda" else 8
     plain, one = Side(plain_loop(CONFIG, device)), training_step(1, device, compiled=True)
     half, packed = (training_step(num, device, compiled=True) for num in (many // 2, many))
@@ -75,9 +75,9 @@ def make_cases(device: str) -> Iterator[Case]:
 
 
 def sampling_cases(device: str) -> list[Case]:
-    """Return the case of 8 LLC chains against devinterp's, or no case if devinterp is not installed.
+    """Return the case that compares 8 LLC chains with devinterp, or no case if devinterp is not installed.
 
-    On a GPU, our side runs the chains of 16 checkpoints at once.
+    On a GPU, `icl` runs the chains of 16 checkpoints at once.
     """
     if not has_devinterp():
         return []
@@ -89,7 +89,7 @@ def sampling_cases(device: str) -> list[Case]:
 
 
 def training_step(num_members: int, device: str, *, compiled: bool = False) -> Side:
-    """Return a function that makes one training step of a population at each call. A turn uses one block of training prompts."""
+    """Return a side that makes one training step of a population at each call. A turn uses one block of training prompts."""
     members = stack([dict(build_model(CONFIG).named_parameters()) for _ in range(num_members)])
     params = {name: tensor.to(device) for name, tensor in members.items()}
     settings = {"compiled": compiled, "packed": num_members > 1}
@@ -106,7 +106,7 @@ def training_step(num_members: int, device: str, *, compiled: bool = False) -> S
 
 
 def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Side, Side]:
-    """Evaluate some checkpoints on the training tasks and on new tasks: in a plain loop, and all at once."""
+    """Return two sides that evaluate some checkpoints on training tasks and on new tasks: in a plain loop, and all at once."""
     model, num_prompts = build_model(CONFIG).to(device), CONFIG.evaluation.num_prompts
     together = stack([{name: p.detach() for name, p in model.named_parameters()}] * num_checkpoints)
     predict = partial(apply, CONFIG.model)
@@ -123,10 +123,11 @@ def evaluation_sides(num_checkpoints: int, device: str) -> tuple[Side, Side]:
 
 
 def take_evaluation_turns(device: str, seconds: float) -> list[Turn]:
-    """Evaluate all checkpoint files of a run: in a plain loop, and as `icl evaluate` does, on the training tasks and on new tasks.
+    """Time the evaluation of all checkpoint files of a run on training tasks and on new tasks: in a plain loop, and by `icl evaluate`.
 
-    Both sides read the files, and compute prompts and baselines once, before the first turn that counts. Ours also compiles
-    before that turn. It saves the numbers of each checkpoint in the run's folder, as the command does; the loop keeps them in memory.
+    In every turn, both sides read the files. They compute prompts and baselines only once, before the first turn that counts. Our side
+    also compiles before that turn, and saves the numbers of each checkpoint in the run's folder, as the command does. The loop keeps the
+    numbers in memory.
     """
     with tempfile.TemporaryDirectory(prefix="icl-bench-") as name:
         run = RunFolder(Path(name))
@@ -153,7 +154,7 @@ def take_evaluation_turns(device: str, seconds: float) -> list[Turn]:
 
 
 def dmmse_sides(device: str) -> tuple[Side, Side]:
-    """Compute dMMSE for all prefixes of 256 prompts, with K = 16, D = 8 and 2^14 tasks: in a plain loop, and with `dmmse`."""
+    """Return two sides that compute dMMSE for all prefixes of 256 prompts (K = 16, D = 8, M = 2^14): a plain loop, and `dmmse`."""
     tasks = task_pool(2**14, 8, seed=0).to(device)
     generator = torch.Generator().manual_seed(0)
     xs = torch.randn(256, 16, 8, generator=generator).to(device)

@@ -1,11 +1,11 @@
 """Count the gradients that SGLD and BAOAB need for an LLC of given accuracy: `python -m benchmarks.gradients`.
 
-The counts do not depend on the machine. The losses have known LLCs and no minibatches. Each of many chains gives the mean of S draws.
-The means have variance v / S over chains and bias b against the truth. So a root mean square error r needs v / (r^2 - b^2) gradients,
-without burn-in. Each kernel uses the best of a few step sizes.
+The counts do not depend on the machine. The losses have known LLCs and no minibatches. Each of many chains gives one estimate, from the
+mean of S draws. Over chains, these estimates have variance v / S and bias b. So a root mean square error r needs v / (r^2 - b^2)
+gradients, without burn-in. Each kernel uses the best of a few step sizes.
 
-`--checkpoint FILE --reference LLC` measures the same with repeated estimates of a checkpoint's LLC. Then all gradients are counted,
-including those of burn-in and of the initial loss. For the quickstart this takes about ten minutes:
+With `--checkpoint FILE --reference LLC`, the number of gradients is measured with repeated estimates of a checkpoint's LLC. Then all
+gradients are counted, including the burn-in and the initial loss. For the quickstart this takes about ten minutes:
 
     python -m benchmarks.gradients --checkpoint data/small/models/quickstart/step-000005000.safetensors --reference 44
 """
@@ -35,7 +35,7 @@ from icl.sampling.self_test import Problem, problems
 NAMES = ("stiff quadratic, steps counted", "normal crossing a^2 b^2", "separable a^4 + b^4 + c^2")
 """Names of the test problems, from the self-test."""
 STEPS: dict[Kernel, tuple[float, ...]] = {"sgld": (0.125, 0.25, 0.5, 1, 2), "baoab": (0.5, 1, 2, 4)}
-"""Step sizes to try, as multiples of the problem's own step size."""
+"""Step sizes to try, as multiples of the step size that the self-test uses for the problem."""
 ERROR = 0.03
 """Root mean square error to reach, as a share of the true LLC."""
 
@@ -45,10 +45,10 @@ class Efficiency(NamedTuple):
 
     bias: float
     variance: float
-    """Variance of an estimate times its number of gradients."""
+    """Variance of an estimate, multiplied by the number of gradients in the estimate."""
 
     def gradients(self, error: float) -> float:
-        """Return the number of gradients for a root mean square error. It is infinite if the bias alone exceeds the error."""
+        """Return the number of gradients needed for a root mean square error; infinite if the bias alone exceeds this error."""
         left = error**2 - self.bias**2
         return self.variance / left if left > 0 else math.inf
 
@@ -99,7 +99,9 @@ def on_checkpoint(file: Path, sampler: SamplerConfig, *, reference: float, num: 
 def main() -> None:
     """Print the best step size and its number of gradients, for each problem and kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file; the default is losses with known LLCs")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a checkpoint file; by default, losses with known LLCs are used"
+    )
     parser.add_argument("--reference", type=float, help="the checkpoint's LLC from a longer estimate")
     parser.add_argument("--repetitions", type=int, default=8, help="number of estimates of the checkpoint (default 8)")
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
 """Plain PyTorch code with which `icl` is compared, written as a competent researcher would write it.
 
 The model is L2H4 of Hoogland et al. 2024, as an `nn.Module` on 2K tokens. `torch.optim.Adam` trains it without gradient clipping.
-Attention is written out as in the authors' code. On CPUs, this is faster than PyTorch's fused kernel for a model of this size.
+Attention is computed with explicit matrix products and a softmax, as in the authors' code. On CPUs and for a model of this size, this
+is faster than PyTorch's fused kernel.
 """
 
 import math
@@ -77,7 +78,7 @@ def plain_loop(config: RunConfig, device: str) -> Callable[[], None]:
 
 
 def dmmse_by_prefix(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> Tensor:
-    """Return the predictions of discrete MMSE, computed prefix by prefix from its formula (Raventos et al. 2023, section 2)."""
+    """Return the predictions of discrete MMSE, computed from the formula for each prefix (Raventos et al. 2023, section 2)."""
     predictions = []
     for k in range(ys.shape[1]):
         errors = (ys[:, None, :k] - torch.einsum("bkd,md->bmk", xs[:, :k], tasks)).square().sum(-1)  # B M
@@ -87,10 +88,10 @@ def dmmse_by_prefix(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float
 
 
 def matrix_products(config: RunConfig, device: str) -> Callable[[], None]:
-    """Return a function that computes only the dense matrix products of one model's step, a lower bound on the time of any step.
+    """Return a function that computes only the dense matrix products of one training step. Its time is a lower bound for any step.
 
-    These are the products of the forward pass, and those for the gradients of inputs and weights. In the last block, the products
-    from the queries on run over x-tokens only, as in our model. The small products inside attention are left out.
+    The products are those of the forward pass, and of the gradients with respect to inputs and weights. In the last block, all products
+    except keys and values are computed only for x-tokens, as in our model. The small products inside attention are left out.
     """
     model, prompts, num_examples = config.model, config.trainer.batch_size, config.task.max_examples
     width, wide = model.embed_size, model.mlp_size

@@ -1,6 +1,6 @@
 """Compare the speed of LLC chains in devinterp 1.3.2 and `icl`, with the same model, sizes, threads and precision.
 
-Both programs run 8 SGLD chains on minibatches of 256 prompts and record the losses. Neither computes the checkpoint's own loss.
+Both programs run 8 SGLD chains on minibatches of 256 prompts and record the losses. Neither program computes the checkpoint's loss.
 
 - devinterp: `devinterp.slt.sampler.sample` with its default `SGLD` and `LLCEstimator` and with `cores=1`, because more cores would
   start new processes at every call. The model is `peers.PlainTransformer`, which is faster than our module on CPUs.
@@ -36,7 +36,9 @@ def has_devinterp() -> bool:
     """Return whether devinterp is installed. If it is not, print how to install it."""
     found = find_spec("devinterp") is not None
     if not found:
-        print('devinterp is not installed, so its ratio is left out; `pip install -e ".[bench]"` installs devinterp.')
+        print(
+            'devinterp is not installed, so the comparison with it is left out; install it with `pip install -e ".[bench]"`.'
+        )
     return found
 
 

@@ -1,8 +1,8 @@
 """Measure a ratio of times. Two programs, called sides, do the same work in turns, in one process.
 
-The ratio is the median over turns, with quartiles. So if another process takes the CPU for a while, this spoils only a few turns
-and hardly changes the median. For the same reason, a cost that occurs in only a few turns would be lost. So each turn must be
-long enough to include every kind of cost.
+The ratio is the median over turns, with quartiles. So if another process uses the CPU for a while, this affects only a few turns and
+hardly changes the median. For the same reason, work that a program does only in a few turns has no effect on the median. So each turn
+must be long enough to include every kind of work.
 """
 
 import statistics
@@ -20,7 +20,7 @@ class Side(NamedTuple):
 
     call: Callable[[], object]
     calls: int = 32
-    """Number of calls in a turn. If the side makes prompts for several calls at once, it is a multiple of that number."""
+    """Number of calls in a turn. If the side makes prompts for several calls at once, this must be a multiple of that number."""
 
 
 class Turn(NamedTuple):
@@ -31,7 +31,7 @@ class Turn(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """The result of a case: the median ratio with its quartiles, and the median time of each side for one call of the peer."""
+    """The result of a case: the median ratio with its quartiles, and the median time of each side for the work of one peer call."""
 
     name: str
     ratio: float
@@ -43,7 +43,7 @@ class Ratio(NamedTuple):
 
     @classmethod
     def over(cls, turns: Iterable[Turn], *, name: str, target: str = "") -> "Ratio":
-        """Return the ratio over some turns. There must be at least two turns."""
+        """Return the median ratio over at least two turns."""
         peer, ours = zip(*turns, strict=True)
         low, middle, high = statistics.quantiles([p / o for p, o in zip(peer, ours, strict=True)], n=4)
         peer_ms, ours_ms = (1e3 * statistics.median(side) for side in (peer, ours))
@@ -70,7 +70,7 @@ def take_turns(peer: Side, ours: Side, device: str, seconds: float, *, work: int
 
 
 def timed(side: Side, device: str) -> float:
-    """Return the seconds per call of one turn."""
+    """Run one turn of a side, and return the seconds per call."""
     start = time.perf_counter()
     for _ in range(side.calls):
         side.call()

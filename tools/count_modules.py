@@ -1,10 +1,10 @@
-"""Count the modules of `icl` that take part in two typical computations, called walks.
+"""Count the modules of `icl` that run in two typical computations, called walks.
 
 - `llc`: from a saved checkpoint to the row of its LLC (`icl.sampling.run.estimate_run` on one checkpoint file).
 - `loss`: from a random stream to the loss of a model on a batch of prompts (`sample_prompts` and `apply`).
 
-A walk through many modules is hard to follow. `python -m tools.count_modules` prints the modules of each walk, in the
-order in which their functions are first called.
+Code that runs through many modules is hard to follow. `python -m tools.count_modules` prints the modules of each walk, in
+the order in which their functions are first called.
 """
 
 import importlib

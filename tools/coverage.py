@@ -2,16 +2,16 @@
 
 `python -m tools.coverage [--runs N] [--out FILE]` writes the table `data/coverage.csv`. Each row is a cell: a loss, a kernel, a
 number of chains and a number of draws. All runs of a cell start at the loss's minimum w0, and have different noise. The truth is the
-LLC of the localised posterior, nbeta (E[L] - L(w0)). It has no bias from the step size. The nominal coverage of the intervals is
-95 %. There are three losses:
+exact LLC of the localised posterior, nbeta (E[L] - L(w0)). Unlike an estimate, it has no bias from the step size. The nominal coverage
+of the intervals is 95 %. There are three losses:
 
 - `quadratic`: six directions with curvatures from 0.01 to 10. The truth is known in closed form.
 - `product`: L = a^2 b^2, which has a degenerate minimum. The truth is computed by quadrature.
 - `minibatches`: the same quadratic, with gradient noise from fresh minibatches.
 
 All runs of a `quadratic` or `product` cell are computed together, as one population. Runs of `minibatches` are computed one after the
-other, because each run has its own minibatches; so their number is only a twentieth. With `--target_runs N`, the table also has cells
-of N runs that stop at a `target_stderr`.
+other, because each run has its own minibatches; so there are only a twentieth as many. With `--target_runs N`, the table also contains
+cells of N runs that stop at a `target_stderr`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RATES: dict[tuple[str, Kernel], float] = {
     ("minibatches", "sgld"): 5e-4,
     ("minibatches", "baoab"): 1e-3,
 }
-"""Step sizes by loss and kernel. Those of `baoab` are larger, as in the presets."""
+"""Step sizes. The keys are pairs of a loss and a kernel. The step sizes of `baoab` are larger, as in the presets."""
 SHAPES = ((2, 2000), (4, 1000), (8, 600), (64, 50))
 """Pairs of a number of chains and a number of draws."""
 TARGET_STDERR, MAX_DRAWS = {"quadratic": 0.08, "product": 0.01}, 6000
@@ -65,10 +65,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure all cells and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--runs", type=int, default=1000, help="number of runs per cell; a twentieth of it for `minibatches`"
+        "--runs", type=int, default=1000, help="number of runs per cell; `minibatches` has a twentieth as many"
     )
     parser.add_argument(
-        "--target_runs", type=int, default=0, help="number of runs per cell that stop at a target (slow)"
+        "--target_runs", type=int, default=0, help="number of runs in each cell that stops at a target (slow)"
     )
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     parser.add_argument("--out", type=Path, default=Path("data/coverage.csv"), help="file to write")
@@ -96,7 +96,7 @@ def _cells(num_runs: int, num_target_runs: int) -> Iterator[Cell]:
 
 
 def measure(cell: Cell) -> dict[str, str | int | float | None]:
-    """Return the row of a cell: the coverage of all intervals and of those with the verdict `ok`, and the share of `ok`."""
+    """Return the row of a cell: the coverage of all intervals, the coverage of intervals with the verdict `ok`, and the share of `ok`."""
     truth = _truth(cell.loss)
     results = _results(cell)
     covered = [low <= truth <= high for low, high in (result.interval for result in results)]
@@ -169,7 +169,7 @@ def _results(cell: Cell) -> list[LLCResult]:
             for seed in range(cell.num_runs)
         ]
     loss = _quadratic if cell.loss == "quadratic" else _product
-    # All runs of a cell are one population. Their noise differs, because it is seeded with the run's number in the population.
+    # All runs of a cell are one population. Each run has different noise, because the seed contains its number in the population.
     return estimate_llcs(loss, [start] * cell.num_runs, [None], settings, trivial_loss=100.0)
 
 

@@ -8,8 +8,8 @@ are five kinds of curves:
 - `rise`: the same loss, with a rise by ten standard deviations after its minimum.
 - `noise`: loss and LLC are only scatter. A verdict `ok` is a false boundary between stages.
 - `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
-- `turn`: loss and LLC move in one direction until half of the log time, and then back. The strength of this boundary is
-  about ten standard errors in each signal.
+- `turn`: loss and LLC move in one direction until half of the log time has passed, and then back. The strength of this boundary
+  is about ten standard errors in each signal.
 """
 
 import argparse
@@ -33,7 +33,7 @@ STEPS = np.unique(np.r_[0, np.geomspace(1, 500_000, 48), np.linspace(0, 500_000,
 TIMES = np.log1p(STEPS)
 PHIS = (0.0, 0.5, 0.8, 0.9)
 TURN = {0.0: 10.0, 0.5: 20.0, 0.8: 25.0, 0.9: 20.0}
-"""Size of the turn by phi, in standard deviations of the scatter. The turn is larger if the scatter is correlated."""
+"""Size of the turn for each phi, in standard deviations of the scatter. The turn is larger if the scatter is correlated."""
 
 
 class Case(NamedTuple):
@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "--runs",
         type=int,
         default=1000,
-        help="number of simulated runs for each case of `flat tail` and `rise`; the other cases have half as many",
+        help="number of simulated runs for each correlation of `flat tail` and `rise`; the other kinds have half as many",
     )
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     parser.add_argument("--out", type=Path, default=Path("data/verdict-rates.csv"), help="file to write")
@@ -67,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def rate(case: Case) -> dict[str, object]:
-    """Return the share of runs with the verdict `ok`, with its standard error, and the share with `suspect`."""
+    """Return the row of a case: the share of runs with the verdict `ok`, its standard error, and the share with `suspect`."""
     torch.set_num_threads(1)
     judge = _transience if case.kind in ("flat tail", "rise") else _stages
     verdicts = [judge(case.kind, case.phi, np.random.default_rng([number, 7])) for number in range(case.num_runs)]

@@ -1,4 +1,4 @@
-"""Analyses of how models develop: each turns a run's checkpoints, or a table, into one tidy table with verdicts.
+"""Analyses of how models develop. Each analysis turns a run's checkpoints, or a table, into one tidy table with verdicts.
 
 An analysis is a module or a folder in this package. `essential-dynamics`, for example, is in `essential_dynamics/`. An
 analysis consists of:
@@ -8,7 +8,7 @@ analysis consists of:
 - `plot(table, *, title)`, in the module of the same name in `icl.plotting`.
 - One line in `ANALYSES` below.
 
-Analyses of checkpoints call `icl.analysis.run.over_checkpoints`. It measures many checkpoints at once, as a
+Analyses of checkpoints call `icl.analysis.run.over_checkpoints`. This function measures many checkpoints at once, as a
 population, and never measures a checkpoint twice.
 """
 
@@ -18,7 +18,7 @@ from icl.config.validation import ConfigError
 
 
 class NotApplicableError(ConfigError):
-    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` leaves it out."""
+    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` skips it."""
 
 
 class About(NamedTuple):
@@ -30,11 +30,11 @@ class About(NamedTuple):
     module: str | None = None
     """Name of the module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
     needs_finite_tasks: bool = False
-    """Whether the analysis has no meaning for a run with M = inf."""
+    """Whether the analysis needs a run with a finite M."""
     needs_density: bool = False
     """Whether the analysis needs a model with a predictive distribution (`model.output` `gaussian` or `mixture`)."""
     families: tuple[str, ...] = ("regression",)
-    """Families of the runs that the analysis serves (`model.family`)."""
+    """Values of `model.family` for which the analysis is available."""
 
 
 ANALYSES: dict[str, About] = {
@@ -47,7 +47,7 @@ ANALYSES: dict[str, About] = {
     ),
     "essential-dynamics": About(
         "run",
-        "PCA of the trajectory, compared with random walks; evolutes, cusps, forms",
+        "PCA of the trajectory, compared with random walks; evolutes, cusps, vertices and forms of its path",
         families=("regression", "language"),
     ),
     "embeddings": About("run", "spectra and overlap of the embeddings; collapse of layer norms and the unembedding"),
@@ -71,12 +71,12 @@ ANALYSES: dict[str, About] = {
     ),
     "mixture": About(
         "run",
-        "mixtures of dMMSE and ridge that are closest to the model: a fixed weight, and prior odds; when they change, and how this grows with M",
+        "mixtures of dMMSE and ridge that are closest to the model (fixed weight, or prior odds), the steps at which they change, and the effect of M",
         needs_finite_tasks=True,
     ),
     "prior": About(
         "run",
-        "the prior that the model has learned: tasks of prompts that it writes itself, compared with the M training tasks and with N(0, I)",
+        "the prior over tasks that the model has learned: tasks of prompts that the model generates, compared with the M training tasks and with N(0, I)",
         needs_density=True,
     ),
     "diversity": About(
@@ -85,7 +85,7 @@ ANALYSES: dict[str, About] = {
         "diversity_fit",
     ),
 }
-"""All analyses, by name. The option `--what` takes these names."""
+"""All analyses. The keys are the names that the option `--what` accepts."""
 
 
 def analyses_of(family: str) -> list[str]:
@@ -94,18 +94,16 @@ def analyses_of(family: str) -> list[str]:
 
 
 def name_for(name: str, family: str) -> str:
-    """Return the analysis that a name stands for in a family: `behaviour` of a language run is `language-behaviour`.
+    """Return the name of the analysis for runs of a family: for language runs, `behaviour` means `language-behaviour`.
 
     Raises:
-        NotApplicableError: If the analysis does not serve runs of this family. The message names those that do.
+        NotApplicableError: If the analysis is not available for runs of this family. The message names the available analyses.
     """
     if family == "language" and name == "behaviour":
         return "language-behaviour"
     if ANALYSES[name].of == "run" and family not in ANALYSES[name].families:
         known = ", ".join(analyses_of(family))
-        raise NotApplicableError(
-            f"The analysis `{name}` does not serve {family} runs; the analyses that do are {known}."
-        )
+        raise NotApplicableError(f"The analysis `{name}` is not available for {family} runs; choose one of {known}.")
     return name
 
 

@@ -1,8 +1,8 @@
 """Attention of every head at every saved step: mean patterns on fixed prompts, and scores of the patterns.
 
 A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered from k = 0 to T - 1. Query token k attends to the tokens j <= k with
-weights p_kj, which sum to 1. The scores of a query k are those of Hoogland et al. 2024 (figures on attention). Each
-score is averaged over prompts, and has the standard error of this average.
+weights p_kj, which sum to 1. We compute the following scores of a query k, as in the figures on attention of Hoogland et
+al. 2024. Each score is averaged over prompts, and has the standard error of this average.
 
 - `entropy`: -sum_j p_kj log p_kj / log(k + 1). It is 1 for uniform attention and 0 for attention to a single token.
 - `variability`: half of sum_j |p_kj - m_kj|, where m is the mean pattern over prompts (a total variation distance). It is 0 if
@@ -17,15 +17,15 @@ The published code has errors that we do not repeat:
 - For the distance to the attended token, it used sum_j p_kj j / (k + 1). This is a mean position, not a distance.
 - Its averages over the x- and y-tokens of a whole block took every second head instead of every second token.
 - In one place it divided an entropy in bits by a natural logarithm.
-- It averaged over k = 0 too. This token can attend only to itself, so its entropy was 0 / 0 and its score `previous` was
+- It averaged over k = 0 too. Token 0 can attend only to itself, so its entropy was 0 / 0 and its score `previous` was
   0. We leave k = 0 out of every average.
 
 Every score is averaged over each of three sets of queries: `all` tokens, the x-tokens (`x`) and the y-tokens (`y`). For example, a
 head that attends from y-tokens to x-tokens has a high score `x_tokens` for the queries `y`.
 
 The column `part` names the head: `b1h1` is the first head of the first block. For comparison, rows with part `uniform`
-have the scores of uniform attention over all visible tokens. Rows with quantity `pattern` have the mean weights at the
-last saved step, one row for each pair of tokens. The mean patterns of all steps are in `results/attention/`.
+contain the scores of uniform attention over all visible tokens. Rows with quantity `pattern` contain the mean weights at
+the last saved step, one row for each pair of tokens. The mean patterns of all steps are in `results/attention/`.
 """
 
 import math
@@ -88,7 +88,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Measure every member: the scores of its heads, and its mean patterns (L, H, T, T)."""
+    """Measure the scores of all heads and the mean patterns (L, H, T, T) of every member."""
     prompts = fixed_prompts(members, "attention/prompts", settings.distribution, settings.num_prompts)
     at_once = prompts_at_once(members)
     model = build_architecture(members.config).to(prompts.xs.device)
@@ -129,7 +129,7 @@ def uniform_pattern(num_tokens: int) -> Float[Tensor, "1 T T"]:
 def scores(pattern: Float[Tensor, "B T T"]) -> dict[str, Float[Tensor, "B Q"]]:
     """Return the scores of one head for every prompt and each of the Q = T - 1 queries k = 1 to T - 1."""
     pattern = pattern.cpu().double()
-    positions = torch.arange(pattern.shape[-1], dtype=torch.float64)  # of queries (k) and of keys (j)
+    positions = torch.arange(pattern.shape[-1], dtype=torch.float64)  # positions of queries (k) and of keys (j)
     visible = torch.ones(pattern.shape[-2:], dtype=torch.bool).tril()
     lag = (positions.unsqueeze(-1) - positions) / positions.unsqueeze(-1)  # T T; row 0 is NaN and is left out below
     previous = torch.nn.functional.pad(pattern.diagonal(-1, dim1=-2, dim2=-1), (1, 0))  # B T
@@ -187,7 +187,7 @@ def _row(quantity: str, head: str, queries: str, value: float, stderr: float) ->
 def _summary(entries: list[Entry], uniform: list[Row]) -> list[str]:
     """Name the head with the highest value of each score at the last step."""
     lines = [
-        f"At step {entries[-1].step:,}, the last of {len(entries)}, the head with the highest value of each score:"
+        f"Head with the highest value of each score at step {entries[-1].step:,}, the last of {len(entries)} saved steps:"
     ]
     for quantity in ("entropy", "variability", "self", "previous", "x_tokens", "y_tokens"):
         heads, (reference,) = (

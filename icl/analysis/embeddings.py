@@ -1,16 +1,16 @@
 """Embeddings, layer norms and unembedding over training: spectra, overlaps and collapse.
 
 All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens, and W_P
-(C, 2K) embeds positions. W_U maps the residual stream to the outputs. With `model.output` `scalar` or `token`, only its row 0 gives
-predictions, and its other rows are never trained. Row 0 is the mean for `gaussian`, and the mean of the first component for
-`mixture`. The last position of W_P is never trained. Rows of the table, by `quantity`:
+(C, 2K) embeds positions. W_U maps the residual stream to the outputs. With `model.output` `scalar` or `token`, only row 0 of W_U
+gives predictions, and the other rows are never trained. Row 0 gives the mean for `gaussian`, and the mean of the first component
+for `mixture`. The last position of W_P is never trained. Rows of the table, by `quantity`:
 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
-  largest first in `component`. It shows embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
+  largest first in `component`. These shares show embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
   `effective_rank` is (sum s^2)^2 / sum s^4.
 - `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two
   subspaces. The subspace of a matrix is spanned by its leading left singular directions that together have a share
-  `spectrum_kept` of sum s^2. The third subspace, `readout`, is the direction of the effective unembedding (below).
+  `spectrum_kept` of sum s^2. The subspace `readout` is the direction of the effective unembedding (below).
   `cosine` is the cosine of each angle, largest first. `overlap_chance` is the mean overlap of two random subspaces with
   the same dimensions. It is d / C, where d is the larger dimension. In the published figure, vectors were instead
   multiplied by the full C x C factor U of a singular value decomposition. U is a rotation and changes no norm, so that
@@ -18,9 +18,9 @@ predictions, and its other rows are never trained. Row 0 is the mean for `gaussi
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.
-- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. It has the
-  same statistics as a layer norm. `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so adding a constant to all weights
-  changes nothing. Like the published figures, we do not subtract a constant.
+- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. For these
+  weights, the table contains the same statistics as for a layer norm. `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres
+  its input, so adding a constant to all weights changes nothing. Like the published figures, we do not subtract a constant.
 - `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
 """
 
@@ -174,7 +174,7 @@ def _summary(entries: list[Entry], settings: Settings) -> list[str]:
         for entry in (entries[0], entries[-1])
     )
     first_step = f"step {entries[0].step:,} -> " if len(entries) > 1 else ""
-    lines = [f"{first_step}step {entries[-1].step:,}, the last of {len(entries)}:".capitalize()]
+    lines = [f"{first_step}step {entries[-1].step:,}, the last of {len(entries)} saved steps:".capitalize()]
     for (quantity, part), value in last.items():
         is_share = quantity == "share_small" and part in ("effective_unembedding", "all")
         if is_share or quantity in ("effective_rank", "overlap"):

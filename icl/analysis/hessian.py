@@ -1,11 +1,11 @@
 """Curvature at every saved step: extreme eigenvalues, trace and spectrum of the Hessian of the loss.
 
 The loss is the training loss per target (squared error, or negative log-likelihood: `icl.model.heads`), averaged over positions
-and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. Parameters that do not change any prediction (the unused rows of the
-unembedding) give rows of zeros. A Hessian-vector product is the vector-Jacobian product of the gradient (torch.func),
-computed for a whole population at once. `icl.compute.linalg` estimates eigenvalues, trace and spectrum from these
-products. Each saved step has its own random start vector and probes, so the errors from them are independent between
-steps.
+and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. Parameters that do not change any
+prediction (the unused rows of the unembedding) give rows of zeros. A Hessian-vector product is the vector-Jacobian product of the
+gradient (torch.func), computed for a whole population at once. `icl.compute.linalg` estimates eigenvalues, trace and spectrum from
+these products. Each saved step has its own random start vector and probes, so the errors that these vectors cause are independent
+between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
 squared error on 1,024 prompts. For L2H4 with `model.double_residual` their trace is about 150 at the start and 2,800 at
@@ -13,11 +13,11 @@ step 20,000.
 
 Rows of the table, by `quantity`:
 
-- `eigenvalue`: parts `top 1`, `top 2`, ... from the largest; `bottom 1`, ... from the smallest (most negative).
-  `stderr` is the standard error over draws of the prompts, to first order. (It does not include a bias: with a finite
-  number of prompts, the extreme eigenvalues lie further out than those of the expected loss.) `lanczos_error` is the
-  estimated error of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the verdict is
-  `suspect`.
+- `eigenvalue`: the parts `top 1`, `top 2`, ... are the largest eigenvalues in descending order. The parts `bottom 1`, ... are the
+  smallest (most negative) ones in ascending order. `stderr` is the standard error over draws of the prompts, to first order. It
+  does not include a bias: with a finite number of prompts, the extreme eigenvalues are more extreme than those of the expected
+  loss. `lanczos_error` is the estimated error of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the
+  verdict is `suspect`.
 - `trace`: `stderr` includes the errors from the random prompts and from the random probes. If the probes' error exceeds
   5 % of the trace, the verdict is `suspect`.
 - `spectral_node`, `spectral_weight`: approximate eigenvalues, and the share of all P eigenvalues that each of them represents.
@@ -49,10 +49,10 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts
 
 NUM_BATCHES = 8
-"""Number of batches of prompts. Their scatter gives the standard error over draws of the prompts."""
+"""Number of batches of prompts. The standard error over draws of the prompts is estimated from the scatter between batches."""
 VERSION = 1
 _MEMBERS_AT_ONCE = 4
-"""Largest number of checkpoints in one population. It is small, so that results are saved every few seconds. Larger
+"""Largest number of checkpoints in one population. With this small number, results are saved every few seconds. Larger
 populations are hardly faster."""
 _MAX_LANCZOS_ERROR = 0.01
 _MAX_PROBE_ERROR = 0.05
@@ -90,7 +90,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Measure every member, as many members at a time as memory allows."""
+    """Measure eigenvalues, trace and spectrum of every member, as many members at a time as memory allows."""
     prompts = fixed_prompts(members, "hessian/prompts", settings.distribution, settings.num_prompts)
     at_once = prompts_at_once(members)
     group = max(1, at_once // settings.num_prompts)
@@ -209,7 +209,7 @@ def _summary(entries: list[Entry]) -> list[str]:
     for quantity, name in (("eigenvalue", "eigenvalues"), ("trace", "traces")):
         verdicts = [row["verdict"] for entry in entries for row in entry.rows if row["quantity"] == quantity]
         lines.append(f"Suspect {name}: {sum(verdict != 'ok' for verdict in verdicts)} of {len(verdicts)}.")
-    lines.append(f"At step {entries[-1].step:,}, the last of {len(entries)}:")
+    lines.append(f"At step {entries[-1].step:,}, the last of {len(entries)} saved steps:")
     for row in entries[-1].rows:
         if row["quantity"] in ("eigenvalue", "trace"):
             doubt = f"   {row['verdict']}: {row['reasons']}" if row["reasons"] else ""

@@ -1,13 +1,13 @@
 """Findings and curves of an analysis over runs that differ only in their seeds.
 
-An analysis of one run gives its findings an error over prompts. Here the same findings of several runs are pooled: their mean, error and
-interval over seeds (`icl.analysis.seeds`). A finding over seeds is `ok` if
+An analysis of one run gives each finding an error over prompts. This module pools the same findings of several runs: it gives their mean,
+error and interval over seeds (`icl.analysis.seeds`). A finding over seeds is `ok` if
 
 - there are at least three seeds, so that there is an interval,
-- every seed has it, with the verdict `ok` and the same words in its column `finding`,
+- every seed has the finding, with the verdict `ok` and the same text in the column `finding`,
 - and, for a difference such as the rise of a loss, the interval does not contain zero.
 
-Otherwise it is `suspect`, with the reasons.
+Otherwise the finding is `suspect`, and the column `reasons` says why.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     "behaviour": ("quantity", "distribution", "position", "scale"),
     "mixture": ("quantity", "mixture", "distribution", "position"),
 }
-"""The columns that name a number of a saved step, by analysis."""
+"""Columns that identify a number measured at a saved step. The keys are the names of the analyses."""
 _STEPS = (
     "crossing_step",
     "critical_step",
@@ -33,7 +33,7 @@ _STEPS = (
 )
 """Findings whose value is a training step."""
 _DIFFERENCES = ("rise", "change")
-"""Findings that claim that something differs from zero."""
+"""Findings that state that a quantity differs from zero."""
 _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "behaviour": {
         "critical_step": ("distribution",),
@@ -46,16 +46,16 @@ _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixture": {"transition_step": ("mixture", "distribution", "finding")},
     "stages": {"boundary": (), "change": ("stage", "signal")},
 }
-"""The findings of each analysis, with the columns that tell several findings of this name apart."""
+"""The findings of each analysis, with the columns that distinguish several findings of the same name."""
 
 
 class PooledRuns(NamedTuple):
-    """An analysis over seeds."""
+    """Results of an analysis, pooled over seeds."""
 
     curves: pd.DataFrame
-    """Numbers of saved steps: `runs`, `step`, the columns of `CURVES`, and those of `icl.analysis.seeds.POOLED`. Empty for `stages`."""
+    """Numbers at saved steps: the columns `runs`, `step`, `CURVES` and `icl.analysis.seeds.POOLED`. Empty for `stages`."""
     findings: pd.DataFrame
-    """Columns `runs`, `quantity`, `labels`, `number`, those of `POOLED`, `num_runs`, `finding`, `verdict` and `reasons`."""
+    """The columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`, `num_runs`, `finding`, `verdict` and `reasons`."""
 
     def table(self) -> pd.DataFrame:
         """Return findings and curves as one table. Only curves have a `step`."""
@@ -105,7 +105,7 @@ def _pool_finding(
     quantity: str,
     keys: Sequence[str],
 ) -> pd.DataFrame:
-    """Return a row for each group and finding of one name."""
+    """Return a row for each group of runs and each finding of the given name."""
     rows = table[(table["quantity"] == quantity) & table["value"].notna()]
     for column in ("finding", "verdict", *keys):
         rows = rows if column in rows else rows.assign(**{column: ""})
@@ -135,11 +135,11 @@ def _judge(row: Mapping[str, Any], *, num_not_ok: int, is_mixed: bool) -> dict[s
     elif row["quantity"] in _DIFFERENCES and row["low"] <= 0 <= row["high"]:
         reasons.append("the interval over seeds contains zero")
     if row["num_seeds"] < row["num_runs"]:
-        reasons.append(f"only {row['num_seeds']} of {row['num_runs']} seeds have it")
+        reasons.append(f"only {row['num_seeds']} of {row['num_runs']} seeds have this finding")
     if is_mixed:
         reasons.append("the finding differs between seeds")
     if num_not_ok:
-        reasons.append(f"{num_not_ok} of the runs have another verdict than ok")
+        reasons.append(f"the verdict of {num_not_ok} of the runs is not ok")
     return {"verdict": "suspect" if reasons else "ok", "reasons": "; ".join(reasons)}
 
 

@@ -1,4 +1,4 @@
-"""Fixed prompts for analyses: the same at every saved step, and processed in parts that fit in memory."""
+"""Fixed prompts for analyses. They are the same at every saved step, and are processed in parts that fit in memory."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ from icl.config.validation import require
 from icl.tasks.prompts import Distribution, Prompts, prompt_source
 
 _NUMBERS_AT_ONCE = 1e8
-"""Largest number of activations in one pass: 0.4 GB in float32. A second derivative keeps several copies of them."""
+"""Largest number of activations in one pass: 0.4 GB in float32. A second derivative stores several copies of the activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
 
 
 def fixed_prompts(members: Members, stream: str, distribution: Distribution, count: int, *, step: int = 0) -> Prompts:
-    """Return the first `count` prompts (B, K, D) of one step of a stream of the run's `seeds.evaluation`, on the members' device."""
+    """Return the first `count` prompts (B, K, D) at one step of a stream of the run's `seeds.evaluation`, on the members' device."""
     source = prompt_source(members.config, stream=stream, distribution=distribution)
     device: torch.device = next(iter(members.params.values())).device
     prompts = source.sample(range(step, step + 1), range(count), device=device)

@@ -37,8 +37,8 @@ MAX_PARAMETERS_AT_ONCE = 2_000_000
 
 
 _TEST_ROWS_VERSION = 2
-"""Version of the test rows of language runs. Entries for older rows are measured again. Version 2 has rows for reports apart from those of
-training."""
+"""Version of the test rows of language runs. Entries for older versions are measured again. Since version 2, reports use other rows than
+the evaluation during training."""
 
 Value = TypeVar("Value")
 
@@ -47,7 +47,7 @@ class Result(NamedTuple):
     """Result of an analysis."""
 
     table: pd.DataFrame
-    """Tidy table. Every row has the settings. A row about one checkpoint also has its step and hash."""
+    """Tidy table. Every row contains the settings. A row about one checkpoint also contains its step and hash."""
     summary: list[str]
     """Lines to print, verdicts first."""
 
@@ -68,7 +68,7 @@ Measure = Callable[[Members], list[Measurement]]
 
 
 def setting(default: Value, text: str) -> Value:
-    """Return a field of an analysis's `Settings`: its default, and the help of its option."""
+    """Return a field of an analysis's `Settings`, with its default value and the help text of its option."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -79,7 +79,7 @@ def find(name: str) -> Any:
         ConfigError: If there is no analysis of that name.
     """
     if name not in ANALYSES:
-        raise ConfigError(f"There is no analysis `{name}`; the analyses are {', '.join(ANALYSES)}.")
+        raise ConfigError(f"There is no analysis `{name}`; choose one of {', '.join(ANALYSES)}.")
     return importlib.import_module(f"icl.analysis.{module_name(name)}")
 
 
@@ -94,16 +94,18 @@ def analyse(name: str, path: str | Path, **settings: Any) -> Result:
     known = [field.name for field in dataclasses.fields(module.Settings)]
     unknown = set(settings) - set(known)
     if unknown:
-        raise ConfigError(f"The analysis `{name}` has no setting `{min(unknown)}`; it has {', '.join(known)}.")
+        raise ConfigError(
+            f"The analysis `{name}` has no setting `{min(unknown)}`; its settings are {', '.join(known)}."
+        )
     result: Result = module.analyse(Path(path), module.Settings(**settings))
     return result
 
 
 def served_analysis(name: str, path: Path) -> str:
-    """Return the analysis that a name stands for at a path: see `icl.analysis.name_for`.
+    """Return the full name of an analysis for the run at a path (see `icl.analysis.name_for`).
 
     Raises:
-        NotApplicableError: If the analysis does not serve a run of this family.
+        NotApplicableError: If the analysis is not available for runs of this family.
     """
     if name not in ANALYSES or ANALYSES[name].of != "run":
         return name
@@ -112,7 +114,7 @@ def served_analysis(name: str, path: Path) -> str:
 
 
 def family_of(path: Path) -> str | None:
-    """Return the family of the run or the checkpoint at a path (`model.family`), or None if there is none that can be read."""
+    """Return `model.family` of the run or the checkpoint at a path, or None if no configuration can be read there."""
     try:
         return read_config_of(checkpoint_files(path)[0]).model.family
     except (CheckpointError, OSError):  # a run may have tables without checkpoints
@@ -144,7 +146,7 @@ def over_checkpoints(
         settings: A dataclass of plain values. If they change, every step is measured again.
         measure: Function that measures a population.
         version: Version of the method. Entries of another version are measured again.
-        uses_predecessor: Whether a measurement also uses the checkpoint before it.
+        uses_predecessor: Whether the measurement of a checkpoint also uses the checkpoint before it.
         keep_arrays: Whether the returned entries contain their arrays. If all arrays together do not fit in memory,
             pass False and read them with `Cache.stored_array`.
         max_members: Largest number of checkpoints in one population. Choose a small number if one measurement takes long.
@@ -190,7 +192,7 @@ def named_runs(path: Path, others: str | None) -> dict[str, Path]:
 
     Args:
         path: The run that is analysed.
-        others: Further runs, separated by commas: the setting `jointly_with`. Names of runs may contain commas, and a pattern such as
+        others: Other runs, separated by commas (the setting `jointly_with`). Names of runs may contain commas. A pattern such as
             `runs/ladder/*` stands for all runs that it matches, except the run that is analysed.
 
     Raises:
@@ -199,7 +201,7 @@ def named_runs(path: Path, others: str | None) -> dict[str, Path]:
     """
     paths = [path, *_listed_runs(others or "", path)]
     is_unique = len({folder.resolve() for folder in paths}) == len(paths)
-    require(is_unique, "`jointly_with` must not name a run twice, nor the run that is analysed.")
+    require(is_unique, "`jointly_with` must not name a run twice, and must not name the run that is analysed.")
     for folder in paths:
         checkpoint_files(folder)  # raises an error for a missing run before work on the other runs begins
     names = [run_of(folder).path.resolve().name for folder in paths]
@@ -207,7 +209,7 @@ def named_runs(path: Path, others: str | None) -> dict[str, Path]:
 
 
 def _listed_runs(text: str, analysed: Path) -> Iterator[Path]:
-    """Yield the runs of a list. The longest part of the list that names a folder is one run, because names may contain commas."""
+    """Yield the runs in a comma-separated list. Names may contain commas, so the longest text that names a folder is one run."""
     words = [word.strip() for word in text.split(",")]
     while words:
         lengths = range(len(words), 0, -1)
@@ -220,7 +222,7 @@ def _listed_runs(text: str, analysed: Path) -> Iterator[Path]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Return the folders of runs that match a pattern with `*` in its last part, in order."""
+    """Return the folders of runs that match a pattern with `*` in its last part, sorted."""
     place = Path(pattern)
     found = sorted(place.parent.glob(place.name)) if "*" in place.name else []
     return [folder for folder in found if (folder / "config.yaml").is_file()]
@@ -232,7 +234,7 @@ def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Map
     Args:
         entries: Entries from `over_checkpoints`.
         settings: Settings of the analysis.
-        whole_run: Further rows. They are about the whole run, or have their own `step` and `checkpoint_hash`.
+        whole_run: Additional rows. They describe the whole run, or contain their own `step` and `checkpoint_hash`.
 
     Raises:
         ValueError: If a setting and a column have the same name.
@@ -256,6 +258,6 @@ def _members(checkpoints: list[Checkpoint], lead: int) -> Members:
 
 
 def torch_device() -> torch.device:
-    """Return the device for short computations. It is never a TPU, which would compile again for every shape."""
+    """Return the device for short computations. This is never a TPU, which would compile again for every shape."""
     kind = choose_device()
     return torch.device("cpu" if kind == "tpu" else kind)

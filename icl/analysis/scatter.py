@@ -1,8 +1,8 @@
 """Scatter of the points of a curve about a smooth trend: its size, and its correlation between saved steps.
 
-Training noise makes a measured curve wander: after a saved step that lies above the trend, the next steps often lie
-above it too. An analysis that treats such points as independent finds rises and stages that do not exist. We model n
-points at u = ln(step + 1) as
+Because of training noise, the scatter of a measured curve is correlated: after a saved step that lies above the trend, the next
+steps often lie above the trend too. An analysis that treats such points as independent finds rises and stages that do not
+exist. We model n points at u = ln(step + 1) as
 
     y_i = f(u_i) + e_i,   f ~ a Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 
@@ -14,7 +14,7 @@ wander and tau that maximise the posterior density (equation 5.8 of the same boo
 ln l is normal with mean 0 and standard deviation 1. The prior of ln tau is normal with mean ln 3 and standard deviation
 2. Both priors are weak.
 
-Trend and wander differ only in their roughness. A trend that bends within a few saved steps therefore counts as wander.
+Trend and wander differ only in their smoothness. A trend that bends within a few saved steps therefore counts as wander.
 """
 
 import math
@@ -72,7 +72,7 @@ def estimate_scatter(
         values: The curve at the saved steps.
         stderr: Known, independent standard errors of the points. They do not count as scatter.
         shortest: Smallest length l of the trend. The default, 1, corresponds to a factor of e in the step.
-        longest: Largest length l. A trend with corners needs a small value; otherwise the wander follows the corners.
+        longest: Largest length l. A trend with sharp bends needs a small value; otherwise the bends count as wander.
     """
     unit = float(values.std()) or 1.0
     scaled = (values - values.mean()) / unit
@@ -118,6 +118,6 @@ def estimate_scatter(
 
 
 def _distances(num_points: int) -> Float[np.ndarray, "S S"]:
-    """Return the distances between saved steps, counted in saved steps."""
+    """Return the distances |i - j| between saved steps i and j, in numbers of saved steps."""
     index = np.arange(num_points, dtype=float)
     return np.abs(index[:, None] - index)

@@ -1,18 +1,18 @@
-"""Errors over seeds: how much a number differs between runs that have the same settings and other seeds.
+"""Errors over seeds: how much a number differs between runs that differ only in their seeds.
 
-The error over prompts says how well we know a number of one trained model. It says nothing about the other models that the same
+The error over prompts says how precisely we know a number of one trained model. It says nothing about the models that the same
 settings give with other seeds. So a claim about settings, such as the task diversity M, or about training steps needs the error over
 seeds. For the values v_1 .. v_n of n seeds we give
 
-- the mean, and its standard error s / sqrt(n), where s is the sample standard deviation, from two seeds on;
-- the 95 % interval mean +- t s / sqrt(n) from three seeds on, with Student's t for n - 1 degrees of freedom. For two seeds t is 12.7, and
-  such an interval says nothing. So with one or two seeds we show the values themselves.
+- the mean and, for at least two seeds, its standard error s / sqrt(n), where s is the sample standard deviation;
+- for at least three seeds, the 95 % interval mean +- t s / sqrt(n), with Student's t for n - 1 degrees of freedom. For two seeds t is
+  12.7, so the interval would be too wide to be useful. So with one or two seeds we show the values themselves.
 
-Runs that differ in seeds have the same fixed prompts, unless `seeds.evaluation` differs. The errors over prompts of the seeds are then
-correlated, and the error over prompts of their mean is at most the mean of these errors. We give this bound beside the error over
-seeds. Neither error contains the other.
+Runs that differ only in seeds have the same fixed prompts, unless `seeds.evaluation` differs. The errors over prompts of these runs are
+then correlated, and the error over prompts of the mean is at most the mean of the runs' errors. We give this upper bound in addition to the
+error over seeds. Neither error includes the other.
 
-Training steps are averaged as ln(t + 1), because they are spread over orders of magnitude.
+Training steps t are averaged as ln(t + 1), because they are spread over orders of magnitude.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from icl.config import RunConfig, SeedsConfig
 from icl.run_names import varying_names
 
 MIN_FOR_INTERVAL = 3
-"""Smallest number of seeds with an interval."""
+"""Smallest number of seeds for which we give an interval."""
 POOLED = ("value", "stderr", "seed_stderr", "num_seeds", "low", "high")
-"""Columns of `pool`: the mean over seeds, an upper bound of its error over prompts, its error over seeds, the number of seeds, and the 95 %
-interval over seeds."""
+"""Columns of `pool`: the mean over seeds, an upper bound on the mean's error over prompts, its error over seeds, the number of seeds,
+and the limits of the 95 % interval over seeds."""
 _ALL = "all runs"
 
 
 class OverSeeds(NamedTuple):
-    """A number over seeds."""
+    """Mean, standard error and 95 % interval of a number over seeds."""
 
     values: tuple[float, ...]
     """The finite values, one for each seed."""
@@ -61,8 +61,8 @@ def over_seeds(values: Iterable[float], *, is_step: bool = False) -> OverSeeds:
 
     Args:
         values: One value for each seed.
-        is_step: Whether the values are training steps, which are averaged as ln(t + 1). The error of the mean step is then to first
-            order.
+        is_step: Whether the values are training steps, which are averaged as ln(t + 1). The error of the mean step is then
+            propagated to first order.
     """
     finite = [float(value) for value in values if math.isfinite(value)]
     table = pool(pd.DataFrame({"value": finite, "all": 0}), by=["all"], is_step=is_step)
@@ -73,11 +73,11 @@ def over_seeds(values: Iterable[float], *, is_step: bool = False) -> OverSeeds:
 
 
 def pool(table: pd.DataFrame, *, by: Sequence[str], is_step: bool = False) -> pd.DataFrame:
-    """Return the columns `by` and `POOLED`: one row for each combination of `by`, in the order of the table.
+    """Pool a table over seeds: return a row for each combination of the columns `by`, with the columns `by` and `POOLED`.
 
     Args:
         table: A row for each seed and combination, with the columns `by`, `value` and, if errors over prompts are known, `stderr`.
-        by: Columns that say what the number is, such as the group of runs, the step and the quantity.
+        by: Columns that identify a number, such as the group of runs, the step and the quantity.
         is_step: See `over_seeds`.
     """
     values = table["value"].astype(float).replace([np.inf, -np.inf], np.nan)
@@ -98,17 +98,20 @@ def pool(table: pd.DataFrame, *, by: Sequence[str], is_step: bool = False) -> pd
 
 
 def pooled_text(row: Mapping[str, Any]) -> str:
-    """Return a row of `pool` as `OverSeeds.text` does. The values of two seeds are their mean plus and minus its error."""
+    """Return a row of `pool` in the format of `OverSeeds.text`.
+
+    For two seeds, the mean plus and minus its standard error gives the two values.
+    """
     value, error = row["value"], row["seed_stderr"]
     values = (value - error, value + error) if row["num_seeds"] == 2 else (value,) * int(row["num_seeds"])
     return OverSeeds(values, value, error, row["low"], row["high"]).text
 
 
 def seed_groups(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
-    """Return the names of the runs that differ only in their seeds, by the name of their group.
+    """Group the runs that differ only in their seeds. Keys are the groups' names, values the names of their runs.
 
-    A group is named by the settings in which groups differ, such as `M=8`. If two runs also have the same seeds, they are the same
-    experiment, and only the first one counts.
+    The name of a group shows the settings in which the groups differ, such as `M=8`. If two runs also have the same seeds, they are the
+    same experiment, and only the first one counts.
     """
     plain = {name: dataclasses.replace(config, seeds=SeedsConfig()) for name, config in configs.items()}
     groups: dict[str, list[str]] = {}
@@ -125,7 +128,7 @@ def seed_groups(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
 def pool_runs(
     table: pd.DataFrame, groups: Mapping[str, Sequence[str]], *, by: Sequence[str], is_step: bool = False
 ) -> pd.DataFrame:
-    """Return `pool` of a table with a column `run`, for each group of at least two runs. The first column is `runs`, the group's name."""
+    """Pool a table with a column `run` over each group of at least two runs. The first column, `runs`, is the group's name."""
     label = {run: name for name, runs in groups.items() if len(runs) > 1 for run in runs}
     inside = table[table["run"].isin(list(label))]
     return pool(inside.assign(runs=inside["run"].map(label)), by=["runs", *by], is_step=is_step)

@@ -1,1 +1,1 @@
-"""Figures, with one module per family. A function makes each figure from tables."""
+"""Figures, with one module for each kind of figure. Functions draw them from tables."""

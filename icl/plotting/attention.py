@@ -1,4 +1,4 @@
-"""The figure of the attention heads: seven scores of each head over training, and the mean patterns at the last step."""
+"""The figure of attention: seven panels with scores of each head over training, and the mean patterns at the last step."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ _PANELS = (
     ("y_tokens", "y", "Attention from y-tokens to y-tokens", "weight"),
     ("lag", "all", "Distance (0: itself, 1: first token)", "mean lag / k"),
 )
-"""Quantity, attending tokens, title and label of each panel."""
+"""Quantity, set of queries, title and y label of each panel."""
 _HEAD_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 _LINES = ("-", "--", ":", "-.")
 _MAX_BLOCKS = 3
@@ -75,9 +75,9 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _draw_patterns(figure: Figure, axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw the mean patterns side by side, queries down and keys across.
+    """Draw the mean patterns of all heads next to each other. In each pattern, rows are queries and columns are keys.
 
-    Each row shows the heads of one block, unless there are more blocks than heads.
+    Each row of patterns shows the heads of one block, unless there are more blocks than heads.
     """
     names = sorted(set(rows["part"]), key=_block_and_head)
     if not names:
@@ -93,7 +93,9 @@ def _draw_patterns(figure: Figure, axes: Axes, rows: pd.DataFrame) -> None:
         pattern = select(rows, part=name)
         canvas[top + pattern["query_token"].to_numpy(int), left + pattern["key_token"].to_numpy(int)] = pattern["value"]
         axes.text(left + size - 0.5, top, name, ha="right", va="top", fontsize=8)
-    brightest = rows.loc[rows["query_token"] > 0, "value"].max()  # the first token can only attend to itself
+    brightest = rows.loc[
+        rows["query_token"] > 0, "value"
+    ].max()  # token 0 is left out: its weight on itself is always 1
     image = axes.imshow(canvas, cmap="Blues", vmin=0, vmax=brightest)
     axes.set(xticks=[], yticks=[], xlabel="token attended to", ylabel="attending token")
     axes.grid(False)

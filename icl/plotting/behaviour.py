@@ -16,20 +16,20 @@ from icl.plotting.tidying import KEY
 _LINES = {"pretrain": "-", "true": ":"}
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
 _MIN_SCALE = 0.2
-"""Smallest multiplier that is used to set the limits of the y axis. Below it, loss / g² is mostly noise variance / g²."""
+"""Smallest multiplier g that is used to set the limits of the y axis. For smaller g, loss / g² is mostly noise variance / g²."""
 _SCALED_PANELS = (
     ("input_scale", "loss_over_g2", "Inputs scaled by g", "mean squared error / g²"),
     ("task_scale", "loss_over_g2", "Tasks scaled by g", "mean squared error / g²"),
     ("input_scale", "size_ratio", "Size of predictions, inputs scaled by g", "|predictions| / |targets|"),
 )
-"""Family of distributions, quantity, title and label of each panel with the multiplier on the x axis."""
+"""Family of distributions, quantity, title and y label of each panel with the multiplier g on the x axis."""
 _PAIR_COLOURS = (ORANGE, PURPLE, BLUE)
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw eight panels from the table of `icl.analysis.behaviour`; bands are two standard errors.
 
-    All steps use the same prompts, so differences between steps have smaller errors than the bands suggest.
+    All steps use the same prompts, so the standard errors of differences between steps are smaller than the bands suggest.
 
     Args:
         table: The run's `results/behaviour.csv`.
@@ -108,7 +108,7 @@ def _draw_task_vectors(axes: Axes, model: pd.DataFrame, baselines: pd.DataFrame)
 
 
 def _draw_scaled(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFrame, baselines: pd.DataFrame) -> None:
-    """Draw the loss and the size of predictions against the multiplier of inputs or tasks. Darker lines are earlier steps."""
+    """Draw the loss and the size of predictions against the multiplier g of inputs or tasks. Darker lines are earlier steps."""
     steps = sorted(select(model, distribution="input_scale")["step"].unique())
     if not steps:
         for axes in panels:
@@ -158,7 +158,7 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
 
 
 def _draw_level(axes: Axes, baselines: pd.DataFrame, predictor: str, **style: Any) -> None:
-    """Draw the value of a baseline as a horizontal line, if there is one."""
+    """Draw the value of a baseline as a horizontal line, if the table contains this baseline."""
     rows = select(baselines, predictor=predictor)
     if len(rows):
         options = PREDICTORS[predictor] | {"linewidth": 1.0} | style

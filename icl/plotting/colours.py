@@ -33,12 +33,15 @@ PREDICTORS: dict[str, dict[str, Any]] = {
 
 
 def predictor_style(name: str, predictors: Collection[str]) -> dict[str, Any]:
-    """Return the style of a predictor in a figure that shows these predictors. Beside `bayes`, ridge is not the Bayes predictor."""
+    """Return the style of a predictor in a figure of several predictors.
+
+    If the figure also shows `bayes`, the label of ridge does not call it the Bayes predictor.
+    """
     return PREDICTORS[name] | ({"label": "ridge"} if name == "ridge" and "bayes" in predictors else {})
 
 
 ORDERED = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)), name="ordered")
-"""Colour map for ordered values such as steps: dark first. It ends before yellow, which is hard to see on white."""
+"""Colour map for ordered values such as steps, from dark to light. Yellow is left out, because it is hard to see on white."""
 
 
 def ordered_colours(count: int) -> list[Any]:

@@ -1,7 +1,7 @@
-"""The figure of one or several runs, during or after training: their losses against the step, with a line for each run.
+"""The figure of losses against the step for one or several runs, during or after training.
 
-If there are few runs, their names are at the ends of the lines; otherwise they are in a legend. Step 0 lies far left of the
-next step, so it is drawn as a separate dot.
+Each run is a line. If there are few runs, their names are at the ends of the lines; otherwise they are in a legend. On the
+logarithmic axis, step 0 would lie far left of the next step, so it is drawn as a separate dot.
 """
 
 import math
@@ -18,14 +18,14 @@ from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.tidying import name_outside
 
 MAX_LABELS = 16
-"""Largest number of runs whose colours a reader can tell apart in a legend."""
+"""Largest number of runs for which there is a legend. A reader cannot distinguish more colours."""
 MAX_END_LABELS = 12
 """Largest number of runs that are named at the ends of their lines."""
 _LABEL_HEIGHT = 0.065
 """Smallest distance between two names at the ends of lines, as a fraction of the height of the axes."""
 _MAX_NAME_LENGTH = 30
 MANY_LABELS = 3.0
-"""Ratio of the highest to the lowest loss above which only 1, 2 and 5 times powers of ten are labelled."""
+"""Ratio of the upper to the lower limit of the y axis above which only 1, 2 and 5 times powers of ten are labelled."""
 _PANELS = {
     "train/loss": "Training batches",
     "eval/pretrain/loss": "Fixed prompts, training tasks",
@@ -43,14 +43,14 @@ def plot_curves(
     """Plot losses against the step: on training batches, and on the fixed prompts if any run was evaluated on them.
 
     Args:
-        curves: The `metrics.csv` of each run, by the run's name. The first runs get the darkest lines.
+        curves: The `metrics.csv` of each run. The keys are the runs' names. The first runs get the darkest lines.
         title: Title of the figure.
-        groups: Names of the runs that differ only in their seeds, by the name of their group. Of a group of several runs, the mean over
-            seeds has a thick line and the name of the group, and each run has a thin line of the same colour.
+        groups: Names of the runs in each group. The runs of a group differ only in their seeds. For a group of several runs, a thick line
+            with the group's name is the mean over seeds, and a thin line of the same colour is drawn for each run.
     """
     panels, seeds = {}, {}
     for key, name in _PANELS.items():
-        # Of a run that was trained by negative log-likelihood, only this loss is shown.
+        # If a run was trained by negative log-likelihood, only this loss is shown.
         shown = {run: table for run, table in curves.items() if ("train/nll" in table) == key.endswith("nll")}
         losses = {run: _losses(shown.get(run, pd.DataFrame()), key) for run in curves}
         if any(map(len, losses.values())):
@@ -77,7 +77,7 @@ def plot_curves(
 
 
 def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Return the steps and the losses of one column; no rows if the table lacks it. Squared errors must be positive."""
+    """Return the steps and the losses of one column, or no rows if the table lacks this column. Squared errors must be positive."""
     if not {"step", key} <= set(table.columns):
         return pd.DataFrame({"step": [], key: []})
     numbers = table[["step", key]].apply(pd.to_numeric, errors="coerce").dropna()
@@ -87,7 +87,7 @@ def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
 def _means(
     losses: Mapping[str, pd.DataFrame], groups: Mapping[str, Sequence[str]], key: str
 ) -> dict[str, pd.DataFrame]:
-    """Return the mean curve over the seeds of each group, at the steps that all its runs with losses have."""
+    """Return the mean curve over the seeds of each group, at the steps at which the largest number of its runs have a loss."""
     means = {}
     for group, runs in groups.items():
         table = pd.concat([losses[run] for run in runs]).rename(columns={key: "value"})

@@ -1,7 +1,7 @@
 """The figure of a task-diversity experiment: the gaps of the trained models to ridge and to dMMSE, against the number of tasks M.
 
 If a model has learned the Gaussian prior, its gap to ridge is zero. If it has learned its M tasks, its gap to dMMSE is zero
-(Raventos et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The M above which models
+(Raventos et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The threshold M above which models
 learn the Gaussian prior depends on the architecture and the training (`icl.diversity.threshold`).
 """
 
@@ -21,18 +21,19 @@ from icl.plotting.style import new_figure, select
 SERIES = {"delta_ridge": (VERMILION, "o", "gap to ridge"), "delta_dmmse": (GREEN, "s", "gap to dMMSE")}
 PANELS = {"pretrain": "In distribution: the M training tasks", "true": "Out of distribution: new tasks, w ~ N(0, I)"}
 _MAX_MINOR_RATIO = 30.0
-"""Largest ratio of the ends of the y axis at which ticks between powers of ten are labelled too."""
+"""Largest ratio of the limits of the y axis at which ticks between powers of ten are labelled too."""
 _MAX_TICKS = 11
 
 
 def plot_diversity(table: pd.DataFrame, *, title: str, thresholds: pd.DataFrame | None = None) -> Figure:
-    """Plot gaps on training tasks (left) and on new tasks (right) against M; M = inf has a tick of its own.
+    """Plot gaps on training tasks (left) and on new tasks (right) against M; M = inf has a separate tick.
 
     Args:
-        table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`, and `run` if there are
-            several seeds of an M (`icl.plotting.seeds` says how these are drawn). Only the last step of each run is drawn.
+        table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`, and `run` if an M has
+            several seeds (`icl.plotting.seeds` describes how seeds are drawn). Only the last step of each run is drawn.
         title: Title of the figure.
-        thresholds: Table of `icl.diversity.threshold.thresholds`. The threshold over seeds is drawn, with its interval if it has one.
+        thresholds: Table from `icl.diversity.threshold.thresholds`. The threshold over seeds is drawn, with its 95 % interval if the
+            table contains one.
     """
     keys = ["num_tasks", "run"] if "run" in table else ["num_tasks"]
     last = table[table["step"] == table.groupby(keys)["step"].transform("max")]
@@ -77,7 +78,7 @@ def _draw_gaps(axes: Axes, means: pd.DataFrame, positions: Mapping[str, float]) 
 
 
 def _draw_threshold(axes: Axes, row: Mapping[str, Any]) -> None:
-    """Draw the M at which the closer predictor changes: a line, and a band for its 95 % interval or for two standard errors."""
+    """Draw the threshold M as a line, with a band for its 95 % interval, or for two standard errors if there is only one seed."""
     if math.isnan(row["threshold"]):
         return
     where, width = math.log2(row["threshold"]), 2 * row["stderr_log2"]
@@ -94,7 +95,7 @@ def _describe_bars(last: pd.DataFrame) -> str:
 
 
 def _share_scale(panels: list[Axes], values: pd.Series) -> None:
-    """Give all panels the same y scale. If any value is positive, it is logarithmic, and error bars are cut at zero."""
+    """Give all panels the same y scale. If any value is positive, the scale is logarithmic, and error bars are cut at zero."""
     for axes in panels[1:]:
         axes.sharey(panels[0])
     if not ((values > 0) & (values < math.inf)).any():

@@ -1,4 +1,4 @@
-"""The figure of a regression of the OOD loss: measured and predicted loss, and the coefficients."""
+"""The figure of a regression of the OOD loss on task diversity and other features: measured and predicted loss, and coefficients."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_against_diversity(axes: Axes, table: pd.DataFrame, label: str) -> None:
-    """Draw the measured loss and both predictions at every finite M; the loss for M = inf is a horizontal line."""
+    """Draw the measured, fitted and held-out loss at every finite M; the loss for M = inf is a horizontal line."""
     points = table[table["quantity"].isin(("measured", "fitted", "held_out"))]
     points = points.assign(num_tasks=points["num_tasks"].astype(float))
     is_infinite = points["num_tasks"] == float("inf")

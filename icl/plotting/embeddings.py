@@ -40,7 +40,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_spectrum(axes: Axes, table: pd.DataFrame, part: str, title: str) -> None:
-    """Draw the share of every singular value, the largest in the darkest colour."""
+    """Draw the share of every singular value. The largest one has the darkest colour."""
     shares = _components(table, "spectrum_share", part)
     for number, colour in zip(shares, ordered_colours(shares.shape[1]), strict=True):
         axes.plot(shares.index, shares[number], color=colour, linewidth=1.4, label=f"no. {int(number)}")
@@ -73,7 +73,7 @@ def _draw_norms(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _draw_small_weights(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw the share of weights whose size is below the threshold."""
+    """Draw the share of weights whose absolute value is below the threshold."""
     paths = _norm_paths(table)
     for path, colour in zip(paths, ordered_colours(len(paths)), strict=True):
         share = _curve(table, "share_small", f"{path}.weight")
@@ -116,7 +116,7 @@ def _draw_curve(axes: Axes, curve: pd.Series, **style: Any) -> list[Line2D]:
 
 
 def _legend_entries(axes: Axes, limit: int) -> tuple[list, list]:
-    """Return handles and labels of a legend; if there are more than `limit`, only the first, the middle and the last entry."""
+    """Return handles and labels of a legend. If there are `limit` or more, return only the first, the middle and the last entry."""
     handles, labels = axes.get_legend_handles_labels()
     last = len(labels) - 1
     shown = range(last + 1) if last < limit else (0, last // 2, last)

@@ -1,7 +1,7 @@
-"""The figure of essential dynamics: principal components of a trajectory, over time and by their share of the variance.
+"""The figure of essential dynamics: principal components of a trajectory over training, and their shares of the variance.
 
-The path is drawn with its evolute, the curve of the centres of its osculating circles. The components' shares of the
-variance are drawn beside the shares in random walks.
+The path in planes of two components is drawn with its evolute, the curve of the centres of its osculating circles. Each
+component's share of the variance is drawn next to its share in random walks.
 """
 
 from typing import Any
@@ -37,8 +37,8 @@ _MAX_NAMED = 6
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw four panels from the table of `icl.analysis.essential_dynamics`.
 
-    Circles are checkpoints; lines are the smoothed path. The evolute is drawn only for a single run. Shapes have open marks if
-    their verdict is not ok.
+    Circles are checkpoints; lines are the smoothed path. The evolute is drawn only for a single run. Cusps, vertices and forms have
+    open marks if their verdict is not ok.
 
     Args:
         table: The run's `results/essential-dynamics.csv`.
@@ -66,7 +66,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 def _draw_plane(axes: Axes, table: pd.DataFrame, plane: list[str], norm: LogNorm) -> None:
     runs = select(table, quantity="score")["run"].unique()
-    is_first_plane = plane[0] == "PC1"  # its legend is for both planes
+    is_first_plane = plane[0] == "PC1"  # only this plane has the legend of runs and references
     for number, run in enumerate(runs):
         points, path = _scores_and_path(select(table, run=run))
         axes.scatter(
@@ -98,7 +98,7 @@ def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 
 
 def _draw_references(axes: Axes, table: pd.DataFrame, plane: list[str], *, named: bool) -> None:
-    """Draw the Bayes predictors; the legend gives the share of their squared distance to the mean that lies within the components."""
+    """Draw the projections of ridge and dMMSE. The legend gives the share of their squared distance from the mean within the PCs."""
     captured = select(table, quantity="reference_captured").set_index("run")["value"]
     for number, (name, rows) in enumerate(select(table, quantity="reference_score").groupby("run", sort=False)):
         point = rows.set_index("item")["value"]
@@ -162,7 +162,7 @@ def _draw_times(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _draw_shares(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw each component's share of the variance beside the shares in random walks."""
+    """Draw each component's share of the variance next to its share in random walks."""
     share, flips = _by_item(table, "explained_share"), _by_item(table, "null_flips")
     x = np.arange(len(share))
     axes.bar(x, share["value"], width=0.55, color=SKY, label="explained share", zorder=2)
@@ -197,12 +197,15 @@ def _by_item(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def _scores_and_path(run: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the scores of a run and their smoothed path, by step and component. Without a smoothed path, return the scores twice."""
+    """Return the scores of a run and their smoothed path, each as a table of steps and components.
+
+    If there is no smoothed path, the scores take its place.
+    """
     scores, path = (_pivot(run, quantity, "step") for quantity in ("score", "smooth_score"))
     return scores, scores if path.empty else path
 
 
 def _pivot(table: pd.DataFrame, quantity: str, index: str | list[str]) -> pd.DataFrame:
-    """Return the values of one quantity with a column for each component."""
+    """Return a table of the values of one quantity, with a column for each component."""
     rows = select(table, quantity=quantity).astype({"step": float})
     return rows.pivot_table(index=index, columns="item", values="value", dropna=False)

@@ -1,4 +1,4 @@
-"""The figure of an evaluation: gaps to the Bayes-optimal predictors over training, and losses out of distribution."""
+"""The figure of an evaluation: gaps to ridge, dMMSE and other predictors over training, and losses out of distribution."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def _draw_gaps(axes: Axes, numbers: pd.DataFrame, distribution: str, title: str)
         curve = select(means, quantity=quantity)
         if len(curve):
             axes.errorbar(curve["step"], curve["value"], 2 * curve["stderr"], color=colour, label=label, capsize=2)
-    # A logarithmic scale without a positive number cannot be drawn.
+    # A logarithmic scale needs at least one positive number.
     axes.set_yscale("log" if (means["value"] > 0).any() else "linear")
     finish_step_axes(axes, title, "mean squared difference of predictions")
     axes.legend(fontsize=8)

@@ -1,7 +1,7 @@
 """Figures of a run's development that combine several tables: loss and LLC, in-context learning, learning curves.
 
 If there are several seeds, each seed is a thin line with a band of two standard errors over prompts. Vertical lines mark the ends
-of stages. The axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
+of stages. The x axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from icl.plotting.tidying import KEY
 from icl.plotting.training import plot_training
 
 Stages = Mapping[str, float]
-"""The step at which each stage ends, by the name of the stage."""
+"""The step at which each stage ends. The keys are the names of the stages."""
 
 PUBLISHED_STAGES: Stages = {"LR1": 1465, "LR2": 40_292, "LR3": 126_262, "LR4": 318_181, "LR5": 500_000}
 """The stages of L2H4 (Hoogland et al. 2024, table 2, which rounds these steps to 1k, 40k, 126k, 320k and 500k)."""
@@ -29,7 +29,7 @@ _LOSS_LABEL = "loss (squared error per target)"
 
 
 def plot_run_training(learning: pd.DataFrame, positions: pd.DataFrame, *, title: str) -> Figure:
-    """Draw `icl.plotting.training.plot_training` from the shipped tables of one run."""
+    """Draw the figure of `icl.plotting.training.plot_training` from the shipped tables of one run."""
     names = ["model", "ridge", "dmmse", "ols", "zero"]
     losses = {
         distribution: rows.set_index("position")[names].dropna(axis="columns", how="all")
@@ -90,7 +90,7 @@ def plot_loss_and_llc(
 def plot_in_context_learning(
     evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str, stages: Stages = PUBLISHED_STAGES
 ) -> Figure:
-    """Plot loss by position, ICL scores, the size of predictions and the gap to ridge over training, a line for each seed.
+    """Plot the loss at each position of the first run, and ICL scores, the size of predictions and the gap to ridge of every seed.
 
     Args:
         evaluation: Rows of `evaluation.csv` for the seeds of one model.
@@ -132,7 +132,7 @@ def mark_stages(axes: Axes, stages: Stages, *, named: bool = True) -> None:
 
 
 def draw_estimates(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw LLCs over training, joined by a thin line, with bars of two standard errors and a mark for each verdict."""
+    """Draw LLCs over training, joined by a thin line, with bars of two standard errors. The marks show the verdicts."""
     axes.plot(rows["step"] + 1, rows["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
     draw_by_verdict(axes, rows["step"] + 1, rows)
 
@@ -148,7 +148,7 @@ def _describe_sampler(name: str, rows: pd.DataFrame) -> str:
 
 
 def _curves_by_run(evaluation: pd.DataFrame, *, quantity: str, position: str) -> dict[str, pd.DataFrame]:
-    """Return one quantity on the training tasks at every step, by run."""
+    """Return one quantity on the training tasks at every step, for each run."""
     rows = select(evaluation, distribution="pretrain", quantity=quantity, position=position)
     return {str(run): curve.sort_values("step") for run, curve in rows.groupby("run", sort=False)}
 
@@ -163,7 +163,7 @@ def _draw_seeds(axes: Axes, curves: Mapping[str, pd.DataFrame]) -> None:
 
 
 def _draw_scores(axes: Axes, evaluation: pd.DataFrame) -> None:
-    """Draw the ICL score of every pair of positions: a colour for each pair, a line style for each seed."""
+    """Draw the ICL score of every pair of positions. Colours show the pair, line styles the seed."""
     pairs = select(evaluation, distribution="pretrain", quantity="icl_score")["position"].unique()
     for colour, pair in zip((SKY, ORANGE, BLUE), pairs, strict=False):
         first, _, second = pair.partition(":")
@@ -176,7 +176,7 @@ def _draw_scores(axes: Axes, evaluation: pd.DataFrame) -> None:
 
 
 def _draw_positions(axes: Axes, evaluation: pd.DataFrame, baselines: pd.DataFrame) -> None:
-    """Draw the loss at every position over training; a short line at the right edge is ridge's loss at the same position."""
+    """Draw the loss at every position over training. A short line at the right edge shows ridge's loss at the same position."""
     losses = select(evaluation, distribution="pretrain", quantity="loss")
     positions = sorted((position for position in losses["position"].unique() if position.isdigit()), key=int)
     ridge = select(baselines, distribution="pretrain", quantity="ridge").set_index("position")["value"]
@@ -190,7 +190,7 @@ def _draw_positions(axes: Axes, evaluation: pd.DataFrame, baselines: pd.DataFram
 
 
 def _draw_published(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw published values as bars from the lowest to the highest of the five released seeds."""
+    """Draw released values as bars from the lowest to the highest of the five released seeds."""
     middle = (rows["low"] + rows["high"]) / 2
     axes.errorbar(
         rows["step"] + 1, middle, rows["high"] - middle, fmt="D", color=VERMILION, markerfacecolor="none", markersize=7, capsize=3,

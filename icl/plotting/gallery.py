@@ -1,4 +1,4 @@
-"""The gallery of figures drawn from the shipped tables, saved as PNG and PDF with captions and shown on one page.
+"""The gallery of figures that are drawn from the shipped tables, saved as PNG and PDF with captions, and shown on one page.
 
 A notebook opens a gallery, reads tables from it, and saves figures to it:
 
@@ -6,8 +6,8 @@ A notebook opens a gallery, reads tables from it, and saves figures to it:
     table = gallery.table("known-answers")
     gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates and exact values.")
 
-A line above every figure names the source of its data. The caption adds the date, versions, hardware and commands. Figures
-that are drawn again from the same tables have identical files.
+A line above every figure names the source of its data. The caption adds the date, versions, hardware and commands. Drawing a figure
+again from the same tables gives identical files.
 """
 
 import json
@@ -24,7 +24,7 @@ from icl.files.writing import write_atomically
 from icl.plotting.style import render_figure
 
 FOLDER_VARIABLE = "ICL_FIGURES"
-"""Environment variable that names another folder for the figures."""
+"""Environment variable with the folder for the figures; if it is not set, figures go to `../figures`."""
 _TEXT_COLUMNS = {"num_tasks": str, "position": str, "settings": str}
 _PAGE_HEAD = (
     "# Figures\n\nThe notebooks draw these figures from the tables in `data/`. `make figures` draws them again and writes this page. "
@@ -74,18 +74,20 @@ class Gallery:
         if run is None:
             return table
         if run not in set(table["run"]):
-            raise ConfigError(f"{file} has no run `{run}`; it has {', '.join(table['run'].unique())}.")
+            raise ConfigError(f"{file} has no run `{run}`; its runs are {', '.join(table['run'].unique())}.")
         return table[table["run"] == run].reset_index(drop=True)
 
     def model(self, run: str, step: int) -> Path:
-        """Return the file of a shipped model of this run, at the saved step nearest to `step`.
+        """Return the file of a shipped model of a run, at the saved step nearest to `step`.
 
         Raises:
             ConfigError: If no model of this run is shipped.
         """
         files = sorted((self.data / "models" / run.replace("/", "-")).glob("step-*.safetensors"))
         if not files:
-            raise ConfigError(f"No model of `{run}` is shipped in {self.data / 'models'}.")
+            raise ConfigError(
+                f"There is no model of `{run}` in {self.data / 'models'}; only models of some runs are shipped."
+            )
         self._used.append("checkpoints")
         return min(files, key=lambda file: abs(int(file.stem.partition("-")[2]) - step))
 
@@ -121,7 +123,7 @@ class Gallery:
 
 
 def write_index(figures: str | Path) -> Path:
-    """Write the `README.md` of a folder of figures, which shows every figure with its caption, ordered by notebook."""
+    """Write the `README.md` of a folder of figures. This page shows every figure with its caption, ordered by notebook."""
     folder = Path(figures)
     by_notebook: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.txt")):

@@ -34,7 +34,8 @@ _DATA_PARAMETERS = (
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw six panels from the table of `icl.analysis.gradients`; bands are two standard errors.
 
-    If a squared norm is not significantly above zero, triangles show an upper limit of the norm and a lower limit of the noise scale.
+    At steps where the squared norm is not significantly above zero, triangles show an upper limit of the norm and a lower limit of the
+    noise scale.
 
     Args:
         table: The run's `results/gradients.csv`.
@@ -74,7 +75,7 @@ def _curve(table: pd.DataFrame, quantity: str, item: str) -> pd.DataFrame:
 
 
 def _draw_known(axes: Axes, curve: pd.DataFrame, **style: Any) -> None:
-    """Draw the values whose verdict is ok, as a line with its band. The line has gaps at the other values."""
+    """Draw the values with verdict ok as a line with a band. The line has gaps at all other values."""
     is_ok = curve["verdict"] == "ok"
     if is_ok.any():
         known = curve[["value", "stderr"]].where(is_ok)
@@ -82,7 +83,7 @@ def _draw_known(axes: Axes, curve: pd.DataFrame, **style: Any) -> None:
 
 
 def _draw_limits(norms: Axes, noise: Axes, weights: pd.DataFrame) -> None:
-    """For steps with an uncertain norm, draw an upper limit of the norm and a lower limit of the noise scale (two standard errors)."""
+    """Draw an upper limit of the norm and a lower limit of the noise scale (two standard errors) at steps with an uncertain norm."""
     norm, square, trace = (
         _curve(weights, quantity, "all").set_index("step") for quantity in ("norm", "squared_norm", "noise_trace")
     )

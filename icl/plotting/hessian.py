@@ -1,4 +1,4 @@
-"""The figure of the Hessian: its trace, its extreme eigenvalues, and its whole spectrum at a few steps."""
+"""The figure of the Hessian: trace, extreme eigenvalues, and the whole spectrum at a few steps."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from icl.plotting.style import draw_band, finish_step_axes, new_figure, select, 
 
 _NUM_SPECTRA = 5
 _MAX_NODE_WEIGHT = 0.05
-"""Largest weight of a Lanczos node that is plotted as an eigenvalue. The weight is the share of all eigenvalues that the node represents."""
+"""Largest weight of a Lanczos node that is drawn. The weight of a node is the share of all eigenvalues that it represents."""
 _EIGENVALUES = (
     ("top 1", "largest", VERMILION),
     ("top 2", "second", ORANGE),
@@ -52,10 +52,10 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, colour: str, label: str) -> Non
 
 
 def _draw_spectra(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw, for a few steps, how many eigenvalues lie above λ and how many below −λ.
+    """Draw for a few steps how many eigenvalues lie above λ and how many lie below −λ.
 
-    Each node of the spectral density represents its share of all eigenvalues, but at least one eigenvalue. Nodes with a large share are
-    left out, because they are the bulk near zero, which Lanczos does not resolve.
+    Each Lanczos node counts as its share of all eigenvalues, but at least as one eigenvalue. Nodes with a large share are left out, because
+    they represent the many eigenvalues near zero, which Lanczos does not resolve.
     """
     steps = np.unique(select(table, quantity="spectral_node")["step"].to_numpy(int))
     chosen = steps[spread_indices(len(steps), _NUM_SPECTRA)]

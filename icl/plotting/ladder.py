@@ -1,7 +1,7 @@
 """Figures of a ladder of task diversities: which prior is learned first, gaps to dMMSE and ridge, transience of ridge.
 
-A ladder is a set of runs that differ only in M and perhaps in seeds; runs with the same seed start from the same weights. The colour of a
-run shows its M: dark for few tasks, light for many, black for M = inf. `icl.plotting.seeds` says how several seeds of an M are drawn.
+A ladder is a set of runs that differ only in M and perhaps in seeds. Runs with the same seed start from the same weights. The colour of a
+run shows its M: dark for few tasks, light for many, black for M = inf. `icl.plotting.seeds` describes how several seeds of an M are drawn.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,9 @@ _DIFFERENCE_LABEL = "mean squared difference of predictions (per target)"
 
 
 def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the differences of the predictions from 0 and from those of the mean task: over training, and their minima against M.
+    """Plot the prior-task scores over training, and their minima against M.
+
+    These scores are the mean squared differences of the model's predictions from 0 and from the predictions with the mean task.
 
     Args:
         evaluation: Rows of `evaluation.csv` for the ladder.
@@ -51,7 +53,7 @@ def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
 
 
 def plot_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot three numbers on new tasks over training: the gap to ridge, the gap to dMMSE, and the loss with its minimum."""
+    """Plot the gap to ridge, the gap to dMMSE, and the loss with its minimum over training, all on new tasks."""
     figure, (ridge, dmmse, loss) = new_figure(3, width=4.8, height=4.2, title=title)
     ladder = _with_num_tasks(evaluation, runs)
     for axes, quantity, name in (
@@ -70,7 +72,7 @@ def plot_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Fi
 
 
 def plot_final_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Draw `icl.plotting.diversity.plot_diversity` for the last steps of a ladder."""
+    """Draw the figure of `icl.plotting.diversity.plot_diversity` for the last steps of a ladder."""
     return plot_diversity(_with_num_tasks(evaluation, runs), title=title)
 
 
@@ -110,7 +112,7 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
     """Plot all runs of a ladder in the first components of one joint PCA, with the projections of ridge and of each dMMSE.
 
     Args:
-        dynamics: Rows of `essential-dynamics.csv` for runs that were analysed together; `member` is `num_tasks=<M>`.
+        dynamics: Rows of `essential-dynamics.csv` for runs that were analysed together. The column `member` is `num_tasks=<M>`.
         title: Title of the figure.
     """
     figure, panels = new_figure(2, width=6.2, height=5.0, title=title)
@@ -140,7 +142,7 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_trajectory(axes: Axes, path: pd.DataFrame, reference: pd.DataFrame, m: str, colour: Any) -> None:
-    """Draw the path of a run with a dot at its last step, and the Bayes predictor of its tasks, if there is one."""
+    """Draw the path of a run with a dot at its last step, and the projection of its Bayes predictor, if the table contains it."""
     label, line, marker, size = ("∞", "--", "*", 13) if m == "inf" else (m, "-", "D", 7)
     axes.plot(*path.to_numpy().T, color=colour, linestyle=line, linewidth=1.2, marker=".", markersize=3, label=label)
     axes.plot(*path.to_numpy()[-1:].T, "o", color=colour, markersize=7)

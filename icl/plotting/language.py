@@ -1,4 +1,4 @@
-"""Figures of language runs: learning curves with the losses of bigrams and unigrams, the loss at each position, and behaviours."""
+"""Figures of language runs: learning curves with losses of n-gram frequencies, the loss at each position, and behaviours."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "unigram": {"color": "0.55", "linestyle": ":", "label": "frequencies of tokens"},
     "bigram": {"color": "0.25", "linestyle": "--", "label": "frequencies of bigrams"},
 }
-"""How the baselines of language runs are drawn."""
+"""Line styles of the baselines of language runs."""
 _LOSS = "loss (nats per token)"
 
 
@@ -26,9 +26,9 @@ def plot_language_training(
 
     Args:
         metrics: The run's `metrics.csv`.
-        losses: Losses of the last checkpoint on the test rows: a row for each position and a row `mean`, columns `model`, `unigram`, `bigram`.
+        losses: Losses at the last checkpoint on the test rows: a row for each position and a row `mean`, columns `model`, `unigram`, `bigram`.
         title: Title of the figure.
-        levels: Mean losses of the frequencies on the rows of the learning curves, `unigram` and `bigram`.
+        levels: Mean losses of the baselines `unigram` and `bigram` on the rows of the learning curves.
     """
     figure, (curves, score, positions) = new_figure(3, width=4.6, title=title)
     _draw_curves(curves, metrics, levels)
@@ -64,7 +64,9 @@ def _draw_curves(axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float])
 
 
 def plot_language_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the test loss and the ICL score over training, and the loss at each position at the last step; bands are two standard errors.
+    """Plot the test loss and the ICL score over training, and the loss at each position at the last step.
+
+    Bands are two standard errors.
 
     Args:
         numbers: A run's `results/evaluation.csv`.
@@ -101,11 +103,11 @@ _PANELS = (
     ("previous_token", "Attention to the previous token, by head", "mean attention"),
     ("prefix_matching", "Prefix matching, by head", "mean attention"),
     ("ablation", "Loss without positions", "increase of the loss (nats)"),
-    ("k_composition", "K-composition, by pair of heads", "less its mean at the start"),
+    ("k_composition", "K-composition, by pair of heads", "minus its mean at the start"),
 )
-"""Quantity, title and label of each panel."""
+"""Quantity, title and y label of each panel."""
 _NAMED_COLOURS = (VERMILION, BLUE, GREEN, ORANGE)
-"""Colours of the curves of a panel that have names. If there are more curves, those with the largest last values have names."""
+"""Colours of the curves in a panel that the legend names. If there are more curves, it names those with the largest last values."""
 _OTHERS = "0.75"
 """Colour of curves without a name."""
 
@@ -113,7 +115,7 @@ _OTHERS = "0.75"
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw the behaviours of a language run over training; bands are two standard errors.
 
-    If a panel has more than four curves, the four with the largest values at the last step have names, and the others are grey.
+    If a panel has more than four curves, the legend names the four with the largest values at the last step; the others are grey.
 
     Args:
         table: The run's `results/language-behaviour.csv`.
@@ -137,7 +139,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_curves_of(axes: Axes, rows: pd.DataFrame, *, prefix: str) -> None:
-    """Draw a curve for each head, pair of heads or length of n-grams. The names of n-grams begin with the prefix."""
+    """Draw a curve for each head, pair of heads or length of n-grams. Names in the legend begin with `prefix`."""
     groups = rows.sort_values("step").groupby(["part", "position"], sort=False)
     curves = {f"{prefix}{part or position}": curve for (part, position), curve in groups}
     if len(curves) < 2:

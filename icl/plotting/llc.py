@@ -31,18 +31,18 @@ _LOSS_LABELS = {
     "cross_entropy": "cross-entropy, nats per token",
     "": "squared error per target",
 }
-"""Label of the loss by the end of its name."""
+"""Axis label of the loss. The keys are possible ends of the loss's name."""
 
 
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
     """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
     With a single step, there is no right column. If the loss at the mean of the draws lies below the checkpoint's loss
-    (`icl.sampling.at_checkpoint`), the LLC is underestimated by about this drop. Diamonds show the LLC plus the drop.
+    (`icl.sampling.at_checkpoint`), the LLC is underestimated by about nbeta times the difference. Diamonds show the LLC plus this drop.
 
     Args:
         table: Rows of `llc.csv` that share their sampler settings.
-        trivial_loss: Loss of a trivial predictor: of predicting zero, or of the uniform distribution for language.
+        trivial_loss: Loss of a trivial predictor, which predicts zero, or for a language run the uniform distribution.
         title: Title of the figure; the settings are added to it.
         stages: Steps at the boundaries between stages.
     """
@@ -79,8 +79,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates by their number in the column `corner`: first the chosen settings, then failed settings. If
-            this is empty, the figure has no panels for traces.
+        traces: Estimates whose traces are drawn: first with the chosen settings, then with failed settings. The keys are their
+            numbers in the column `corner`. If this is empty, the figure has no panels for traces.
         title: Title of the figure.
     """
     figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)
@@ -128,7 +128,7 @@ def draw_by_verdict(
         axes: Axes to draw in.
         x: Horizontal positions of the rows.
         rows: Rows with `llc`, `stderr` and `verdict`.
-        limits: LLCs beyond these limits are drawn at the nearer limit, without a bar. NaNs are drawn at the upper limit.
+        limits: Range of LLCs that is shown. LLCs outside are drawn at the nearer limit, without a bar. NaNs are drawn at the upper limit.
         named: Whether the legend names the verdicts.
     """
     for verdict, style in VERDICTS.items():
@@ -184,7 +184,7 @@ def _draw_losses(axes: Axes, table: pd.DataFrame, trivial_loss: float) -> None:
     set_limits(axes, pd.concat([table["init_loss"], table["mean_loss"].clip(upper=1.5 * trivial_loss)]))
     low, high = axes.get_ylim()
     if not low <= trivial_loss <= high:
-        line.set_gid(KEY)  # keep the legend entry, because it says where the invisible line is
+        line.set_gid(KEY)  # keep the legend entry, which gives the value of the invisible line
         line.set_label(f"{trivial} ({trivial_loss:.3g}, {'above' if trivial_loss > high else 'below'} the axis limits)")
 
 
@@ -216,7 +216,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
-    """Return rows whose loss at the mean of the draws lies significantly below the checkpoint's loss, unless chains escaped."""
+    """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's loss, without escaped chains."""
     table = table.rename(columns=RENAMED_COLUMNS)
     if "drop_at_mean_stderr" not in table:  # not measured
         return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)
@@ -243,7 +243,10 @@ def _draw_trace(axes: Axes, record: Record) -> None:
 
 
 def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: str) -> None:
-    """Draw LLCs against one setting, with a line for each value of another setting. Marks beyond the limits are drawn at the edges."""
+    """Draw LLCs against the setting `x`, with a line for each value of the setting `family`.
+
+    Marks beyond the axis limits are drawn at the edges.
+    """
     valid = rows[rows["verdict"] != "invalid"]
     shown = rows if valid.empty else valid
     set_limits(axes, pd.concat([shown["llc"] - shown["stderr"], shown["llc"] + shown["stderr"], pd.Series([0.0])]))
@@ -256,7 +259,7 @@ def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: s
 
 
 def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
-    """Draw how far the sampled loss rose towards the loss of a trivial predictor, with the thresholds of the verdicts."""
+    """Draw `escaped_share`, the rise of the sampled loss towards a trivial predictor, with the thresholds of the verdicts."""
     share = escaped_share(survey)
     for colour, (_, group) in zip(CHAIN_COLOURS, survey.groupby("ratio"), strict=False):
         axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")

@@ -1,4 +1,4 @@
-"""Figure of refined LLCs: each component's estimate over training, and its susceptibilities to the positions of the prompts."""
+"""Figure of refined LLCs: each component's estimate over training, and its susceptibilities to the loss at each position."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,9 +15,9 @@ def plot_components(table: pd.DataFrame, susceptibilities: pd.DataFrame, *, titl
     """Plot the refined LLC of each component against the step, and susceptibilities at the last step against the position.
 
     Args:
-        table: Rows of `llc-components.csv` that share their settings. If they have only one step, the components are on
-            the x axis.
-        susceptibilities: Rows of `llc-susceptibilities.csv` of the same estimates.
+        table: Rows of `llc-components.csv` that share their settings. If all rows have the same step, the x axis shows the
+            components.
+        susceptibilities: Rows of `llc-susceptibilities.csv` for the same estimates.
         title: Title of the figure.
     """
     figure, (estimates, *panels) = new_figure(3, width=4.8, height=3.9, title=title)

@@ -1,4 +1,4 @@
-"""Figures of the chains of LLC estimates: the excess loss in nats of a single estimate, and of several steps."""
+"""Figures of the chains of LLC estimates: the excess loss in nats for a single estimate, and at several steps."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ _MAX_TRACES = 6
 def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     """Plot the excess loss of every chain in nats, its running mean, and the LLC with two standard errors.
 
-    The excess is nbeta times the difference between a minibatch loss and the checkpoint's loss on the same minibatch. Estimates
-    that older versions stored have only minibatch losses, so their traces have more noise than the LLC.
+    The excess is nbeta times the difference between a minibatch loss and the checkpoint's loss on the same minibatch. Older versions
+    stored only minibatch losses. The traces of their estimates include minibatch noise.
 
     Args:
         record: The estimate.
-        trivial_loss: Loss of a trivial predictor: of predicting zero, or of the uniform distribution for language.
+        trivial_loss: Loss of a trivial predictor, which predicts zero, or for a language run the uniform distribution.
         title: Title of the figure; the settings are added to it.
     """
     row = record.row
@@ -83,7 +83,7 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
 def excess_trace(record: Record) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "K S"]]:
     """Return the moves at which draws were recorded, and the excess loss of each chain at these moves, in nats.
 
-    Estimates of older versions have only minibatch losses. For them, all moves are returned, and the excess includes minibatch noise.
+    For estimates of older versions, which stored only minibatch losses, all moves are returned, and the excess includes minibatch noise.
     """
     row = record.row
     if not record.excess.size:
@@ -102,7 +102,7 @@ def _draw_excess(axes: Axes, record: Record) -> None:
 
 
 def _draw_levels(axes: Axes, row: Mapping[str, Any], excess: Float[np.ndarray, "K S"]) -> None:
-    """Draw the checkpoint's level and the LLC with two standard errors, and set the limits of the y axis."""
+    """Draw horizontal lines at zero (the checkpoint) and at the LLC with two standard errors, and set the limits of the y axis."""
     llc, error = row["llc"], 2 * row["stderr"]
     axes.axhline(0, color=BLUE, linewidth=1.2, label="checkpoint, L(w0)")
     axes.axhline(llc, color=BLACK, linewidth=1.4, linestyle="--", label="LLC ± 2 standard errors")

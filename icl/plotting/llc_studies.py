@@ -1,4 +1,4 @@
-"""Figures that show how far LLC estimates can be trusted: known answers, a comparison of two samplers, positions, and chains."""
+"""Figures that test LLC estimates: known answers, a comparison of two samplers, LLCs at each position, and chains."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +16,13 @@ SAMPLERS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("published sampler", True, {"color": VERMILION, "marker": "s", "markersize": 5}),
     ("sampler that stays in the basin", False, {"color": BLUE, "marker": "o", "markersize": 5}),
 )
-"""Name of each sampler, whether it is the published one, and the style of its marks."""
+"""Name of each sampler, whether it is the published sampler, and the style of its marks."""
 
 
 def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
     """Plot estimates divided by the exact value, for losses whose local learning coefficient is known.
 
-    The exact value is the value at the nbeta of the estimate (column `finite`), if it is known. Otherwise it is the
+    If the exact value at the nbeta of the estimate is known (column `finite`), we divide by it. Otherwise we divide by the
     learning coefficient, which is the limit for infinite nbeta (column `asymptotic`).
     """
     figure, (axes,) = new_figure(1, width=7.8, height=4.6)
@@ -47,7 +47,7 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC against the checkpoint's loss, the sampled loss, and how far this loss rose to the loss of predicting zero."""
+    """Plot the LLC against the checkpoint's loss, the sampled loss, and the rise of the sampled loss towards predicting zero."""
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
         rows = rows_of_sampler(llc, is_published)
@@ -90,7 +90,7 @@ def _draw_sampler(panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str
         rows["init_loss"], rows["llc"], errors, linestyle="-", linewidth=0.8, capsize=2, label=label, **style
     )
     sampled.plot(rows["step"] + 1, rows["mean_loss"], **style, label=f"E[L], {name}")
-    # Early checkpoints are close to predicting zero. Their share is a ratio of two small numbers, so it is not drawn.
+    # Early checkpoints almost predict zero. For them, the share is a ratio of two small numbers, so it is not drawn.
     has_learned = rows["init_loss"] <= 0.95 * rows["trivial_loss"]
     escape.plot((rows["step"] + 1)[has_learned], escaped_share(rows)[has_learned], **style, label=name)
 
@@ -98,14 +98,14 @@ def _draw_sampler(panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str
 def plot_over_stages(
     llc: pd.DataFrame, norms: pd.DataFrame, published: pd.DataFrame, *, title: str, stages: Mapping[str, float]
 ) -> Figure:
-    """Plot the LLC over a whole run on a linear axis, by two samplers, beside the sampled losses and the norm of the weights.
+    """Plot the LLC over a whole run on a linear axis, with two samplers, and the sampled losses and the norm of the weights.
 
     Args:
-        llc: Rows of `llc.csv` for one run. Rows with an interval have it as their bar, the others two standard errors.
+        llc: Rows of `llc.csv` for one run. Bars show the 95 % interval if the row contains one, else two standard errors.
         norms: Rows of `checkpoints.csv` for the same run.
-        published: The table `published.csv`. Its LLCs are drawn beside those of the published sampler.
+        published: The table `published.csv`. Its LLCs are drawn in the panel of the published sampler.
         title: Title of the figure.
-        stages: Step at which each stage ends, by its name.
+        stages: Step at which each stage ends. The keys are the names of the stages.
     """
     figure, axes = new_figure(2, num_rows=2, width=5.6, height=3.4, title=title)
     in_basin, by_published, losses, weights = axes
@@ -143,7 +143,7 @@ def plot_over_stages(
 
 
 def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw estimates with their 95 % intervals, a mark for each verdict, and diamonds for the LLC plus the drop at the mean."""
+    """Draw estimates with 95 % intervals and marks for their verdicts, and diamonds at the LLC plus the drop at the mean draw."""
     axes.plot(rows["step"], rows["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
     low = (rows["llc"] - rows["interval_low"]).fillna(2 * rows["stderr"])
     high = (rows["interval_high"] - rows["llc"]).fillna(2 * rows["stderr"])
@@ -162,7 +162,7 @@ def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC of the loss at each position: a panel for each set of sampler settings, a line for each step."""
+    """Plot the LLC of the loss at each position, with a panel for each set of sampler settings and a line for each step."""
     hashes = list(llc.sort_values("nbeta")["settings"].unique())
     figure, panels = new_figure(len(hashes), width=5.0, height=3.9, title=title)
     for axes, settings in zip(panels, hashes, strict=True):
@@ -185,7 +185,7 @@ def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) ->
 
 
 def plot_chains(traces: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot minibatch losses along the chains with E[L] and L(w0): a row for each set of settings, a column for each step."""
+    """Plot minibatch losses along the chains with E[L] and L(w0). Rows are sets of sampler settings, columns are steps."""
     hashes = list(llc.sort_values(["nbeta", "settings"])["settings"].unique())
     num_columns = max(select(traces, settings=settings)["step"].nunique() for settings in hashes)
     figure, axes = new_figure(num_columns, num_rows=len(hashes), width=4.4, height=2.9, title=title)
@@ -212,11 +212,11 @@ def _draw_chains(axes: Axes, traces: pd.DataFrame, estimate: pd.Series) -> None:
 
 
 def plot_run(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Draw `icl.plotting.llc.plot_llc` from the shipped table of one run, with one set of sampler settings."""
+    """Draw the figure of `icl.plotting.llc.plot_llc` from the shipped table of one run, with one set of sampler settings."""
     rows = select(llc, rescale=1)
     return plot_llc(rows, float(rows["trivial_loss"].iloc[0]), title=title)
 
 
 def rows_of_sampler(llc: pd.DataFrame, is_published: bool) -> pd.DataFrame:
-    """Return the estimates made with the published sampler, or with any other sampler, ordered by step."""
+    """Return the estimates from the published sampler (or, if `is_published` is false, from all other samplers), ordered by step."""
     return llc[llc["mode"].fillna("").str.startswith("published") == is_published].sort_values("step")

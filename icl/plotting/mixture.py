@@ -1,4 +1,4 @@
-"""The figures of mixtures: weights, log odds and residuals of one run, and their transitions over a ladder of M."""
+"""The figures of mixtures of dMMSE and ridge: weights, log odds and residuals of one run, and transitions over a ladder of M."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _PARAMETERS = {"weight": "weight of dMMSE, p", "log_odds": "prior log odds of dM
 _SUSPECT_SHARE, _INVALID_SHARE = 0.1, 1.0
 """Residual shares above which a mixture is suspect and invalid, as in `icl.analysis.mixture.judging`."""
 _MAX_LOG_ODDS = 21.5
-"""Largest log odds in a figure: a little above the limit of the search in `icl.analysis.mixture.fits`."""
+"""Largest log odds in a figure: slightly more than the limit of the search in `icl.analysis.mixture.fits`."""
 _CURVE = "theory (Wurgaft et al. 2025)"
 
 
@@ -93,16 +93,17 @@ def _means(table: pd.DataFrame, quantity: str, **values: Any) -> pd.DataFrame:
 
 
 def _explained(own: pd.DataFrame, curve: pd.DataFrame, has_seeds: bool) -> pd.DataFrame:
-    """Return the rows of a theory curve in the order of the steps; of several seeds only the steps of the fit."""
+    """Return the rows of a theory curve in order of steps. With several seeds, only the steps of the fit are returned."""
     curve = curve.sort_values("step")
     fitted = select(own, quantity="curve_residual")[["run", "step"]]
     return curve.merge(fitted, on=["run", "step"]) if has_seeds else curve
 
 
 def _draw_seeds(axes: Axes, rows: pd.DataFrame, *, color: Any, label: str) -> None:
-    """Draw one run with the marks of its verdicts. Of several seeds, draw the numbers that are not invalid, and the mean of the weights.
+    """Draw the weights or log odds of one run, with marks for the verdicts, or of several seeds.
 
-    Log odds can be at a limit of the search, so they have no mean.
+    For several seeds, invalid numbers are left out, and the mean weight is drawn too. Log odds can be at a limit of the search, so
+    their mean has no meaning.
     """
     if rows["run"].nunique() < 2:
         _draw_points(axes, rows, color=color, linewidth=1.1, label=label)
@@ -117,14 +118,14 @@ def _draw_seeds(axes: Axes, rows: pd.DataFrame, *, color: Any, label: str) -> No
 
 
 def _of(quantity: str) -> str:
-    """Return the mixture of which this quantity is the parameter."""
+    """Return the name of the mixture whose parameter is this quantity."""
     return "fixed" if quantity == "weight" else "bayes"
 
 
 def _draw_points(
     axes: Axes, rows: pd.DataFrame, *, color: Any, floor: pd.Series | float = -np.inf, **style: Any
 ) -> None:
-    """Draw a line with its band. Marks are filled if the verdict is ok, otherwise open."""
+    """Draw a line with a band of two standard errors. Marks are filled if the verdict is ok, otherwise open."""
     if rows.empty:
         return
     draw_band(
@@ -159,13 +160,13 @@ def _finish_parameter(axes: Axes, quantity: str, title: str, *, legend: str = ""
 
 
 def _limit_odds(axes: Axes) -> None:
-    """Leave out what lies beyond the range of the search, such as a large standard error."""
+    """Restrict the y axis to the range of the search, because bands of large standard errors extend beyond it."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -_MAX_LOG_ODDS), min(high, _MAX_LOG_ODDS))
 
 
 def _set_log(axes: Axes) -> None:
-    """Use a logarithmic scale, which shows at least the limits of the verdict."""
+    """Use a logarithmic y axis that includes the limits of the verdicts."""
     axes.set_yscale("log", nonpositive="clip")
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 1e-6), max(high, 3 * _INVALID_SHARE))
@@ -173,7 +174,7 @@ def _set_log(axes: Axes) -> None:
 
 
 def _draw_positions(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw the log odds at each position at the last step; all positions agree if the mixture is the model."""
+    """Draw the log odds at each position at the last step. If the model is exactly a mixture, all positions agree."""
     last = table["step"].max()
     rows = select(table, step=last, quantity="log_odds")
     for name, (label, colour, _) in _SETS.items():
@@ -217,7 +218,9 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
         axes.plot([], [], "o", color=colour, label=text + exponent, gid=KEY)
     curve = select(rows, quantity="curve_step")
     curve = curve[np.isfinite(curve["value"]) & (curve["value"] < 1e9)]
-    levels = np.exp(np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean())  # the advantage differs between seeds
+    levels = np.exp(
+        np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean()
+    )  # mean over seeds, because `loss_advantage` differs between seeds
     axes.plot(levels.index.astype(float), levels, color=VERMILION, linestyle=":", label=_CURVE)
     axes.set_title(f"Transition to dMMSE, {label}", fontsize=10)
     axes.set(

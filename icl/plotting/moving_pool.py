@@ -1,4 +1,4 @@
-"""The figure of pools of tasks that stand still or move: the gaps to ridge and to dMMSE over training, one panel for each pool."""
+"""The figure of fixed and changing pools of tasks: the gaps to ridge and to dMMSE over training, one panel for each pool."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,7 +9,7 @@ from icl.plotting.seeds import draw_curves
 from icl.plotting.style import label_plainly, new_figure, select
 
 FIRST_STEP = 100
-"""First step of the figure. Before it, models do not use the examples."""
+"""First step of the figure. At earlier steps, models do not yet use the examples."""
 _GAPS = (("delta_ridge", VERMILION, "--", "to ridge"), ("delta_dmmse", GREEN, "-", "to dMMSE"))
 
 

@@ -47,7 +47,7 @@ def plot_shifts(evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str
 def plot_shifts_over_training(
     evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str, stages: Stages | None = None
 ) -> Figure:
-    """Plot the loss divided by ridge's loss over training: inputs scaled by g, tasks scaled by g, and the other shifts.
+    """Plot the loss divided by ridge's loss over training, with panels for scaled inputs, scaled tasks, and the other shifts.
 
     Args:
         evaluation: Rows of `evaluation.csv` for one run.
@@ -70,7 +70,7 @@ def plot_shifts_over_training(
         mark_stages(axes, stages or {}, named=axes is panels[0])
         axes.axhline(1, **_RIDGE)
         axes.set(xscale="log", yscale="log", xlabel="step + 1 (updates)")
-        # Leave room for the legend: above all curves in the last panel, below the line of ridge in the others.
+        # Leave room for the legend: above all curves in the last panel, below the line of ridge in the other panels.
         low, high = axes.get_ylim()
         axes.set_ylim(*((low, 4 * high) if axes is panels[-1] else (low * (low / high) ** 0.45, high)))
         label_plainly(axes)
@@ -81,7 +81,7 @@ def plot_shifts_over_training(
 
 
 def _ratios_to_ridge(evaluation: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
-    """Return loss / ridge's loss with its standard error, by distribution, at the last step of these rows."""
+    """Return loss / ridge's loss with its standard error, for each distribution, at the last step of these rows."""
     last = select(evaluation, step=evaluation["step"].max(), quantity="loss")
     losses = headlines(last).set_index("distribution")
     ridge = headlines(select(baselines, quantity="ridge")).set_index("distribution")["value"]

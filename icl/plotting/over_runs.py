@@ -1,4 +1,4 @@
-"""The figure of an analysis over several runs: curves over training, with a colour for each group of runs that differ only in seeds."""
+"""The figure of an analysis over several runs: curves over training. Runs that differ only in their seeds have the same colour."""
 
 from collections.abc import Mapping
 
@@ -28,13 +28,13 @@ _PANELS: dict[str, tuple[tuple[str, dict[str, str], str], ...]] = {
         ("Weight of dMMSE, new tasks", {"quantity": "weight", "distribution": "true"}, "fixed weight"),
     ),
 }
-"""Title, rows and label of each panel."""
+"""Title, rows of the table, and y label of each panel."""
 
 
 def plot_over_runs(
     name: str, tables: Mapping[str, pd.DataFrame], configs: Mapping[str, RunConfig], *, title: str
 ) -> Figure:
-    """Plot the main curves of several runs; `icl.plotting.seeds.draw_curves` says how seeds are drawn.
+    """Plot the main curves of several runs. `icl.plotting.seeds.draw_curves` describes how seeds are drawn.
 
     Args:
         name: `behaviour` or `mixture`.
@@ -44,7 +44,7 @@ def plot_over_runs(
     """
     groups, panels = seed_groups(configs), _PANELS[name]
     figure, all_axes = new_figure(
-        len(panels), width=4.8, height=4.2, title=f"{title}   (bands: 95 % over seeds from 3 seeds on)"
+        len(panels), width=4.8, height=4.2, title=f"{title}   (bands: 95 % over at least 3 seeds)"
     )
     for axes, (label, wanted, ylabel) in zip(all_axes, panels, strict=True):
         for (group, runs), colour in zip(groups.items(), ordered_colours(len(groups)), strict=True):

@@ -1,4 +1,4 @@
-"""The figure of a model's predictions after different numbers of examples, compared with the predictions of the Bayes predictors.
+"""The figure of a model's predictions after different numbers of examples, compared with the predictions of ridge and dMMSE.
 
 For one fixed prompt, the figure shows the prediction for the query x = t w / |w| against t, where w is the task.
 The predictions of ridge and dMMSE are linear in t. The predictions of the transformer can have any shape.
@@ -36,7 +36,7 @@ def plot_predictions(
     Args:
         checkpoint: A checkpoint file.
         num_examples: Numbers of examples before the query, each below K.
-        index: Index of the fixed prompt. The default is the prompt whose task has the length nearest to sqrt(D).
+        index: Index of the fixed prompt. The default is the prompt whose task has a norm nearest to sqrt(D).
         title: Title of the figure.
     """
     loaded = load_checkpoint_file(checkpoint)

@@ -1,4 +1,4 @@
-"""The figure of an implicit prior: energy distances of the model's tasks to the candidate priors, the nearer prior, and sizes."""
+"""The figure of an implicit prior: energy distances to the candidate priors, the nearer prior, and the size of estimated tasks."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_reference(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
-    """Draw a number of the candidates: a horizontal line, or a curve if the pool changes, so that every step has a number."""
+    """Draw a number of a candidate as a horizontal line, or as a curve if the pool changes and every step has its own number."""
     if rows["step"].notna().any():
         rows = rows.sort_values("step")
         axes.plot(rows["step"].astype(float), rows["value"], **style)
@@ -63,7 +63,7 @@ def _draw_reference(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, label: str, colour: str) -> None:
-    """Draw a line with its band. Marks are filled if the verdict is ok, otherwise open."""
+    """Draw a line with a band of two standard errors. Marks are filled if the verdict is ok, otherwise open."""
     if rows.empty:
         return
     draw_band(axes, rows["step"], rows["value"], rows["stderr"], alpha=0.2, color=colour, label=label or None)

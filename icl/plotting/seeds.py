@@ -1,4 +1,4 @@
-"""Draw numbers of runs that differ in their seeds: the seeds themselves, and from three seeds on their mean with its interval."""
+"""Draw numbers of runs that differ in their seeds: each seed, the mean, and for at least three seeds its 95 % interval."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from icl.analysis.seeds import MIN_FOR_INTERVAL, pool
 
 
 def draw_points(axes: Axes, rows: pd.DataFrame, *, color: Any, **style: Any) -> None:
-    """Draw values with error bars; rows with the same `x` are seeds.
+    """Draw values with error bars. Rows with the same `x` are different seeds.
 
-    A single seed has a bar of two standard errors over prompts. Two seeds are shown as open marks, and the line goes through their mean.
-    From three seeds on, the mean also has a bar, which is its 95 % interval over seeds.
+    A single seed has a bar of two standard errors over prompts. Several seeds are shown as open marks, and the line goes through their
+    mean. For at least three seeds, the bar at the mean is its 95 % interval over seeds.
 
     Args:
         axes: Axes to draw in.
@@ -32,10 +32,10 @@ def draw_points(axes: Axes, rows: pd.DataFrame, *, color: Any, **style: Any) -> 
 def draw_curves(
     axes: Axes, rows: pd.DataFrame, *, color: Any, floor: float = -np.inf, alpha: float = 0.12, **style: Any
 ) -> None:
-    """Draw curves over `x`; rows with the same `x` are seeds.
+    """Draw curves over `x`. Rows with the same `x` are different seeds.
 
-    A single seed has a band of two standard errors over prompts. Of several seeds, each is a thin line, and the mean is a thick line.
-    From three seeds on, the mean has a band, which is its 95 % interval over seeds.
+    A single seed has a band of two standard errors over prompts. For several seeds, each seed is a thin line and their mean is a thick
+    line. For at least three seeds, the band around the mean is its 95 % interval over seeds.
 
     Args:
         axes: Axes to draw in.
@@ -47,7 +47,7 @@ def draw_curves(
     """
     means = pool(rows, by=["x"]).sort_values("x")
     num_seeds = rows["run"].nunique()
-    means = means[means["num_seeds"] == means["num_seeds"].max()]  # a mean of fewer seeds would make the curve jump
+    means = means[means["num_seeds"] == means["num_seeds"].max()]  # a mean over fewer seeds would make the curve jump
     if num_seeds > 1:
         for _, curve in rows.sort_values("x").groupby("run", sort=False):
             axes.plot(

@@ -34,7 +34,7 @@ _METADATA: dict[str, dict[str, Any]] = {
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
     "svg": {"Creator": None, "Date": None},
 }
-"""Metadata that is left out, by file format. With dates and versions, two files of the same figure would differ."""
+"""Metadata that is left out of each file format. With dates and versions, two files of the same figure would differ."""
 _ORIGIN_INCHES = 0.16
 """Height of the line above a figure that names the source of its data."""
 _MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
@@ -85,7 +85,7 @@ def scale_steps(axes: Axes, *, first: float = 1.0) -> None:
 
 
 def finish_step_axes(axes: Axes, title: str, ylabel: str) -> None:
-    """Scale and label axes whose x is the training step; call it after drawing."""
+    """Scale and label axes whose x axis shows the training step. Call this function after drawing."""
     scale_steps(axes)
     axes.set(xlabel="step (updates)", ylabel=ylabel)
     axes.set_title(title, fontsize=10)
@@ -128,7 +128,7 @@ def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
 
 
 def write_in_middle(axes: Axes, text: str) -> None:
-    """Write a text in the middle of empty axes, to say why they are empty."""
+    """Write a text in the middle of empty axes, which says why they are empty."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
 
 
@@ -146,7 +146,7 @@ def spread_indices(count: int, wanted: int) -> list[int]:
 
 
 def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "") -> bytes:
-    """Return the bytes of an image file of the figure. They do not depend on the date or on versions of software.
+    """Return the bytes of an image file of the figure. The bytes do not depend on the date or on versions of software.
 
     Args:
         figure: Figure to draw.

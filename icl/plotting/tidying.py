@@ -1,4 +1,4 @@
-"""Final corrections before a figure is saved: no legend on a curve, no empty legend entry, no overlapping tick labels.
+"""Final corrections before a figure is saved: legends that cover curves, legend entries without data, overlapping tick labels.
 
 Overlaps depend on the data, so they are measured after the layout is computed. A figure that needs no correction is not
 changed.
@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator
 from matplotlib.transforms import Bbox, BboxBase, ScaledTranslation
 
 KEY = "key"
-"""The `gid` of an artist that has no data and only explains a line style. Its legend entry is kept."""
+"""The `gid` of an artist that has no data and only explains a line style in the legend. Such legend entries are kept."""
 _LOCATIONS = (
     "upper right",
     "upper left",
@@ -45,7 +45,7 @@ _MAX_COLUMNS = 2
 _MIN_LABEL_GAP = 2.0
 """Smallest gap between the tick labels of an x axis, in pixels."""
 _NOTHING = ("None", "none", "", " ", None)
-"""Values that mean "no line" or "no marker" in matplotlib."""
+"""Values with which matplotlib draws no line or no marker."""
 
 
 def tidy(figure: Figure) -> None:
@@ -138,7 +138,7 @@ def _mark_isolated_points(line: Line2D) -> None:
 
 
 def _correct_legend(axes: Axes) -> bool:
-    """Redraw a legend if some entries are invisible or it covers a curve; return whether it was redrawn."""
+    """Redraw a legend if the data of some entries are invisible, or if it covers a curve; return whether it was redrawn."""
     legend = axes.get_legend()
     if legend is None or not axes.get_visible():
         return False
@@ -162,9 +162,9 @@ def _correct_legend(axes: Axes) -> bool:
 
 
 def _move_legend(axes: Axes, legend: Legend, handles: dict[str, Artist], curves: list[np.ndarray]) -> None:
-    """Redraw a legend at the location where it covers the least of the curves.
+    """Redraw a legend at the location where it covers the smallest share of any curve.
 
-    If it covers too much at every location, draw it below the axes.
+    If the legend covers too much at every location, draw it below the axes.
     """
     frame, size = axes.get_window_extent(), legend.get_window_extent()
     options: dict[str, Any] = {
@@ -195,7 +195,7 @@ def _move_legend(axes: Axes, legend: Legend, handles: dict[str, Artist], curves:
 
 
 def _legend_box(location: str, frame: BboxBase, width: float, height: float) -> Bbox:
-    """Return the box that a legend of this size fills at a location inside the axes."""
+    """Return the box that a legend of a given size fills at a location inside the axes."""
     vertical, horizontal = location.split()
     pad = 0.01 * frame.height
     x = frame.x0 + pad + _FRACTIONS[horizontal] * (frame.width - width - 2 * pad)
@@ -227,7 +227,7 @@ def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
 
 
 def _is_reference(line: Line2D) -> bool:
-    """Return whether a line is straight from edge to edge, so that a legend may cover a part of it."""
+    """Return whether a line is straight from edge to edge of the axes. A legend may cover a part of such a line."""
     return len(_vertices(line)) == 2 and line.axes is not None and line.get_transform() != line.axes.transData
 
 

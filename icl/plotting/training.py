@@ -29,8 +29,7 @@ from icl.tasks.rows import TEST
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
 _MAX_LINEAR_RATIO = 60.0
-"""Ratio of the highest to the lowest loss above which the axis is logarithmic, so that the lowest loss stays
-readable."""
+"""Ratio of the highest to the lowest loss above which the y axis is logarithmic, so that the lowest loss is readable."""
 _LOSS_LABEL = "loss (squared error per target)"
 _NLL_LABEL = "negative log-likelihood (nats per target)"
 _SetsKey: TypeAlias = tuple[TaskConfig, LanguageConfig, int | str, int, int, int | None]
@@ -40,23 +39,29 @@ class DrawnRun(NamedTuple):
     """Results of `draw_run`."""
 
     losses: pd.DataFrame
-    """Losses on the training tasks, or on the test rows of a language run: a row for each position and a row for the mean over positions, with a column for
-    each predictor, and two for the excess over the optimum and its standard error."""
+    """Losses on the training tasks, or on the test rows of a language run.
+
+    There is a row for each position and a row for the mean over positions. There is a column for each predictor, and two columns for the
+    excess over the optimum and its standard error.
+    """
     figure: Path
     """Path of the figure."""
     optimum: str
-    """Bayes predictor for the training tasks: `ridge` or `bayes` for M = inf, else `dmmse`; for a language run `bigram`, which is not Bayes."""
+    """Predictor to which the excess refers: the Bayes predictor for the training tasks, or `bigram` for a language run.
+
+    The Bayes predictor is `ridge` or `bayes` for M = inf, else `dmmse`.
+    """
 
 
 def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> DrawnRun:
     """Draw a run with the losses of its last checkpoint; write `results/losses.csv` and `figures/training.png`.
 
-    The losses are on other prompts than those of the learning curves (`icl.evaluation.sets.REPORT`). So if early stopping chose the
-    last checkpoint, the losses are not too low because of this choice.
+    The losses are measured on other prompts than the learning curves (`icl.evaluation.sets.REPORT`). So early stopping, which selects
+    the last checkpoint by the learning curves, does not make these losses too low.
 
     Args:
         folder: Folder of the run.
-        shared: Cache of prompts with their baselines. Pass the same cache for runs that differ only in their training seeds.
+        shared: Cache of prompts with their baselines. Use the same cache for runs that differ only in their training seeds.
 
     Raises:
         CheckpointError: If the run has no usable checkpoint.
@@ -85,7 +90,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
     losses = {name: tabulate_losses(predictions[name], prompt_set) for name, prompt_set in sets.items()}
     folder.write_result(_TABLE, pd.concat(losses, names=["distribution"]).to_csv(float_format="%.9g"))
     metrics = _read_metrics(folder, config)
-    # The lines beside the learning curves are for the same prompts as these curves.
+    # The horizontal lines of the baselines are computed on the prompts of the learning curves.
     if config.model.has_density:
         levels = {name: float(values.mean()) for name, values in monitor.nll.items()}
     else:
@@ -131,7 +136,7 @@ def _read_metrics(folder: RunFolder, config: RunConfig) -> pd.DataFrame:
         return read_table(folder.metrics_file, columns=("step", train, *evaluated))
     except (OSError, ContentError):
         raise RunError(
-            f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn."
+            f"{folder.metrics_file} is missing or damaged, so the learning curves cannot be drawn; restore the file or train again."
         ) from None
 
 
@@ -145,8 +150,8 @@ def plot_training(
         losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and a
             row `mean`, and a column for each predictor that applies (of `model`, `bayes`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
-        levels: Mean losses of the predictors on the prompts of the learning curves, in the unit of the training loss. By default, those in
-            `losses` for the squared error, and none for the negative log-likelihood.
+        levels: Mean losses of the predictors on the prompts of the learning curves, in the unit of the training loss. By default, the means
+            in `losses` are used for the squared error, and no levels for the negative log-likelihood.
     """
     figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)
     quantity = "nll" if "train/nll" in metrics else "loss"
@@ -164,9 +169,9 @@ def plot_training(
 def _draw_curves(
     axes: Axes, metrics: pd.DataFrame, levels: Mapping[str, float], *, quantity: str, predictors: Collection[str]
 ) -> None:
-    """Draw losses over training, with the mean losses of the predictors as horizontal lines. The scale of `nll` is linear.
+    """Draw losses over training, with the mean losses of the predictors as horizontal lines. The y axis of `nll` is linear.
 
-    `predictors` are those of the whole figure.
+    `predictors` are the names of all predictors in the figure.
     """
     trained = metrics.dropna(subset=[f"train/{quantity}"])
     axes.plot(trained["step"], trained[f"train/{quantity}"], color=SKY, linewidth=1.0, label="training batches")
@@ -186,7 +191,7 @@ def _draw_curves(
 
 
 def _draw_evaluated(axes: Axes, losses: pd.Series, label: str, line: str, face: str) -> None:
-    """Draw losses on fixed prompts. Step 0 lies far left of the next step, so it is drawn as a separate dot."""
+    """Draw losses on fixed prompts. On the step axis, 0 lies far left of the next step, so it is drawn as a separate dot."""
     start, later = losses[losses.index == 0], losses[losses.index != 0]
     num_known = later.notna().sum()
     dot: dict[str, Any] = {"marker": "o", "markersize": 4, "markerfacecolor": face}
@@ -208,7 +213,7 @@ def _draw_positions(axes: Axes, losses: pd.DataFrame, title: str) -> None:
 
 
 def _share_limits(panels: list[Axes], losses: Mapping[str, pd.DataFrame]) -> None:
-    """Give the panels the same y axis, which fits the losses of every predictor except OLS. OLS can have an infinite mean loss."""
+    """Give the panels the same y axis, chosen for the losses of all predictors except OLS. OLS can have an infinite mean loss."""
     names = [name for name in PREDICTORS if name != "ols"]
     shown = pd.concat([table.drop(index="mean").filter(items=names) for table in losses.values()])
     values = shown.to_numpy(dtype=float)

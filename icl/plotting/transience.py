@@ -1,4 +1,4 @@
-"""The figure of transient ridge: over training, the loss on new tasks falls towards ridge's and rises again, in every seed."""
+"""The figure of transient ridge: the loss on new tasks falls towards the loss of ridge and rises again, in every seed."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ _BASELINES = {"zero": ("0.5", ":", "zero"), "ridge": (VERMILION, "--", "ridge"),
 
 
 def plot_transience(table: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the loss on training tasks (left) and on new tasks (right) over the steps, with those of the Bayes predictors.
+    """Plot the loss on training tasks (left) and on new tasks (right) over the steps, with the losses of the baselines.
 
     Each seed is a thin line, and their mean is a thick line with its 95 % interval. The grey band is the 95 % interval over seeds of the
     step at which the loss on new tasks is smallest.
@@ -39,7 +39,7 @@ def plot_transience(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_critical_step(axes: Axes, table: pd.DataFrame) -> None:
-    """Mark the step of the smallest loss, and write the rise after it."""
+    """Shade the interval of the step with the smallest loss, and write the rise of the loss after this step."""
     for row in select(table, quantity="critical_step").to_dict("records"):
         axes.axvspan(row["low"], row["high"], color="0.5", alpha=0.15, linewidth=0)
     for row in select(table, quantity="rise").to_dict("records"):

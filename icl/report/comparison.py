@@ -23,7 +23,7 @@ from icl.report.tables import MISSING, Cell, Table, number_cell, show, table_of,
 from icl.run_names import MEMBER_SEEDS, varying_names
 
 _MAX_NAME_LENGTH = 60
-"""Largest length of a name made of settings. If a name would be longer, runs keep the names of their folders."""
+"""Largest length of a run's name that is made of settings. If a name would be longer, all runs keep the names of their folders."""
 MAX_SETTINGS = 8
 """Largest number of settings that have a column in the table."""
 
@@ -38,7 +38,7 @@ def with_varying_names(runs: Sequence[RunFacts]) -> list[RunFacts]:
 
 
 def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
-    """Return a table with a row for each run. The row links to the run's part of the page, whose id is in `targets`."""
+    """Return a table with a row for each run. Each row links to the part of the page about its run; `targets` are the ids of these parts."""
     settings = differing_settings(runs)
     rows = []
     for number, (facts, target) in enumerate(zip(runs, targets, strict=True)):
@@ -54,8 +54,8 @@ def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
         )
     header = [name for name in rows[0] if any(row[name].text != MISSING for row in rows)]
     note = (
-        "Settings that are the same in all runs are left out. Losses are means over positions, per target; above Bayes: the loss "
-        "minus that of the Bayes predictor, ± one standard error over prompts."
+        "Settings that are the same in all runs are left out. Losses are means over positions, per target. Columns that begin with "
+        "'above Bayes' show the loss minus the loss of the Bayes predictor, ± one standard error over prompts."
     )
     if others := list(settings)[MAX_SETTINGS:]:
         note += f" The runs also differ in {', '.join(others)}."
@@ -78,7 +78,7 @@ def seeds_table(runs: Sequence[RunFacts]) -> Table | None:
     table = table_of(rows, ["settings", "seeds", *names], caption="Over seeds")
     note = (
         f"Mean ± one standard error over seeds. With fewer than {MIN_FOR_INTERVAL} seeds, the value of each seed is shown. "
-        "The error over prompts of each run is in the run's own tables."
+        "For the standard errors over prompts, see the tables of the single runs."
     )
     return dataclasses.replace(table, note=note)
 
@@ -91,10 +91,14 @@ def comparison_picture(runs: Sequence[RunFacts], title: str) -> Picture | None:
     configs = {facts.name: facts.config for facts in runs if facts.metrics is not None and facts.config is not None}
     groups = seed_groups(configs) if len(configs) == len(curves) else {}
     has_seeds = sum(map(len, groups.values())) == len(curves) > len(groups)
-    caption = "the loss curves, from the first run (dark) to the last (light)"
+    caption = "loss curves, from the first run (dark) to the last (light)"
     if has_seeds:
-        caption = "the loss curves: means over seeds (thick), and every seed (thin), from the first settings (dark) to the last (light)"
-    caption += "; there are too many to name them" if len(groups if has_seeds else curves) > MAX_LABELS else ""
+        caption = "loss curves: means over seeds (thick) and single seeds (thin), from the first settings (dark) to the last (light)"
+    caption += (
+        "; there is no legend, because there are too many curves"
+        if len(groups if has_seeds else curves) > MAX_LABELS
+        else ""
+    )
     figure = plot_curves(curves, title=title, groups=groups if has_seeds else None)
     return draw(figure, alt=f"Loss curves of {len(curves)} runs", caption=caption)
 
@@ -112,7 +116,7 @@ def differing_settings(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
 
 
 def _numbers(facts: RunFacts) -> dict[str, float]:
-    """Return the main numbers of a run whose spread over seeds is shown."""
+    """Return the main numbers of a run, for the table of the means over seeds."""
     loss = training_loss(facts)
     numbers = {} if loss is None else {"training loss": loss}
     excess = final_excess(facts)

@@ -32,11 +32,11 @@ class Subject:
     tables: tuple[str, ...] = ()
     """Tables that belong to the topic although their names begin with another word."""
     needs_finite_tasks: bool = False
-    """Whether the command refuses a run with M = inf."""
+    """Whether the command needs a run with a finite M."""
     needs_density: bool = False
-    """Whether the command refuses a run whose model has no predictive distribution."""
+    """Whether the command needs a model with a predictive distribution."""
     families: tuple[str, ...] = ("regression", "language")
-    """Families of the runs that the command serves (`model.family`)."""
+    """Values of `model.family` for which the command is available."""
 
 
 SUBJECTS = (
@@ -78,7 +78,7 @@ SUBJECTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Everything that a run's folder says about the run."""
+    """All contents of a run's folder that the page uses."""
 
     folder: RunFolder
     name: str
@@ -87,16 +87,16 @@ class RunFacts:
     log: str
     metrics: pd.DataFrame | None
     tables: dict[str, pd.DataFrame]
-    """Tables of `results/` that have rows, by name."""
+    """Tables in `results/` with at least one row. The keys are the names of the tables."""
     pictures: dict[str, Picture]
-    """Figures of `figures/`, by name."""
+    """Figures in `figures/`. The keys are the names of the figures."""
     saved_steps: list[int]
     problems: list[str]
     """A message for each file that could not be read or shown."""
 
     @property
     def environments(self) -> list[tuple[str, dict[str, str]]]:
-        """Time and environment of every start of the run, from its log."""
+        """Time and environment of every start of the training, from the run's log."""
         return environments_of(self.log)
 
     def command(self, template: str) -> str:
@@ -138,7 +138,7 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
 
 
 def subject_of(name: str) -> Subject:
-    """Return the topic of a table or figure, from the beginning of its name. An unknown name gets its own topic."""
+    """Return the topic of a table or figure, from the beginning of its name. For an unknown name, return a new topic."""
     subjects = [
         subject
         for subject in SUBJECTS
@@ -195,8 +195,8 @@ def _read_log(folder: RunFolder) -> str:
 def _files(folder: Path, suffix: str, run: Path) -> list[Path]:
     """Return the files with a suffix in one folder of a run.
 
-    A file outside the run's folder is left out, even if a link leads to it. It is not part of the run, and a published
-    page would reveal it.
+    Links to files outside the run's folder are left out. Such files are not part of the run, and a published page would
+    reveal them.
     """
     files = (file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
     return sorted(file for file in files if file.resolve().is_relative_to(run.resolve()))

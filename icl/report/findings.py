@@ -15,12 +15,12 @@ from icl.report.facts import RunFacts
 from icl.report.tables import Cell, count_verdicts, with_error
 
 STALE_SECONDS = 600.0
-"""Age of the last status, in seconds, after which a run that is marked as running may have been killed."""
+"""Age of the last status, in seconds, after which the page says that a run in progress may have been killed."""
 PREDICTORS = {"model": "transformer", "ridge": "ridge", "dmmse": "dMMSE", "ols": "OLS", "zero": "zero"}
 PREDICTORS |= {"unigram": "unigrams", "bigram": "bigrams"}
-"""The columns of `losses.csv`, and their names for readers."""
+"""The columns of `losses.csv`, and their names on the page."""
 LOSS_SETS = {"pretrain": "training tasks", "true": "new tasks", "test": "test rows"}
-"""The distributions of `losses.csv`, and their names for readers."""
+"""The distributions of `losses.csv`, and their names on the page."""
 
 
 def state_of(facts: RunFacts) -> str:
@@ -29,7 +29,7 @@ def state_of(facts: RunFacts) -> str:
 
 
 def state_sentence(facts: RunFacts) -> str:
-    """Return a text with the progress of a run, and with the time at which it was recorded."""
+    """Return a text with the progress of a run, and the time of this information."""
     status = facts.status
     if status is None:
         return "The state of this run is unknown."
@@ -63,7 +63,7 @@ def final_losses(facts: RunFacts) -> dict[str, dict[str, float]]:
 def final_excess(facts: RunFacts) -> dict[str, tuple[float, float]]:
     """Return the transformer's excess loss over the Bayes predictor at the last step, with its standard error over prompts.
 
-    There is none before the end of training, nor in tables of version 0.1.0.
+    The result is empty before the end of training, and for tables of version 0.1.0.
     """
     table = facts.tables.get("losses")
     if table is None or not {"distribution", "position", *EXCESS} <= set(table):
@@ -74,7 +74,7 @@ def final_excess(facts: RunFacts) -> dict[str, tuple[float, float]]:
 
 
 def training_loss(facts: RunFacts) -> float | None:
-    """Return the mean loss of the last training batches: the squared error, or the negative log-likelihood that training minimised."""
+    """Return the mean loss of the last training batches: the squared error, or the negative log-likelihood if training minimised it."""
     if facts.status is not None and facts.status.loss is not None:
         return facts.status.loss
     for column in () if facts.metrics is None else ("train/loss", "train/nll"):
@@ -99,7 +99,7 @@ def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, flo
 
 
 def last_llc(facts: RunFacts) -> Cell | None:
-    """Return the LLC estimate of the last step that has an estimate. Estimates for rescaled weights are left out."""
+    """Return the LLC estimate at the latest step with an estimate. Estimates for rescaled weights are left out."""
     table = facts.tables.get("llc")
     if table is None or not {"step", "llc", "stderr", "verdict"} <= set(table):
         return None

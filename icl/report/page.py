@@ -36,7 +36,7 @@ from icl.runs.listing import named_runs
 
 NAME = "report.html"
 _MIN_ROWS = 20
-"""Number of rows that every collapsed table may show, even if many runs share the page."""
+"""Number of rows that each collapsed table can show even if the page has many runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class RunPart:
     state: str
     progress: str
     tiles: list[tuple[str, Cell]]
-    """The main numbers, by their labels."""
+    """Pairs of a label and a main number of the run."""
     problems: list[str]
     sections: list[Section]
 
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def folder(self) -> RunFolder | None:
-        """The run, if the page is in its folder; None if the page is elsewhere or is about several runs."""
+        """The run's folder if the page is in it; None if the page is elsewhere or is about several runs."""
         run = self.runs[0].folder
         return run if len(self.runs) == 1 and self.path == run.path / NAME else None
 
@@ -91,7 +91,7 @@ def write_report(
         shows_progress: Whether to show a progress bar while several runs are read.
 
     Raises:
-        RunError: If a path is not a run and has no run below it.
+        RunError: If a path is not a run and there is no run below it.
         StorageError: If the file's suffix is not .html or .htm, or the file cannot be written.
 
     Example:
@@ -102,7 +102,7 @@ def write_report(
     folders = [Path(path) for path in paths]
     file = Path(out) if out is not None else (folders[0] if len(folders) == 1 else Path()) / NAME
     if file.suffix.lower() not in (".html", ".htm"):
-        raise StorageError(f"The name of the page must end in .html or .htm, got {file}.")
+        raise StorageError(f"The file name of the page must end in .html or .htm, got {file}.")
     named = named_runs(folders)
     require_writable(file)
     items = list(named.items())

@@ -1,4 +1,4 @@
-"""Figures of a page, as data URIs. A PNG file is accepted only if all of it can be decoded."""
+"""Figures of a page, as data URIs. A PNG file is accepted only if it can be decoded completely."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from icl.config.validation import UserError
 from icl.plotting.style import render_figure
 
 MAX_PIXELS = 50_000_000
-"""Largest number of pixels of a figure that is shown; our own figures have at most five million."""
+"""Largest number of pixels of a figure on the page. Figures from `icl` have at most five million."""
 
 
 class PictureError(UserError, ValueError):
@@ -40,7 +40,7 @@ def embed(data: bytes, *, alt: str, caption: str, file: str = "") -> Picture:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             width, height = image.size
-            # Check this before decoding, because a small file can claim any size.
+            # Check the size before decoding, because a small file can claim to have any size.
             if width * height > MAX_PIXELS:
                 raise PictureError(f"it has {width:,} x {height:,} pixels, more than the limit of {MAX_PIXELS:,}")
             image.load()

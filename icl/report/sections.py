@@ -36,22 +36,22 @@ _LLC_COLUMNS = (
 )  # fmt: skip
 _SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)", "test": "the test rows"}
 _OF_LANGUAGE = {
-    "training": "Losses are in nats per token, on rows that no training step saw. Unigrams and bigrams are the losses of predicting by their "
-    "frequencies in the training text.",
-    "evaluation": "The numbers are from the last step, ± one standard error. Losses are in nats per token, and means over positions.",
+    "training": "Losses are in nats per token, on rows that were not used for training. The columns unigrams and bigrams show the loss of "
+    "predicting the next token from the frequencies of tokens, or of pairs of tokens, in the training text.",
+    "evaluation": "The numbers are from the last step, ± one standard error. Losses are in nats per token, averaged over positions.",
 }
-"""Explanations that differ for language runs."""
+"""Explanations of sections for language runs. Sections that are missing here use `_EXPLANATIONS`."""
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
-    "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus that "
-    "of the Bayes predictor (dMMSE or ridge) on the same prompts, ± one standard error of this difference. The prompts of the tables "
-    "differ from those of the learning curves, so a checkpoint that early stopping chose is not judged on the prompts that chose it. "
-    "Reports of version 0.1.0 used the same prompts for both, and their tables have no such column.",
+    "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus the "
+    "loss of the Bayes predictor (dMMSE or ridge) on the same prompts, ± one standard error of this difference. The tables and the "
+    "learning curves use different prompts. So the losses in the tables are not too low if early stopping chose the checkpoint. "
+    "Reports of version 0.1.0 used the same prompts for both, and their tables do not have the last column.",
     "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. If a "
     "shift changes only the query, they are for the last position. delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
-    "the mean squared difference between their predictions and those of the transformer. bayes excess is the transformer's loss minus that "
-    "of the Bayes predictor (dMMSE on training tasks, ridge on new tasks) on the same prompts.",
-    "llc": "Read each estimate with its verdict. If the verdict is not ok, the reasons say why.",
+    "the mean squared difference between the predictions of the transformer and of ridge or dMMSE. bayes excess is the transformer's loss "
+    "minus the loss of the Bayes predictor (dMMSE on training tasks, ridge on new tasks) on the same prompts.",
+    "llc": "Each estimate has a verdict. If the verdict is not ok, the column reasons says why.",
 }
 
 
@@ -78,7 +78,7 @@ def run_sections(facts: RunFacts, prefix: str, *, max_rows: int = MAX_WHOLE) -> 
 
     Args:
         facts: The contents of the run's folder.
-        prefix: Beginning of the sections' ids, unique to the run.
+        prefix: Beginning of the sections' ids. It must be different for each run.
         max_rows: Largest number of rows that a collapsed table shows; longer tables are shortened.
     """
     subjects = {subject.name: subject for subject in map(subject_of, (*facts.tables, *facts.pictures))}
@@ -97,9 +97,9 @@ def _settings_section(facts: RunFacts, prefix: str) -> Section:
     if facts.config is None:
         return Section(id=name, title="Settings", text="The settings are unknown, because config.yaml cannot be read.")
     preset, changed = facts.config.preset, changed_settings(facts)
-    tables, text = [], f"The settings are those of the preset {preset}."
+    tables, text = [], f"All settings are from the preset {preset}."
     if changed:
-        text = f"The settings are those of the preset {preset}, with the changes below."
+        text = f"The settings are from the preset {preset}, with the changes below."
         rows = [[key, show_setting(value), show_setting(default)] for key, (value, default) in changed.items()]
         tables = [table_of(rows, ["setting", "this run", f"preset {preset}"], caption="Changes from the preset")]
     every = [[key, show_setting(value)] for key, value in facts.config.all_settings().items()]
@@ -149,7 +149,7 @@ def _position_tables(losses: pd.DataFrame) -> Iterator[Table]:
 
 
 def _subject_section(facts: RunFacts, subject: Subject, prefix: str, max_rows: int) -> Section:
-    """Return the section on one topic: its figures, a summary of each table, and the collapsed whole tables."""
+    """Return the section on one topic: its figures, a summary of each table, and the whole tables, which are collapsed."""
     tables: list[Table] = []
     folded: list[Table] = []
     verdicts: dict[str, int] = {}
@@ -160,9 +160,9 @@ def _subject_section(facts: RunFacts, subject: Subject, prefix: str, max_rows: i
         verdicts |= {verdict: verdicts.get(verdict, 0) + count for verdict, count in counts.items()}
         tables += _summary(facts, name, table)
         if counts.keys() - {"ok"}:
-            caption = f"{name}: rows whose verdict is not ok"
+            caption = f"{name}: rows with a verdict other than ok"
             folded.append(whole(not_ok(table), caption=caption, file=f"{file} (verdict not ok)", max_rows=max_rows))
-        folded.append(whole(table, caption=f"{name}: the table", file=file, max_rows=max_rows))
+        folded.append(whole(table, caption=f"{name}: whole table", file=file, max_rows=max_rows))
     return Section(
         id=f"{prefix}{_as_id(subject.name)}",
         title=subject.title,
@@ -226,14 +226,14 @@ def _missing_section(facts: RunFacts, prefix: str) -> Section:
         commands.append(("All analyses at once", facts.command("icl analyse RUN --what all")))
     if commands:
         commands.append(("This page, updated with the new results", facts.command("icl report RUN")))
-    text = "These results have not been computed for this run. Each is listed with the command that computes it."
+    text = "These results have not been computed for this run. Each line shows the command that computes the result."
     if not facts.saved_steps:
-        text += " The commands need checkpoints, but the folder has none. To fetch them from a store, run icl checkpoints RUN pull."
+        text += " The commands need checkpoints, but there are none in the folder. To fetch them from a store, run icl checkpoints RUN pull."
     return Section(id=f"{prefix}missing", title="Missing results", text=text, commands=commands)
 
 
 def _applies(subject: Subject, facts: RunFacts) -> bool:
-    """Return whether the command of a subject takes this run."""
+    """Return whether the command of a topic can be used for this run."""
     if facts.config is None:
         return True
     if facts.config.model.family not in subject.families:
@@ -243,12 +243,12 @@ def _applies(subject: Subject, facts: RunFacts) -> bool:
 
 
 def _environment_section(facts: RunFacts, prefix: str) -> Section:
-    """Return the section with versions, machine and command of the last starts of the run, and with the end of the log."""
+    """Return the section with the versions, machine and command of the last starts of the training, and the end of the log."""
     starts = facts.environments
     shown = starts[-_MAX_STARTS:]
     text = f"The last {_MAX_STARTS} of the run's {len(starts)} starts are shown." if len(starts) > _MAX_STARTS else ""
     if not starts:
-        text = "run.log does not record the versions, the machine and the command of the training."
+        text = "run.log does not contain the versions, the machine and the command of the training."
     keys = dict.fromkeys(key for _, environment in starts for key in environment)
     rows = [[key, *(environment.get(key, MISSING) for _, environment in shown)] for key in keys]
     header = ["", *(f"started {when}" for when, _ in shown)]

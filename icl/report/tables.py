@@ -21,8 +21,8 @@ MAX_SUMMARY = 24
 MAX_SHORT = 40
 """Largest number of rows of a table that is summarised with all its rows."""
 MAX_WHOLE = 200
-"""Largest number of rows of a table that is shown whole. Of a longer table, only the first and the last `MAX_WHOLE` / 2 rows are
-shown."""
+"""Largest number of rows of a table that is shown whole. For a longer table, only the first `MAX_WHOLE` / 2 rows and the last
+`MAX_WHOLE` / 2 rows are shown."""
 MAX_CELL = 400
 """Largest number of characters in a cell."""
 MISSING = "–"
@@ -32,7 +32,7 @@ LOOKS = {verdict: verdict for verdict in VERDICTS} | {
     "preempted": "suspect",
     "failed": "invalid",
 }
-"""The colour of a badge, by the word on it. Badges with other words have no colour."""
+"""The colours of badges. The keys are the words on the badges. Badges with other words have no colour."""
 _WHOLE_DIGITS = 6
 """Significant digits of numbers in a table that is shown whole."""
 _MAX_STEPS = 4
@@ -47,7 +47,7 @@ class Cell:
 
     text: str = ""
     badge: str = ""
-    """A verdict or a state, shown after the text, in words and in its colour."""
+    """A verdict or a state, shown as a coloured word after the text."""
     is_number: bool = False
     target: str = ""
     """Id of the section of the page that the cell links to."""
@@ -69,7 +69,7 @@ class Table:
 
     @property
     def heads(self) -> list[tuple[str, bool]]:
-        """The name of each column, and whether it is a column of numbers."""
+        """The name of each column, and whether the column contains numbers."""
         first = self.rows[0] if self.rows else [Cell()] * len(self.header)
         return [(name, cell.is_number) for name, cell in zip(self.header, first, strict=True)]
 
@@ -80,7 +80,7 @@ def look_of(badge: str) -> str:
 
 
 def table_of(rows: Sequence[Sequence[Any]], header: Sequence[str], *, caption: str) -> Table:
-    """Return a table of plain values and cells."""
+    """Build a table from rows of plain values or cells."""
     cells = [[value if isinstance(value, Cell) else cell(value) for value in row] for row in rows]
     return Table(caption=caption, header=list(header), rows=cells)
 
@@ -97,7 +97,7 @@ def number_cell(text: str, badge: str = "") -> Cell:
 
 
 def show(value: Any, *, digits: int = 4, pad: bool = False) -> str:
-    """Return a value as text for readers: significant digits, a separator between thousands, a dash for a missing value.
+    """Return a value as text, rounded to significant digits, with separators of thousands, and a dash for a missing value.
 
     Args:
         value: Any value. A long text is cut.
@@ -142,7 +142,7 @@ def with_error(value: Any, stderr: Any) -> str:
 
 
 def count_verdicts(table: pd.DataFrame) -> dict[str, int]:
-    """Return how many rows have each verdict. Other words in the column are ignored."""
+    """Return the number of rows with each verdict. Other words in the column `verdict` are ignored."""
     if "verdict" not in table:
         return {}
     counts = table["verdict"].astype(str).value_counts()
@@ -150,9 +150,9 @@ def count_verdicts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def summarise(table: pd.DataFrame, *, caption: str, columns: Sequence[str] = ()) -> list[Table]:
-    """Return a summary: a few steps side by side if the table is tidy, else evenly spread rows.
+    """Return a summary: columns for a few steps if the table is tidy, else evenly spread rows.
 
-    If rows of a tidy table belong to no step, they get their own table.
+    Rows of a tidy table that belong to no step are in a separate table.
 
     Args:
         table: A table with at least one row.
@@ -200,7 +200,7 @@ def _without_constants(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def _side_by_side(table: pd.DataFrame, caption: str) -> Table:
-    """Return a row for each combination of the keys, and a column for each of a few steps."""
+    """Return a table with a row for each combination of the key columns, and a column for each of a few steps."""
     table, constants = _without_constants(table)
     keys = [str(name) for name in table if name not in ("step", *_MEASURED)]
     keys.sort(key=lambda name: name != "quantity")
@@ -233,7 +233,7 @@ def _measured(record: dict[Any, Any] | None) -> Cell:
 
 
 def _spread(table: pd.DataFrame, caption: str) -> Table:
-    """Return evenly spread rows, including the first and the last, with each value and its error in one cell."""
+    """Return evenly spread rows, including the first and the last. Each value is in one cell with its standard error."""
     table, constants = _without_constants(table)
     num_rows = len(table)
     part = table.iloc[spread_indices(num_rows, MAX_SUMMARY if num_rows > MAX_SHORT else num_rows)]
@@ -278,11 +278,11 @@ def _as_integer(value: Any) -> Any:
 
 
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """Return `wanted` of the kinds, in their order. Groups of kinds with the same first word contribute about the same number each."""
+    """Return `wanted` of the kinds, in their order, with about the same number of kinds for each first word."""
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind[0] if kind else "", []).append(index)
-    # Round by round, take one more from every group.
+    # In each round, take one more kind from every group.
     by_round = [(number, index) for indices in groups.values() for number, index in enumerate(indices)]
     chosen = sorted(by_round, key=lambda pair: pair[0])[:wanted]
     return [kinds[index] for index in sorted(index for _, index in chosen)]

@@ -1,7 +1,7 @@
-"""Keep one page fresh while runs go on: write it again whenever a file of the runs has changed.
+"""Keep a page up to date during training: write it again whenever a file of the runs has changed.
 
-The page is a static file that is replaced atomically. It asks the browser to load it again at intervals, so it needs neither a
-server nor a script.
+The page is a static file that is replaced atomically. It asks the browser to reload it at intervals, so neither a server nor a
+script is needed.
 """
 
 import signal
@@ -21,13 +21,13 @@ from icl.signals import handling
 SECONDS = 10.0
 """Shortest interval, in seconds, between two versions of the page. Browsers also load the page again at this interval."""
 _SHARE = 2.0
-"""Shortest interval between two versions, as a multiple of the time that writing the last version took."""
+"""Shortest interval between two versions, as a multiple of the time that was needed to write the last version."""
 _LONGEST_SECONDS = 60.0
-"""Longest interval, in seconds, between two versions while a run has not ended. Even if no file changes, a later version can say that a
-run has not reported for a long time, so that it may have been killed."""
+"""Longest interval, in seconds, between two versions while a run has not ended. Even if no file changes, a new version can say that a
+run has not reported for a long time and may have been killed."""
 _QUIET_SECONDS = 120.0
-"""Seconds without a change after which we stop watching a folder of runs that have all ended. Within this time, a sweep may begin
-its next run."""
+"""Time without a change, in seconds, after which we stop watching a folder in which all runs have ended. A sweep may begin its next
+run within this time."""
 _ENDED = ("finished", "stopped_early", "failed")
 
 
@@ -39,17 +39,19 @@ def watch(
     quiet_seconds: float = _QUIET_SECONDS,
     say: Callable[[str], None] = print_at_once,
 ) -> tuple[Report | None, signal.Signals | None]:
-    """Keep the page of some runs fresh until all of them have ended, or a signal arrives. The last version no longer reloads itself.
+    """Keep the page of some runs up to date until all of them have ended, or a signal arrives.
+
+    The last version does not ask the browser to reload it.
 
     Args:
         paths: Folders of runs, or folders in which runs are or will be.
         out: The file, as in `write_report`.
         seconds: Shortest interval between two versions.
-        quiet_seconds: Seconds without a change after which to stop watching folders of runs, once all runs have ended.
+        quiet_seconds: Time without a change, in seconds, after which to stop watching folders in which all runs have ended.
         say: Function that receives a line for each event.
 
     Returns:
-        The last version of the page, if any was written, and the signal.
+        The last version of the page, or None if no version was written; and the signal, or None if none arrived.
 
     Raises:
         StorageError: If the first version cannot be written.
@@ -90,7 +92,7 @@ def _watch(
                 written_at = time.monotonic()
                 took = written_at - started
                 if seen is None:
-                    say(f"Report  {report.path}, kept fresh; Ctrl-C ends this.")
+                    say(f"Report  {report.path}, updated when the runs change; press Ctrl-C to stop.")
                 changed_at = written_at if state != seen else changed_at
                 seen, last_error = state, ""
             is_over = report is not None and all(_has_ended(facts.folder.read_status()) for facts in report.runs)

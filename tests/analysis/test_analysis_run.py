@@ -155,7 +155,7 @@ def test_names_of_runs_in_a_list_may_contain_commas_or_be_a_pattern(tmp_path):
 
 
 def test_unknown_names_are_sentences():
-    with pytest.raises(ConfigError, match="no analysis `gradient`; the analyses are gradients"):
+    with pytest.raises(ConfigError, match="no analysis `gradient`; choose one of gradients"):
         analyse("gradient", "nowhere")
     with pytest.raises(ConfigError, match="no setting `size`"):
         analyse("gradients", "nowhere", size=3)

@@ -186,7 +186,7 @@ def test_what_cannot_be_done_is_a_sentence(tmp_path):
         with pytest.raises(error, match=said):
             analyse("essential-dynamics", folder.path, **settings)
     for points in (np.ones((5, 3)), np.full((5, 3), np.nan)):
-        with pytest.raises(CheckpointError, match="not finite, or are all the same"):
+        with pytest.raises(CheckpointError, match="not finite, or are all equal"):
             fit_components([made_up(points, range(5))], {}, num_components=2)
 
 

@@ -59,9 +59,9 @@ def test_circles_that_share_a_centre_are_a_form_and_others_are_in_doubt():
     assert form.time == pytest.approx(2.05)
     assert form.reasons == ""
     (far,) = find_forms([members[0]._replace(point=(5.0, 2.0)), *members[1:]], extent=10.0)
-    assert "1.9 radii apart" in far.reasons  # 3.9 over a radius of 2
+    assert "differ by 1.9 times the mean radius" in far.reasons  # 3.9 over a radius of 2
     (doubtful,) = find_forms([members[0]._replace(reasons="x"), *members[1:]], extent=10.0)
-    assert "vertex in PC1-PC2 is in doubt" in doubtful.reasons
+    assert "vertex in PC1-PC2 is suspect" in doubtful.reasons
 
 
 def test_a_form_needs_every_plane_at_one_time_and_takes_each_candidate_once():

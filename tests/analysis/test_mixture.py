@@ -329,7 +329,7 @@ def test_the_mixtures_of_a_ladder_from_the_command_line(tmp_path, capsys):
     [
         ({"num_tasks": math.inf}, "M = inf"),
         ({"noise_variance": 0.0}, "needs noise"),
-        ({"pool": "walk", "pool_steps": 9}, "has the pool walk"),
+        ({"pool": "walk", "pool_steps": 9}, "`task.pool` = walk"),
     ],
 )
 def test_a_run_without_mixtures_is_refused_in_one_sentence(tmp_path, capsys, settings, said):
@@ -354,7 +354,7 @@ def test_runs_that_are_no_ladder_are_refused(tmp_path, capsys):
     first = saved_run(tmp_path / "a", WORLD, steps=(0,))
     second = saved_run(tmp_path / "b", change(WORLD, task={"noise_variance": 0.5}), steps=(0,))
     assert main(["analyse", str(first.path), "--what", "mixture", "--jointly_with", str(second.path)]) == 2
-    assert "must be a ladder" in capsys.readouterr().err
+    assert "must form a ladder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [{"max_examples": 1}, {"num_tasks": 1}, {"task_size": 1, "num_tasks": 2}])

@@ -53,9 +53,9 @@ def test_a_rise_in_three_seeds_has_the_interval_over_seeds():
     [
         ([behaviour(0.5), behaviour(0.6)], "2 seed(s) give no interval"),
         ([behaviour(0.5), behaviour(0.6), behaviour(-0.7)], "contains zero"),
-        ([behaviour(0.5), behaviour(0.6), behaviour(0.7, verdict="suspect")], "1 of the runs have another verdict"),
+        ([behaviour(0.5), behaviour(0.6), behaviour(0.7, verdict="suspect")], "the verdict of 1 of the runs is not ok"),
         ([behaviour(0.5), behaviour(0.6), behaviour(0.7, finding="none")], "differs between seeds"),
-        ([behaviour(0.5), behaviour(0.6), behaviour(0.7), behaviour(math.nan)], "only 3 of 4 seeds have it"),
+        ([behaviour(0.5), behaviour(0.6), behaviour(0.7), behaviour(math.nan)], "only 3 of 4 seeds have this finding"),
     ],
 )
 def test_every_doubt_makes_a_finding_suspect(tables, reason):

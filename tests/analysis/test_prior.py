@@ -176,7 +176,7 @@ def test_priors_that_cannot_be_told_apart_have_no_preference():
     known = Reference(None, {"pool": Sample(same), "gaussian": Sample(normal(64, 2, seed=1))})
     found = row(sample_rows(known, normal(64, 2, seed=2)), "preference")
     assert (found["finding"], found["verdict"]) == ("unclear", "invalid")
-    assert "do not tell the two priors apart" in found["reasons"]
+    assert "do not distinguish the two priors" in found["reasons"]
 
 
 # Other worlds

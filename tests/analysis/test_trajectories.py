@@ -94,7 +94,7 @@ def test_moments_are_read_from_beside_the_checkpoints(tmp_path, dtype):
     shapes = {name: tensor.shape for name, tensor in build_model(TINY).state_dict().items()}
     saved = []
     for step in (0, 1, 4, 20):
-        with pytest.raises(CheckpointError, match=f"no Adam moments at step {step}; .*--checkpoints.moments true"):
+        with pytest.raises(CheckpointError, match=f"no Adam moments at step {step}. .*--checkpoints.moments true"):
             read_trajectory(path, StateSettings(state="first_moment"), run="r")
         names = [f"{kind}/{name}" for kind in ("exp_avg_sq", "exp_avg") for name in shapes]  # in any order
         moments = {
@@ -165,5 +165,5 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=said):
             require_comparable(pair, settings)
     require_comparable([read_trajectory(run, FEW, run="x") for run in runs], FEW)
-    with pytest.raises(CheckpointError, match="needs the folder of a run"):
+    with pytest.raises(CheckpointError, match="give the folder of a run"):
         read_trajectory(checkpoint_files(runs[0])[0], FEW, run="x")

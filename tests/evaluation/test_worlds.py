@@ -164,7 +164,7 @@ def test_an_analysis_that_needs_fixed_tasks_says_why_it_has_none(walk, capsys):
     assert main(["analyse", str(walk), "--what", "attention"]) == 2
     assert "The run's pool of tasks changes" in capsys.readouterr().err
     assert main(["analyse", str(walk), "--what", "mixture"]) == 2
-    assert "one pool of tasks over training, but the run" in capsys.readouterr().err
+    assert "needs a pool of tasks that stays the same during training" in capsys.readouterr().err
 
 
 def test_the_command_shows_the_losses_of_the_bayes_predictor(tmp_path, monkeypatch, capsys):

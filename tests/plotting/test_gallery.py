@@ -57,11 +57,11 @@ def test_tables_count_for_the_next_figure_only(gallery, tmp_path):
 
 def test_a_run_or_table_that_does_not_ship_is_refused(gallery):
     assert gallery.table("losses", "b")["value"].tolist() == [2.0]
-    with pytest.raises(ConfigError, match="no run `c`; it has a, b"):
+    with pytest.raises(ConfigError, match="no run `c`; its runs are a, b"):
         gallery.table("losses", "c")
     with pytest.raises(ConfigError, match=r"python -m tools\.data small"):
         gallery.table("llc")
-    with pytest.raises(ConfigError, match="No model of `a`"):
+    with pytest.raises(ConfigError, match="There is no model of `a`"):
         gallery.model("a", 3)
 
 

@@ -350,8 +350,8 @@ def test_a_run_with_nothing_but_its_settings_has_a_page(tmp_path):
     run.write_config(TINY)
     opened = open_page(write_report([run.path]).path)
     assert "There is no metrics.csv." in opened.text
-    assert "the folder has none" in opened.text
-    assert "run.log does not record" in opened.text
+    assert "there are none in the folder" in opened.text
+    assert "run.log does not contain" in opened.text
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_text("a file")])

@@ -47,7 +47,7 @@ def test_runs_that_differ_in_seeds_have_a_row_with_the_error_over_seeds(page):
 
 
 def test_the_curves_of_a_page_are_means_over_seeds(page):
-    assert "means over seeds (thick), and every seed (thin)" in page.text
+    assert "means over seeds (thick) and single seeds (thin)" in page.text
 
 
 def test_runs_of_one_seed_have_no_table_over_seeds(tmp_path):

@@ -119,4 +119,4 @@ def test_the_command_follows_real_training_and_ends_on_a_signal():
         watching.send_signal(signal.SIGTERM)
     said, _ = watching.communicate(timeout=60)
     assert watching.returncode == 143
-    assert "kept fresh" in said
+    assert "updated when the runs change" in said

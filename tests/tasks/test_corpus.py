@@ -126,7 +126,7 @@ def test_ngrams_of_a_larger_vocabulary_are_its_first_entries_of_this_many_tokens
     with pytest.raises(ConfigError, match=r"splits no entry of .* into 2 to 4 tokens"):
         _vocabulary_ngrams(text, str(tmp_path / "tokenizer.json"), 1)
     small = dataclasses.replace(text, vocab_size=3)
-    with pytest.raises(ConfigError, match="it is not the tokenizer of this run"):
+    with pytest.raises(ConfigError, match="Give the tokenizer with which the run was trained"):
         _vocabulary_ngrams(small, str(tmp_path / "words.json"), 9)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_vocabulary(str(tmp_path / "nothing.json"))

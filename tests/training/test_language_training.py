@@ -371,7 +371,10 @@ def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
     values = np.linalg.svd(centred, compute_uv=False)
     assert np.linalg.norm(scores, axis=0) == pytest.approx(values[:2], rel=1e-4)
     assert main(["analyse", str(folder.path), "--what", "essential-dynamics", "--state", "gradients"]) != 0
-    assert "serves regression runs only; a language run has the states outputs, weights" in capsys.readouterr().err
+    assert (
+        "is for regression runs only. For a language run, use --distribution true with the state outputs, weights"
+        in capsys.readouterr().err
+    )
 
 
 def test_all_analyses_of_a_language_run_are_those_that_serve_it_and_the_others_are_named(folder, capsys, monkeypatch):
@@ -403,7 +406,7 @@ def test_next_tokens_are_those_of_the_definition(folder, tmp_path, capsys):
     [
         (
             ["analyse", "RUN", "--what", "hessian"],
-            "The analysis `hessian` does not serve language runs; the analyses that do are essential-dynamics, language-behaviour, stages.",
+            "The analysis `hessian` is not available for language runs; choose one of essential-dynamics, language-behaviour, stages.",
         ),
         (
             ["llc", "RUN", "--components", "heads"],

@@ -1,7 +1,7 @@
 """Make the shipped data from scratch: `python -m tools.data small|published-run|full [--list] [--only WORD] [--tables]`, or `make data [SIZE=…]`.
 
-The phases of `tools/data/<size>.sh` run one after the other, and the time of each is printed. Then `tools/data/tables.py` makes the
-tables of `data/<size>/`. A finished phase does not run again, and an interrupted phase continues where it stopped. Times, versions
+The phases of `tools/data/<size>.sh` run one after the other, and the time of each phase is printed. Then `tools/data/tables.py` makes
+the tables of `data/<size>/`. A finished phase does not run again, and an interrupted phase continues where it stopped. Times, versions
 and hardware are recorded in `phases.json` in the folder of the runs ($LOCAL_ROOT, or `runs`).
 """
 
@@ -26,11 +26,11 @@ FOLDER = Path(__file__).resolve().parent
 
 
 class Phase(NamedTuple):
-    """A part of a script, from one `##` to the next."""
+    """A part of a script, from one line that begins with `##` to the next."""
 
     name: str
     beginning: str
-    """Beginning of the script, which runs before every phase."""
+    """Part of the script before the first phase. It runs before every phase."""
     body: str
 
     @property
@@ -54,7 +54,10 @@ def main() -> int:
     for number, phase in enumerate([] if options.tables else chosen, start=1):
         status = run_phase(phase, f"[{number}/{len(chosen)}] {phase.name}")
         if status:
-            print(f"The phase failed with status {status}. The same command continues from here.", file=sys.stderr)
+            print(
+                f"The phase failed with status {status}. To continue, correct the cause and run the same command again.",
+                file=sys.stderr,
+            )
             return status
     from tools.data.tables import write_tables
 
@@ -95,7 +98,7 @@ def is_done(phase: Phase) -> bool:
 
 
 def read_record() -> dict[str, dict[str, Any]]:
-    """Return the record of every phase that was started, by the phase's name."""
+    """Return the record of every phase that was started. The keys are the names of the phases."""
     try:
         record: dict[str, dict[str, Any]] = json.loads(_record_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,7 +149,7 @@ def _cpu_seconds() -> float:
 
 
 def _commit() -> str:
-    """Return the commit of the source, with a `+` if files differ from it; empty outside a repository."""
+    """Return the commit of the source, with a `+` if files of `icl` differ from the commit; empty outside a repository."""
     git = ["git", "-C", str(FOLDER.parents[1])]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changes = subprocess.run([*git, "status", "--porcelain", "--", "icl"], capture_output=True, text=True, check=False)

@@ -74,7 +74,7 @@ def make_reproduction(old: str) -> str:
 
 
 PAGES: dict[str, Callable[[str], str]] = {"data/README.md": make_readme, "docs/reproduction.md": make_reproduction}
-"""Functions that make a page from its old text, by the path of the page from the root."""
+"""Functions that make a page from its old text. The keys are the paths of the pages, relative to the root of the repository."""
 
 
 def stale_pages() -> list[str]:

@@ -1,8 +1,9 @@
 """Comparison of our numbers with published numbers: the tables of `docs/reproduction.md`, made from the shipped tables.
 
-A published number is a range over the five released seeds (`published.csv`). Their step t is our step t + 1. If we did not save this
-step, losses and norms are interpolated in log step between the saved steps around it. The LLC and the Hessian were measured at a few steps
-only. For the LLC we take the nearest estimate and name its step. Our number agrees if its range of two standard errors overlaps the published range.
+A published number is a range over the five released seeds (`published.csv`). The published step t is our step t + 1. If we did not save
+this step, losses, norms and the Hessian are interpolated in log step between the saved steps around it. The LLC was estimated only at a
+few steps, so we take the nearest estimate and name its step. Our number agrees if its range of two standard errors overlaps the
+published range.
 """
 
 import math
@@ -16,7 +17,7 @@ import pandas as pd
 
 MODEL = "L2H4/"
 SIZES = ("published-run", "small")
-"""Sizes with runs of this model. A seed that several sizes have is read from the first of them."""
+"""Sizes that contain runs of this model. A seed that is in several sizes is read from the first of them."""
 STAGE_STARTS = {"LR1": 0.0, "LR2": 1466.0, "LR3": 40_293.0, "LR4": 126_263.0, "LR5": 318_182.0}
 """Step at which each published stage starts."""
 _NEAR = 0.1
@@ -29,12 +30,12 @@ _OF_WEIGHTS = {
     "norm of γ, layer norm before attention 1": ("norm", "blocks.0.attention_norm.weight"),
     "norm of γ, layer norm before MLP 2": ("norm", "blocks.1.mlp_norm.weight"),
 }
-"""The rows of `embeddings.csv` for a published quantity: their `quantity` and their `part`."""
+"""Values of the columns `quantity` and `part` in `embeddings.csv` for each published quantity."""
 _SHARES = {
     "smallest squared singular value of the token embedding, share": ("token_embedding", True),
     "largest squared singular value of the position embedding, share": ("position_embedding", False),
 }
-"""The embedding of a published share, and whether the share is the smallest one."""
+"""The embedding of each published share, and whether the share is the smallest one (else it is the largest)."""
 
 
 class Found(NamedTuple):
@@ -43,7 +44,7 @@ class Found(NamedTuple):
     value: float
     stderr: float = 0.0
     step: float | None = None
-    """Step at which the number was measured; None for the published step."""
+    """Step at which the number was measured; None if this is the published step."""
 
 
 class Tables(NamedTuple):
@@ -88,7 +89,7 @@ def compare(data: Path) -> str:
 
 
 def measure(tables: Tables, run: str, quantity: str, step: float) -> Found | None:
-    """Return our number, or None if the tables do not have it.
+    """Return our number for a published quantity, or None if the tables do not contain it.
 
     Args:
         tables: The shipped tables.
@@ -144,7 +145,7 @@ def _from_evaluation(rows: pd.DataFrame, quantity: str, step: float) -> Found | 
 
 
 def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Found | None:
-    """Return our estimate with the published sampler, or its mean sampled loss, at the step nearest to `step`."""
+    """Return our number with the published sampler at the step nearest to `step`: an LLC, a mean sampled loss, or a change of the LLC."""
     if rows.empty or not (own := rows[rows["mode"].fillna("").str.startswith("published")].sort_values("step")).size:
         return None
     nearest = own.iloc[(np.log(own["step"] + 1) - math.log(step + 1)).abs().argmin()]
@@ -195,7 +196,7 @@ def costs(data: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {"comparison": compare, "ladder": ladder, "costs": costs}
-"""The tables of the page, by name."""
+"""Functions that make the tables of the page. The keys are the names of the tables."""
 
 
 def _where(rows: pd.DataFrame, **values: str) -> pd.DataFrame:
@@ -205,7 +206,7 @@ def _where(rows: pd.DataFrame, **values: str) -> pd.DataFrame:
 
 
 def _interpolate(rows: pd.DataFrame, step: float) -> Found | None:
-    """Return the number at a step, interpolated in log(step + 1) between saved steps; None after the last saved step."""
+    """Return the number at a step, interpolated in log(step + 1) between saved steps, or None after the last saved step."""
     if rows.empty or step > rows["step"].max():
         return None
     rows = rows.sort_values("step")
@@ -241,12 +242,15 @@ def _tell(found: Found | None) -> str:
 
 
 def _judge(found: list[Found | None], low: float, high: float) -> str:
-    """Return the different judgements of the seeds, joined by semicolons."""
+    """Return the judgements of all seeds without duplicates, joined by semicolons."""
     return "; ".join(dict.fromkeys(_judgements(found, low, high))) or "-"
 
 
 def _judgements(found: list[Found | None], low: float, high: float) -> Iterator[str]:
-    """Yield "yes" if a seed's range of two standard errors overlaps the published range, else the distance between them."""
+    """Yield for each seed "yes" if its range of two standard errors overlaps the published range.
+
+    Otherwise, yield the distance from our number to the nearer end of the published range.
+    """
     for one in found:
         if one is not None:
             below, above = low - one.value - 2 * one.stderr, one.value - 2 * one.stderr - high

@@ -1,8 +1,8 @@
 """Make the shipped tables from the runs: select rows, thin them, round the numbers, and record where they come from.
 
-`write_tables` reads the results of every run of a size. It writes `data/<size>/<name>.csv` as `tools/data/schema.py` describes them, and
-`provenance.json` with the commands, dates, versions and hardware of each table. It also copies a few small models, so that
-notebooks can show predictions. If the runs of a table are missing, the table stays as it is and a message says so.
+`write_tables` reads the results of every run of a size. It writes the tables `data/<size>/<name>.csv`, which `tools/data/schema.py`
+describes, and `provenance.json` with the commands, dates, versions and hardware of each table. It also copies a few small models, so
+that notebooks can show predictions. If the runs of a table are missing, the table is not changed, and a message says so.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from tools.data.schema import LABELS, TABLES, Kind, Table
 
 FOLDER = Path(__file__).resolve().parents[2] / "data"
 DIGITS = 5
-"""Significant digits of every number. Even the most precise numbers have a standard error in the third digit."""
+"""Significant digits of every number. Five are enough: even the most precise numbers have a standard error in the third digit."""
 RATIO = 1.2
-"""Smallest ratio of two consecutive steps in a thinned table."""
+"""Smallest ratio of two consecutive steps in a thinned table. The ratio to the last step may be smaller."""
 MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1465, 500_000)}
-"""Steps whose weights are shipped, by run. The nearest saved steps are used."""
+"""Steps of each run at which the weights are shipped. The nearest saved steps are used."""
 _TRACE_POINTS, _TRACE_CHAINS = 150, 2
 
 Runs = Mapping[str, RunFolder]
 
 
 def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Write all tables for which there are runs. Yield a message about each, with its number of rows.
+    """Write all tables for which there are runs. Yield a message about each table, with its number of rows.
 
     Args:
         size: Name of the size, which is the folder below `data/`.
@@ -51,9 +51,9 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
         if table is None or table.empty:
             if (out / f"{name}.csv").is_file() and name in before:
                 provenance["tables"][name] = before[name]
-                yield f"{name:20s} kept, because its runs are not here"
+                yield f"{name:20s} not changed, because its runs are missing"
             else:
-                yield f"{name:20s} nothing yet"
+                yield f"{name:20s} not made, because its runs are missing"
             continue
         text = conform(table, about).to_csv(index=False, float_format=f"%.{DIGITS}g")
         write_atomically(out / f"{name}.csv", text.encode())
@@ -64,7 +64,7 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
 
 
 def find_runs(root: Path) -> dict[str, RunFolder]:
-    """Return the finished runs that the tables use, by name, in the order in which figures show them."""
+    """Return the finished runs that the tables use, in the order in which figures show them. The keys are the runs' names."""
     folders = [root / "quickstart", *sorted(root.glob("L2H4/seed=*")), *root.glob("ladder/num_tasks=*")]
     runs = [RunFolder(path) for path in folders if (path / "config.yaml").is_file()]
     done = [run for run in runs if (status := run.read_status()) is not None and status.state == "finished"]
@@ -73,7 +73,7 @@ def find_runs(root: Path) -> dict[str, RunFolder]:
 
 
 def conform(table: pd.DataFrame, about: Table) -> pd.DataFrame:
-    """Return the columns of the schema, in its order and types. Numbers that are not finite become empty.
+    """Return a table with the columns of the schema, in the schema's order and types. Numbers that are not finite become empty.
 
     Raises:
         KeyError: If a column is missing.
@@ -112,7 +112,7 @@ def _read(run: RunFolder, file: str) -> pd.DataFrame | None:
 
 
 def _collect(runs: Runs, file: str, choose: Callable[[str, pd.DataFrame], pd.DataFrame]) -> pd.DataFrame | None:
-    """Return one table that joins the rows chosen from each run's table."""
+    """Return one table with the rows that `choose` selects from the table of each run."""
     found = {name: table for name, run in runs.items() if (table := _read(run, file)) is not None}
     parts = [choose(name, table).assign(run=name) for name, table in found.items()]
     return pd.concat(parts, ignore_index=True) if parts else None
@@ -169,9 +169,9 @@ def _make_positions(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Da
 
 
 def _choose_evaluation(run: str, table: pd.DataFrame) -> pd.DataFrame:
-    """Return means and scores, losses by position on `pretrain`, and the summary numbers of the shifts at few steps.
+    """Return means and scores, losses at each position on `pretrain`, and the summary numbers of the shifts at a few steps.
 
-    For runs of the ladder, leave out the losses by position, and keep only the last step of the shifts.
+    For runs of the ladder, leave out the losses at each position, and keep only the last step of the shifts.
     """
     is_plain = table["distribution"].isin(["pretrain", "true"])
     plain = table[is_plain]
@@ -236,7 +236,7 @@ def _make_calibration(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
 def _make_behaviour(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
     """Leave out single positions, thin the steps, and keep every second scale.
 
-    Rows with a scale exist at few steps only, so their steps are not thinned.
+    Rows with a scale exist only at a few steps, so their steps are not thinned.
     """
 
     def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -249,7 +249,7 @@ def _make_behaviour(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Da
 
 
 def _make_attention(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Keep averages over all queries. For the weight on y-tokens, also keep averages over x- and over y-queries."""
+    """Keep averages over all queries, and the mean patterns. For the weight on y-tokens, also keep averages over x- and y-queries."""
 
     def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
         is_kept = table["queries"].isin(["all"]) | (table["quantity"] == "y_tokens") | (table["quantity"] == "pattern")
@@ -266,7 +266,7 @@ def _make_hessian(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Data
 
 
 def _make_dynamics(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Leave out radii and arc lengths. If several runs share a PCA, also leave out the centres of curvature."""
+    """Leave out radii and arc lengths. If several runs share a PCA, also leave out the centres of osculating circles."""
 
     def choose(run: str, table: pd.DataFrame) -> pd.DataFrame:
         scores = table[table["quantity"] == "score"]
@@ -277,7 +277,7 @@ def _make_dynamics(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Dat
 
 
 def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the gaps of the runs of `sweeps/training-runs/moving-pool.yaml`, which are not among `runs`."""
+    """Join the losses and gaps of the runs of `sweeps/training-runs/moving-pool.yaml`, which are not among `runs`."""
     folders = [RunFolder(file.parent) for file in root.glob("moving-pool/*/config.yaml")]
     configs = {run.path: run.read_config() for run in folders}
 
@@ -298,7 +298,7 @@ def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
 
 
 def _make_prior_mixture(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Read the table of the mixtures over the ladder, which is in the folder of one of its runs. Runs get shorter names."""
+    """Read the table of the mixtures of the ladder, which is in the folder of one of the runs, and shorten the names of runs."""
     folders = [RunFolder(file.parent) for file in root.glob("prior-ladder/*/config.yaml")]
     found = [table for run in folders if (table := _read(run, "mixture.csv")) is not None]
     if not found:
@@ -324,7 +324,7 @@ def _make_implicit_prior(name: str, runs: Runs, root: Path, record: Mapping) -> 
 
 
 def _make_transience(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the losses of the seeds of the preset `transience`, those of the Bayes predictors, and the findings over seeds."""
+    """Join the losses of all seeds of the preset `transience`, the losses of the baselines, and the findings over seeds."""
     parts = []
     for file in sorted(root.glob("transience/seed=*/results/behaviour.csv")):
         table = pd.read_csv(file, dtype={"position": str})
@@ -343,7 +343,7 @@ def _make_transience(name: str, runs: Runs, root: Path, record: Mapping) -> pd.D
 
 
 def _make_threshold(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the gaps at the last step of the runs of the ladder in M that has a threshold."""
+    """Join the losses and gaps at the last step of the runs in `threshold/`, the ladder in M with a threshold."""
     folders = [RunFolder(file.parent) for file in root.glob("threshold/*/config.yaml")]
     configs = {run.path: run.read_config() for run in folders}
     folders.sort(key=lambda run: (configs[run.path].task.num_tasks, configs[run.path].seeds.model))
@@ -386,7 +386,7 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "threshold": _make_threshold,
     "phases": _make_phases,
 }
-"""Functions that make the tables, by name. Other tables are copied from the results of one analysis."""
+"""Functions that make the tables. The keys are the names of the tables. Other tables are copied from the results of one analysis."""
 
 
 def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -399,7 +399,7 @@ def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def _copy_models(runs: Runs, out: Path) -> Iterator[str]:
-    """Copy the weights of a few models, from the saved steps nearest to those in `MODELS`. Yield a message about each."""
+    """Copy the weights of a few models, at the saved steps nearest to the steps in `MODELS`. Yield a message about each model."""
     for name, wanted in MODELS.items():
         if name not in runs:
             continue

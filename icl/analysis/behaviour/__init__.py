@@ -3,24 +3,25 @@
 Every number is measured on fixed prompts of the training tasks (`pretrain`) and of new tasks (`true`), and has a standard error
 over prompts. The prompts and the names of the quantities are the same as in `icl evaluate`. Rows of the table, by `quantity`:
 
-- `loss`, by position and averaged over positions (`mean`). `bayes_excess`: the loss minus that of the Bayes predictor. `icl_score`: loss(k2) - loss(k1), negative if more examples help.
-  (Hoogland et al. 2024 print the opposite sign.)
-- `prior_zero`, `prior_task_mean`: the prior-task scores. They are the mean squared difference between the model's predictions
-  and those of a predictor that uses only the prior: 0, or the prediction with the mean task. There is a row for each position, for
-  their `mean` and for their `sum`. The figure of Hoogland et al. shows the sum, for finite M.
-- `delta_ridge`, `delta_dmmse`: mean squared difference, per target, between the model's predictions and those of ridge or dMMSE.
+- `loss`: the mean squared error at each position, and averaged over positions (`mean`).
+- `bayes_excess`: the loss minus the loss of the Bayes predictor.
+- `icl_score`: loss(k2) - loss(k1), negative if more examples help. (Hoogland et al. 2024 print the opposite sign.)
+- `prior_zero`, `prior_task_mean`: the prior-task scores. Each is the mean squared difference between the predictions of the model
+  and of a predictor that uses only the prior. This predictor is 0, or the prediction with the mean task. There is a row for each
+  position, for the `mean` over positions and for the `sum`. The figure of Hoogland et al. shows the sum, for finite M.
+- `delta_ridge`, `delta_dmmse`: mean squared difference, per target, between the predictions of the model and of ridge or dMMSE.
   (Raventos et al. 2023 also divide by D.) `delta_difference` is delta_ridge - delta_dmmse. It is positive if the model is closer
   to dMMSE.
 - `cosine`, `norm_ratio`: comparison of the model's task vector with the true task (`icl.analysis.behaviour.task_vectors`), on
   the first `num_probe_prompts` prompts of each set.
 - `loss_over_g2`, `size_ratio`: loss and size of predictions when inputs (`input_scale`) or tasks (`task_scale`) are multiplied
-  by g (column `scale`; see `icl.analysis.behaviour.ood_curves`). They use new tasks. They are computed only at `num_ood_steps`
+  by g (column `scale`; see `icl.analysis.behaviour.ood_curves`). Both use new tasks. Both are computed only at `num_ood_steps`
   saved steps, spread evenly in log(t + 1).
 
 The column `predictor` is `model`, or the name of a baseline that is given for comparison.
 
-Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). They have a verdict with reasons. If the value is a
-step, `lower` and `upper` are saved steps before and after it.
+Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). These rows have a verdict with reasons. If the value
+is a step, `lower` and `upper` are the saved steps between which it lies.
 
 - `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which this prior-task score is lowest on `pretrain`.
 - `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` says which of ridge and dMMSE
@@ -58,10 +59,10 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
+"""Version 2 uses other prompts than version 1: the fixed prompts at the step number `icl.evaluation.sets.REPORT`."""
 SETS = ("pretrain", "true")
 REFERENCES = ("ridge", "dmmse", "zero")
-"""Baselines whose numbers are given for comparison."""
+"""Baselines that are measured on the same prompts, for comparison."""
 
 Row = dict[str, Any]
 Baseline = Callable[[Tensor, Tensor], Tensor]
@@ -75,7 +76,7 @@ class StepSettings:
     num_probe_prompts: int = setting(64, "number of prompts in each set that are used for the task vectors")
 
     def __post_init__(self) -> None:
-        limits = f"from 2 to `num_prompts` = {self.num_prompts}"
+        limits = f"between 2 and `num_prompts` = {self.num_prompts}"
         is_inside = 2 <= self.num_probe_prompts <= self.num_prompts
         require(is_inside, f"`num_probe_prompts` must be {limits}, got {self.num_probe_prompts}.")
 
@@ -84,7 +85,7 @@ class StepSettings:
 class Settings(StepSettings, CurveSettings):
     """Options of `icl analyse RUN --what behaviour`."""
 
-    num_ood_steps: int = setting(8, "number of saved steps at which inputs and tasks are multiplied by every g")
+    num_ood_steps: int = setting(8, "number of saved steps at which the curves against the multiplier g are computed")
 
     def __post_init__(self) -> None:
         StepSettings.__post_init__(self)
@@ -115,7 +116,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:
-    """Measure every member: return its rows, and arrays with the numbers of every single prompt."""
+    """Return the rows of every member, and arrays with the numbers of every single prompt."""
     device = str(next(iter(members.params.values())).device)
     predict = partial(predict_prompts, partial(apply, members.config.model), members.params)
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
@@ -207,7 +208,7 @@ def _predict(function: Baseline, prompts: Prompts) -> Tensor:
 
 
 def _predict_as_member(function: Baseline, _: Params, xs: Tensor, ys: Tensor) -> Tensor:
-    """Predict as a population of one member without parameters."""
+    """Apply a baseline as if it were a population with one member and no parameters."""
     return function(xs, ys).unsqueeze(0)
 
 

@@ -1,4 +1,4 @@
-"""Findings about a whole run: lowest prior-task scores, changes of the closest Bayes predictor, and transience.
+"""Findings about a whole run: lowest prior-task scores, switches between ridge and dMMSE, and transience.
 
 This module applies the rules of `icl.analysis.behaviour.turning_points` to the numbers that `icl.analysis.behaviour`
 measures. It returns the findings as rows of the table and as printed lines.
@@ -69,7 +69,7 @@ def summary(entries: Sequence[Entry], rows: Sequence[Row]) -> list[str]:
     for name in ("prior_zero", "prior_task_mean"):
         minima = by_quantity.get(f"{name}_minimum_step", [])
         lines += [f"Lowest {name} at {_step_text(row)}; {_verdict(row)}." for row in minima]
-    lines.append(f"At step {entries[-1].step:,}, the last of {len(entries)}:")
+    lines.append(f"At step {entries[-1].step:,}, the last of {len(entries)} saved steps:")
     return [*lines, *_last_lines(entries[-1])]
 
 

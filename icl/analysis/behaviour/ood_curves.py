@@ -13,8 +13,8 @@ averaged over prompts and positions:
 - `loss_over_g2`: the mean squared error divided by g^2. Predicting zero gives D + sigma^2 / g^2.
 - `size_ratio`: |predictions| / |targets|. It is 1 for predictions of the right size, and 0 for predictions of zero.
 
-Both numbers agree with those of the shifts `input_scale_<g>` and `task_scale_<g>` of `icl evaluate`. The prompts are
-the same for all g.
+Both numbers agree with the results of `icl evaluate` for the shifts `input_scale_<g>` and `task_scale_<g>`. All g use the
+same prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ class CurveSettings:
 
 
 class Curve(NamedTuple):
-    """The two numbers at each of the S multipliers. Values and errors have the shape (*N, S)."""
+    """Loss over g^2 and size ratio at each of the S multipliers. Values and errors have the shape (*N, S)."""
 
     loss_over_g2: Estimate
     size_ratio: Estimate
@@ -77,7 +77,7 @@ def scaled_prompts(prompts: Prompts, family: Family, factors: Sequence[float]) -
 
 
 def curve(predictions: Float[Tensor, "*N P K"], targets: Float[Tensor, "P K"], factors: Sequence[float]) -> Curve:
-    """Compute both numbers at every multiplier, from predictions and targets of `scaled_prompts` (P = S B)."""
+    """Compute `loss_over_g2` and `size_ratio` at every multiplier, from predictions and targets of `scaled_prompts` (P = S B)."""
     predictions = predictions.double().unflatten(-2, (len(factors), -1))  # *N S B K
     targets = targets.double().unflatten(0, (len(factors), -1))  # S B K
     squares = targets.new_tensor(factors).square()[:, None]  # S 1
@@ -89,7 +89,7 @@ def curve(predictions: Float[Tensor, "*N P K"], targets: Float[Tensor, "P K"], f
 
 
 def curve_rows(predict: Predict, params: Params, prompts: Prompts, factors: Sequence[float]) -> list[list[Row]]:
-    """Return for every member a list of rows, which covers both families."""
+    """Return one list of rows for every member. Each list covers both families."""
     curves = {}
     for family in FAMILIES:
         scaled = scaled_prompts(prompts, family, factors)

@@ -9,7 +9,7 @@ generated the prompt:
 - `cosine`: the cosine of the angle between the weights and t. It is 0 for a vector of zeros, so ridge starts at 0.
 - `norm_ratio`: |weights| / |t|.
 
-Both are averaged over prompts. The prompt ends at position p, because later examples have no effect on the prediction.
+Both are averaged over prompts. We cut each prompt at position p, because later examples have no effect on the prediction.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from icl.metrics import Estimate
 from icl.tasks.prompts import Prompts
 
 Predict = Callable[[Prompts], Tensor]
-"""Function from prompts of k examples (B, k, D) to predictions (B, k), or (N, B, k) for many members."""
+"""Function from prompts with k examples each (B, k, D) to predictions (B, k), or (N, B, k) for many members."""
 
 
 class Similarity(NamedTuple):

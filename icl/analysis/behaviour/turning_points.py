@@ -1,28 +1,29 @@
-"""Turning points of curves over saved steps: minima, crossings of zero, and renewed rises.
+"""Turning points of curves over saved steps: minima, crossings of zero, and rises after a minimum.
 
-A curve is a mean over prompts at every saved step. All S steps use the same B prompts. To compare two steps, we average the
-differences of each prompt's numbers. The standard error of this average is far below that of either mean. The functions
-therefore take the numbers of single prompts (S, B). `lower` and `upper` are the saved steps between which a turning point lies.
+A curve is a mean over prompts at every saved step. All S steps use the same B prompts. To compare two steps, we take for each
+prompt the difference between its numbers at the two steps, and average this difference over prompts. The standard error of this
+average is far below the standard error of either mean. The functions therefore take the numbers of single prompts (S, B).
+`lower` and `upper` are the saved steps between which a turning point lies.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
   `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. A minimum at the
   first or last saved step is `suspect`, because the curve may have no turning point.
 - Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero
   by more than `SIGN_ERRORS` standard errors. Between these two steps we interpolate linearly in log(t + 1). The standard
-  error of the crossing step is propagated to first order. A crossing is `suspect` if only one clear step supports one of its sides.
-- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the minimum of the loss on fixed prompts of new
-  tasks. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
+  error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear step between it and
+  a neighbouring crossing or an end of the run.
+- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts of new
+  tasks is lowest. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
   If it is higher by between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
   standard error of the rise has two parts. The first part comes from the prompts. The second part is the scatter of the
   loss about a smooth curve at both ends of the rise, because training fluctuates. The scatter is correlated between saved
   steps (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of losses is low partly
-  by chance.
-  `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations. A rise
-  that has disappeared by the end of the run does not count.
+  by chance. `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations of
+  the scatter. A rise that has disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
-  loss) at t_crit. If it is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If it is smaller but significant, the finding is
-  `partial dip`; otherwise it is `rise without a dip`. In the paper (D = 8), ridge is transient for M = 16 to 128, and the dip is
-  partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
+  loss) at t_crit. If the dip is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is smaller but significant, the
+  finding is `partial dip`; otherwise the finding is `rise without a dip`. In the paper (D = 8), ridge is transient for M = 16 to 128,
+  and the dip is partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
 
 Saved steps with a value that is not finite are left out.
 """
@@ -49,7 +50,7 @@ _ENOUGH_STEPS = 16
 
 
 class TurningPoint(NamedTuple):
-    """A step, its error or bounds, and a verdict."""
+    """A turning point: its step, the error or the bounds of this step, and a verdict."""
 
     step: float
     stderr: float
@@ -68,7 +69,7 @@ class Crossing(NamedTuple):
 
 
 class Transience(NamedTuple):
-    """Whether a loss rises again after its minimum."""
+    """Result of `transience`: whether a loss rises again after its minimum."""
 
     finding: str
     """`none`, `unresolved`, `transient ridge`, `partial dip` or `rise without a dip`."""
@@ -101,7 +102,7 @@ def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Turnin
 
 
 def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list[Crossing]:
-    """Find every crossing of zero, in order of time. The mean is significantly different from zero on both sides of it."""
+    """Find the crossings of zero with a mean significantly different from zero on both sides, in order of steps."""
     steps, samples, _ = _finite(steps, samples)
     sides = _sides(samples)
     clear = sides.nonzero()[:, 0].tolist()
@@ -117,7 +118,7 @@ def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list
         is_single_before = number == 0 or sides[clear[number - 1]] == sides[after]
         is_single_after = number + 2 == len(clear) or sides[clear[number + 2]] == sides[before]
         reasons = (
-            ["only one saved step on one side is significantly different from zero"]
+            ["before or after the crossing, only one saved step is significantly different from zero"]
             if is_single_before or is_single_after
             else []
         )
@@ -140,7 +141,7 @@ def unresolved_signs(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) 
 def transience(
     steps: Int64[Tensor, " S"], losses: Float[Tensor, "S B"], *, zero: Float[Tensor, " B"], ridge: Float[Tensor, " B"]
 ) -> Transience:
-    """Find whether the loss on new tasks rises again after its minimum, and how close to ridge's loss it came.
+    """Find whether the loss on new tasks rises again after its minimum, and how close the minimum is to ridge's loss.
 
     Args:
         steps: The saved steps.

@@ -4,19 +4,19 @@ Each point is a model: one M at one saved step in the table that `icl evaluate -
 model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, on the M training tasks, the loss, the ICL score
 (from the first to the last position) and the gaps to ridge and dMMSE. Each feature is standardised, so a coefficient is the
 change of the loss per standard deviation. Because M = inf has no finite logarithm, models with M = inf are left out of the fit, but
-shown in the figure. With `infinite=next` they enter the fit one octave above the largest finite M, which is a convention.
+shown in the figure. With `infinite=next` they enter the fit as if M were twice the largest finite M. This value is a convention.
 
 The fit is linear, ridge or lasso (scikit-learn). Every ridge or lasso fit chooses its own penalty by cross-validation. To
 validate the fit, we leave out one M at a time, with all its steps:
 
     R2_cv = 1 - sum_i (y_i - prediction without i's M)^2 / sum_i (y_i - mean without i's M)^2 .
 
-Its standard error is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife; for the
-lasso they are only a rough guide.
+The standard error of R2_cv is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife;
+for the lasso they are only a rough guide.
 
 The verdict is `invalid` if R2_cv <= 0, because the mean then predicts at least as well. It is `suspect` if R2_cv is within two
-standard errors of 0. It is also `suspect` if there are fewer than `FEW_GROUPS` values of M, or fewer than
-`GROUPS_PER_COEFFICIENT` for each coefficient. Otherwise it is `ok`. Fewer than four values of M raise an error.
+standard errors of 0, if there are fewer than `FEW_GROUPS` values of M, or if there are fewer than `GROUPS_PER_COEFFICIENT` values
+of M for each coefficient (including the intercept). Otherwise it is `ok`. Fewer than four values of M raise an error.
 """
 
 import warnings
@@ -163,7 +163,9 @@ def _features(settings: Settings, inside: pd.DataFrame) -> list[str]:
     wanted = settings.features.split(",")
     unusable = [name for name in wanted if name not in usable]
     if unusable and len(inside) > 1:
-        raise FitError(f"The feature `{unusable[0]}` is missing, or the same at every point; leave it out.")
+        raise FitError(
+            f"The feature `{unusable[0]}` is missing, or has the same value at every point; leave it out of --features."
+        )
     return wanted
 
 
@@ -177,7 +179,7 @@ def _fit_pipeline(features: np.ndarray, targets: np.ndarray, model_type: str) ->
         largest = max(float(targets.std()), 1e-12)
         estimator = LassoCV(alphas=largest * _LASSO_GRID, cv=folds, max_iter=2000)
     with warnings.catch_warnings():
-        # The warning is raised at the smallest penalties, which are then not chosen.
+        # Lasso warns only at the smallest penalties, and cross-validation does not choose these.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return make_pipeline(StandardScaler(), estimator).fit(features, targets)
 
@@ -256,7 +258,7 @@ def _summary(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, setti
     correlations = np.abs(np.corrcoef(inside[names].to_numpy(float), rowvar=False))
     if len(names) > 1 and np.triu(correlations, 1).max() > _STRONG_CORRELATION:
         lines.append(
-            "Some features are strongly correlated, so their joint effect is known, but not the effect of each one."
+            "Some features are strongly correlated, so the fit shows their joint effect, but not the effect of each feature."
         )
     noise = float((inside["target_stderr"] ** 2).mean() / max(inside["target"].var(ddof=0), 1e-300))
     if noise > _MUCH_NOISE:

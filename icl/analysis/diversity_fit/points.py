@@ -1,4 +1,4 @@
-"""The table of `icl evaluate --checkpoint_base_dir` as points for a fit: one for each trained model."""
+"""Read the table of `icl evaluate --checkpoint_base_dir` as points for a fit, one point for each trained model."""
 
 from pathlib import Path
 from typing import Literal

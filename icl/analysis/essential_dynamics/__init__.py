@@ -1,12 +1,13 @@
-"""Essential dynamics: principal components and forms of a run's trajectory, compared with those of random walks.
+"""Essential dynamics: principal components and forms of a run's trajectory, compared with random walks.
 
 The states at all saved steps (`icl.analysis.essential_dynamics.trajectories`) are the points of one PCA
 (`icl.analysis.essential_dynamics.principal_components`), with equal weights. Several runs share one PCA. The states of
-ridge and dMMSE are projected onto its components, but do not enter the fit (Carroll et al. 2025, section 4.2). The
+ridge and dMMSE are projected onto the principal components, but do not enter the fit (Carroll et al. 2025, section 4.2). The
 scores of each run are smoothed in log time. In planes of two components we compute the curvature, the evolute, cusps
-and vertices (`icl.analysis.essential_dynamics.plane_curves`). From these we find forms
-(`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). These two modules state where we differ from
-Hoogland et al.: in the time scale of the smoothing, the derivatives, the definition of a cusp, and the verdicts.
+and vertices (`icl.analysis.essential_dynamics.plane_curves`). From cusps and vertices we find forms
+(`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). We differ from Hoogland et al. in the time
+scale of the smoothing, the derivatives, the definition of a cusp, and the verdicts. The modules `plane_curves` and `forms`
+describe these differences.
 
 Rows of the table, by `quantity`:
 
@@ -17,14 +18,14 @@ Rows of the table, by `quantity`:
   `null_count`: the mean number of cusps, vertices or forms in random walks.
 - `reference_score`: the coordinate of a reference (ridge or dMMSE) in one component. `reference_captured`: the share of the
   reference's squared distance from the mean that lies within the components.
-- `noise_share`, for gradients: the expected square of their estimation noise, divided by the variance. It is an upper bound,
-  because all steps use the same prompts.
-- `explained_share`: the share of the variance that component k explains. The same share in random walks
-  (`icl.analysis.essential_dynamics.principal_components`) is given as `null_walk`, `null_brownian`, `null_equal` and
-  `null_flips` (a mean, with the standard deviation as its error). `null_flips_95` is the 95 % quantile of the sum of the
-  first k shares. A share is `suspect` if the sum of the run's first k shares is not above this quantile, or if noise may be
-  more than half of the variance.
-- `displacement_ratio`: the squared length of the displacement, divided by the sum of the squared lengths of the steps.
+- `noise_share`, for gradients: the expected square of their estimation noise, divided by the variance of the states. This is an
+  upper bound on the share of noise, because all steps use the same prompts, and part of the noise cancels in differences.
+- `explained_share`: the share of the variance that component k explains. `null_walk`, `null_brownian`, `null_equal` and
+  `null_flips` are the same share in four kinds of random walks (`icl.analysis.essential_dynamics.principal_components`).
+  `null_flips` is a mean over walks, with the standard deviation over walks as its error. `null_flips_95` is the 95 % quantile,
+  over these walks, of the sum of the first k shares. A share is `suspect` if the sum of the run's first k shares is not above
+  this quantile, or if noise may be more than half of the variance.
+- `displacement_ratio`: the squared distance from the first to the last state, divided by the sum of the squared step lengths.
   `null_displacement_95` is the 95 % quantile of this ratio in random walks.
 """
 
@@ -54,7 +55,7 @@ from icl.config.validation import require_count, require_number
 _ALL = "all"
 _STATE_TEXTS: dict[State, str] = {
     "outputs": "predictions for",
-    "tokens": "whole outputs for",
+    "tokens": "all outputs at all tokens for",
     "weights": "weights",
     "gradients": "gradients of the loss on",
     "first_moment": "Adam's running mean of the gradient",
@@ -68,7 +69,7 @@ class Settings(StateSettings):
     """Options of `icl analyse RUN --what essential-dynamics`."""
 
     jointly_with: str | None = setting(
-        None, "further runs that share one PCA, separated by commas, or a pattern such as 'runs/ladder/*'"
+        None, "other runs to include in the same PCA, separated by commas, or a pattern such as 'runs/ladder/*'"
     )
     num_components: int = setting(4, "number of principal components in the table")
     bandwidth: float = setting(0.15, "minimum width of the smoothing kernel, in ln(step + 1)")
@@ -83,8 +84,8 @@ def analyse(path: Path, settings: Settings) -> Result:
     """Compute the essential dynamics of a run, or of several runs jointly.
 
     Raises:
-        CheckpointError: If a run has no usable checkpoint, all runs together have fewer than three checkpoints, or the
-            states do not differ.
+        CheckpointError: If a run has no usable checkpoint, all runs together have fewer than three checkpoints, or all
+            states are equal.
         ConfigError: If the runs cannot be compared.
     """
     state = StateSettings(state=settings.state, distribution=settings.distribution, num_prompts=settings.num_prompts)
@@ -229,7 +230,7 @@ def _shape_line(trajectory: Trajectory, shapes: Shapes | None) -> str:
         steps = [f"{math.expm1(each.time):,.0f}" for each in of_kind if not each.reasons]
         at = f" (steps {', '.join(steps)})" if steps else ""
         num_doubtful, in_walks = len(of_kind) - len(steps), shapes.in_walks[kind]
-        doubt = f" and {num_doubtful} in doubt" if num_doubtful else ""
+        doubt = f" and {num_doubtful} suspect" if num_doubtful else ""
         walks = f" (in random walks of its steps: {min(in_walks)} to {max(in_walks)})" if in_walks else ""
         parts.append(f"{len(steps)} {plural}{at}{doubt}{walks}")
     return f"{trajectory.run}: " + "; ".join(parts) + "."

@@ -1,17 +1,17 @@
-"""Cusps, vertices and forms of a trajectory, and whether other smoothing widths and random walks show them too.
+"""Find cusps, vertices and forms of a trajectory, and check whether other smoothing widths and random walks show them too.
 
 A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane
 of two components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its
-centre at this projection. We find a form if all planes of the first three components have a cusp or a vertex, and these
-lie within one kernel width of each other. Each coordinate of f is given by two planes. `mismatch` is the largest
-difference between two such values, divided by the mean radius of the circles. The divisor is at least a twentieth of the
-trajectory's extent.
+centre at this projection. We report a form if every plane of two of the first three components has a cusp or a vertex, and
+the times of these three points lie within one kernel width of each other. Each coordinate of f has two values, one from each
+plane that contains this component. `mismatch` is the largest difference between two such values, divided by the mean radius of
+the circles. The divisor is at least a twentieth of the trajectory's extent.
 
-A cusp or vertex is in doubt if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its time
+A cusp or vertex is `suspect` if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its time
 is half the range of the times with the three kernels. Random walks also have cusps, vertices and forms, because their
-components are smooth curves. So we count these in walks with the run's own steps
-(`principal_components.flipped_walks`). If one of 19 walks has as many shapes of a kind as the run, all shapes of that
-kind are in doubt.
+components are smooth curves. So we count shapes in 19 random walks with the run's own steps
+(`principal_components.flipped_walks`). If one of these walks has at least as many shapes of a kind as the run, all shapes
+of that kind are `suspect`.
 """
 
 import math
@@ -59,11 +59,11 @@ class JudgedCandidate(NamedTuple):
     plane: tuple[int, int]
     time: float
     stderr: float
-    """Uncertainty of the time: half the range of the times found with different kernel widths. NaN if only one width shows it."""
+    """Uncertainty of the time: half the range of the times with different kernel widths; NaN if the shape appears with only one width."""
     point: tuple[float, float]
     radius: float
     width: float
-    """Kernel width at this time."""
+    """Kernel width at the time of the cusp or vertex."""
     reasons: str
 
 
@@ -87,7 +87,7 @@ class Shapes(NamedTuple):
     candidates: list[JudgedCandidate]
     forms: list[Form]
     in_walks: dict[str, list[int]]
-    """Numbers of cusps, vertices and forms in each walk, without shapes in doubt."""
+    """Numbers of cusps, vertices and forms in each walk. Shapes that are `suspect` are not counted."""
 
 
 def find_shapes(
@@ -120,7 +120,7 @@ def find_shapes(
 
 
 def planes(num_components: int) -> list[tuple[int, int]]:
-    """Return the planes spanned by two of the first three components, as far as these components exist."""
+    """Return the planes spanned by two of the first three components. Components that do not exist are left out."""
     return [plane for plane in PLANES if max(plane) < num_components]
 
 
@@ -132,7 +132,7 @@ def smooth_by_all(times: Float[np.ndarray, " S"], values: Float[np.ndarray, "S C
 
 
 def judged_candidates(curves: Curves) -> list[JudgedCandidate]:
-    """Return the candidates in every plane of the first three components, each checked with the other kernels."""
+    """Return the candidates in every plane of two of the first three components, each checked with the other kernels."""
     judged = []
     for plane in planes(curves.main.noise.shape[1]):
         elsewhere = [candidates(other, plane) for other in curves.others]
@@ -147,7 +147,7 @@ def find_forms(judged: Sequence[JudgedCandidate], *, extent: float) -> list[Form
 
     Args:
         judged: Candidates from `judged_candidates`.
-        extent: Extent of the trajectory: the largest of the components' ranges of scores.
+        extent: Extent of the trajectory: the largest range of the scores in one component.
     """
     by_plane = [[candidate for candidate in judged if candidate.plane == plane] for plane in PLANES]
     groups = sorted((group for group in product(*by_plane) if _spread(group) <= group[0].width), key=_spread)
@@ -165,7 +165,7 @@ def _find_all(curves: Curves, scores: Float[np.ndarray, "S C"]) -> tuple[list[Ju
 
 
 def _num_certain(candidates: Sequence[JudgedCandidate], forms: Sequence[Form]) -> dict[str, int]:
-    """Return the numbers of cusps, vertices and forms that are not in doubt."""
+    """Return the numbers of cusps, vertices and forms that are not `suspect`."""
     kinds = [candidate.kind for candidate in candidates if not candidate.reasons]
     num_forms = sum(not form.reasons for form in forms)
     return {"cusp": kinds.count("cusp"), "vertex": kinds.count("vertex"), "form": num_forms}
@@ -196,10 +196,10 @@ def _form(group: Sequence[JudgedCandidate], extent: float) -> Form:
     scale = max(float(np.mean(radii)) if radii else 0.0, extent / 20)
     mismatch = max(abs(first - second) for first, second in pairs) / scale
     reasons = [
-        f"its {each.kind} in PC{each.plane[0] + 1}-PC{each.plane[1] + 1} is in doubt" for each in group if each.reasons
+        f"its {each.kind} in PC{each.plane[0] + 1}-PC{each.plane[1] + 1} is suspect" for each in group if each.reasons
     ]
     if mismatch > _MAX_MISMATCH:
-        reasons.append(f"its positions in different planes are {mismatch:.2g} radii apart")
+        reasons.append(f"its positions in different planes differ by {mismatch:.2g} times the mean radius")
     time = float(np.mean([each.time for each in group]))
     return Form(time, _spread(group) / 2, np.array([np.mean(pair) for pair in pairs]), mismatch, "; ".join(reasons))
 

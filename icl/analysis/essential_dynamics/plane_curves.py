@@ -2,24 +2,26 @@
 
 Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At
 every u0 we fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These
-derivatives are exact for cubics at any spacing. They are linear in the data, so they have standard errors. The kernel
+derivatives are exact for cubics at any spacing. They are linear in the data, so their standard errors are known. The kernel
 width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint). A narrower kernel would make the curve
 pass through each of the few early checkpoints. The variance of the noise is the local mean square of the residuals. We
-treat neighbouring residuals as independent, which makes errors too small where checkpoints are dense. The code of
+treat neighbouring residuals as independent, which makes standard errors too small where checkpoints are dense. The code of
 Hoogland et al. smooths over the index of the checkpoint, with a width of 0.06 times the index (in log time, about h =
-0.06). Its Gaussian derivative kernels are wrong. We differentiate the fit instead.
+0.06). The Gaussian derivative kernels in that code are wrong. We differentiate the fit instead.
 
 The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
 curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.
 
-- Cusp: r' = 0 and r'' is not zero, so the motion turns back. (Hoogland et al. 2024 also require r'' = 0, but this does not hold
-  for the ordinary cusp (t^2, t^3).) A candidate is a minimum of v that meets three conditions. (1) The change of r' within one
-  width, |r''| h, is more than four standard errors above zero. (2) v is below a tenth of |r''| h plus two standard errors. (3) One
-  width before the minimum and one width after it, the curve has moved from it in the direction of r'', by more than a tenth of
-  h^2 |r''| / 2. Condition 3 excludes the start of training, which is slow but does not turn back.
-- Vertex: the circle has four-point contact, so curvature' = 0 and the evolute has a cusp. A candidate is a prominent extremum of
-  the curvature. On both sides, the curvature must change by at least a tenth of its value and by `_VERTEX_ERRORS` standard errors
-  before it returns to the value at the extremum. The rule does not depend on the speed along the curve.
+- Cusp: r' = 0 and r'' is not zero, so the curve reverses its direction. (Hoogland et al. 2024 also require r'' = 0, but this does
+  not hold for the ordinary cusp (t^2, t^3).) A candidate is a minimum of v that meets three conditions. (1) The change of r'
+  within one kernel width, |r''| h, is more than four standard errors above zero. (2) v is below a tenth of |r''| h plus two
+  standard errors. (3) One width before the minimum, and also one width after it, the curve is displaced from the minimum in the
+  direction of r'' by more than a tenth of h^2 |r''| / 2. Condition 3 excludes the start of training, where the motion is slow
+  but does not reverse.
+- Vertex: the curvature has an extremum, so the osculating circle has four-point contact and the evolute has a cusp. A candidate
+  is a prominent extremum of the curvature. On both sides, the curvature must change by at least a tenth of its value and by
+  `_VERTEX_ERRORS` standard errors before it returns to the value at the extremum. The rule does not depend on the speed along
+  the curve.
 """
 
 import math
@@ -30,14 +32,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 NEIGHBOURS = 6
-"""The kernel width is at least half the distance to the n-th nearest checkpoint, with n = `NEIGHBOURS`."""
+"""Number n in the definition of the kernel width, which is at least half the distance to the n-th nearest checkpoint."""
 MIN_POINTS = 8
 """Minimum number of checkpoints for smoothing."""
 _VERTEX_ERRORS = 4.0
 """Minimum prominence of a vertex, in standard errors. The prominence is the largest of many differences, so it often
 reaches three standard errors by chance."""
 _NUMBERS_AT_ONCE = 4_000_000
-"""Largest number of weights in memory at a time."""
+"""Largest number of smoothing weights in memory at a time."""
 
 Kind = Literal["cusp", "vertex"]
 
@@ -54,7 +56,7 @@ class Smooth(NamedTuple):
     noise: Float[np.ndarray, "G C"]
     """Standard deviation of the observations about the curve."""
     gains: Float[np.ndarray, "G 3 3"]
-    """Covariances of r, r' and r'' for noise of variance one. They are the same for every component."""
+    """Covariances of r, r' and r'' for noise of variance one. All components have the same covariances."""
 
 
 class Circles(NamedTuple):
@@ -148,14 +150,14 @@ def arc_length(points: Float[np.ndarray, "G C"]) -> Float[np.ndarray, " G"]:
 
 
 def osculating_circles(curve: Smooth, plane: tuple[int, int]) -> Circles:
-    """Return the circles of the projection on two components. Centres are infinite where the curve is straight."""
+    """Return the osculating circles of the projection on two components. Centres are infinite where the curve is straight."""
     position, first, second = np.moveaxis(curve.derivatives[:, :, list(plane)], 1, 0)
     speed, cross = np.linalg.norm(first, axis=1), first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
     normal = np.stack([-first[:, 1], first[:, 0]], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         curvature = cross / speed**3
         centre = position + (speed**2 / cross)[:, None] * normal
-        # Derivatives of the curvature with respect to r' and r''. They give its error to first order.
+        # Derivatives of the curvature with respect to r' and r'', to propagate their errors to first order.
         by_first = np.stack([second[:, 1], -second[:, 0]], 1) / speed[:, None] ** 3
         by_first -= 3 * (cross / speed**5)[:, None] * first
         by_second = normal / speed[:, None] ** 3
@@ -169,9 +171,9 @@ def osculating_circles(curve: Smooth, plane: tuple[int, int]) -> Circles:
 
 
 def candidates(curve: Smooth, plane: tuple[int, int]) -> list[Candidate]:
-    """Find cusps and vertices of a projection, in order of time.
+    """Find cusps and vertices of the projection on a plane, in order of time.
 
-    No candidate lies within one width of the ends. A vertex within one width of a cusp is left out.
+    Points within one kernel width of either end of the curve are left out, and so are vertices within one width of a cusp.
     """
     circles = osculating_circles(curve, plane)
     cusps = list(_cusps(curve, plane))
@@ -215,12 +217,12 @@ def _vertices(curve: Smooth, circles: Circles) -> Iterator[tuple[Candidate, floa
 
 
 def _both_sides(index: int) -> tuple[slice, slice]:
-    """Return two slices of the grid that begin at a point: forwards to the end, and backwards to the start."""
+    """Return two slices of the grid from a point: forwards to the end, and backwards to the start."""
     return slice(index, None), slice(index, None, -1)
 
 
 def _is_prominent(values: Float[np.ndarray, " g"], stderr: Float[np.ndarray, " g"], least: float) -> bool:
-    """Return whether the values fall clearly below the first value before they rise above it.
+    """Return whether the values fall significantly below the first value before they rise above it.
 
     The result depends only on the order of the values, not on the speed along the curve.
     """
@@ -237,7 +239,7 @@ def _is_inside(curve: Smooth, index: int) -> bool:
 
 
 def _sides(curve: Smooth, index: int, num_widths: float) -> list[int]:
-    """Return the indices of two grid points: `num_widths` kernel widths before and after a point."""
+    """Return the indices of the grid points that lie `num_widths` kernel widths before and after a point."""
     times = curve.times[index] + num_widths * curve.widths[index] * np.array([-1, 1])
     return [int(np.abs(curve.times - time).argmin()) for time in times]
 

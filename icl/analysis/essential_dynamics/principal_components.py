@@ -1,27 +1,28 @@
-"""Principal components of a trajectory, and random walks with which their shares of variance are compared.
+"""Principal components of a trajectory, and the random walks with which their shares of variance are compared.
 
-Components are eigenvectors of the covariance of the rows; each checkpoint counts once. If there are more features than
-checkpoints, we compute components from the centred inner products G (scikit-learn's KernelPCA with a linear kernel), otherwise
-from the rows (scikit-learn's PCA). Both methods give the same result. Components are sorted by variance. We choose the sign of a
-component such that the runs begin on its negative side. The sign then does not depend on the solver.
+Components are eigenvectors of the covariance of the states; each checkpoint counts once. If there are more features than
+checkpoints, we compute components from the centred inner products G of the states (scikit-learn's KernelPCA with a linear kernel),
+otherwise from the states themselves (scikit-learn's PCA). Both methods give the same result. Components are sorted by variance. We
+choose the sign of a component such that the runs begin on its negative side. The sign then does not depend on the solver.
 
-Null models. In a random walk of many equal steps in very many dimensions, component k has the share 6 / (pi k)^2 (for S states:
-proportional to 1 / sin^2(pi k / 2S)), and its scores form a cosine (Antognini and Sohl-Dickstein 2018). So a smooth curve with a
-large first component is not evidence of structure. Checkpoints are not evenly spaced and training slows down. So we compare with walks made
-from the run's own steps d_i, the differences between consecutive states:
+Null models. In a random walk of many equal steps in very many dimensions, component k has the share 6 / (pi k)^2 of the variance
+(for S states: proportional to 1 / sin^2(pi k / 2S)), and its scores form a cosine (Antognini and Sohl-Dickstein 2018). So a smooth
+curve with a large first component is not evidence of structure. Checkpoints are not evenly spaced, and training slows down. So we
+compare with walks made from the run's own steps d_i, the differences between consecutive states:
 
-- `walk_shares`: the expected G of a walk whose steps have the lengths |d_i| and independent directions. This is
+- `walk_shares`: the shares of the expected G of a walk whose steps have the lengths |d_i| and independent directions. This walk is
   Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` the shares have the closed form above.
   With the numbers of updates as durations, the walk is Brownian motion of constant rate, observed at the saved steps.
   Runs keep their starting points.
-- `flipped_walks`: the steps d_i with random signs. This is a walk in the run's own directions, which may be few. Its
-  mean G equals the expected G of `walk_shares`. Its spread shows which shares can occur by chance.
+- `flipped_walks`: walks with the steps d_i, each multiplied by a random sign. Such a walk moves only in the run's own directions,
+  which may be few. The mean of G over these walks is the expected G of `walk_shares`. The spread over walks shows which shares can
+  occur by chance.
 
-For comparison: the first shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. For Brownian motion of 500,000
-steps, observed at 190 checkpoints, the first shares are 0.68, 0.14 and 0.05 if the checkpoints lie on a logarithmic and a linear
-grid, and 0.61, 0.15 and 0.07 if they lie on a linear grid only.
+For comparison, the first three shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. For Brownian motion of
+500,000 steps, observed at 190 checkpoints, they are 0.68, 0.14 and 0.05 if the checkpoints are the union of a logarithmic and a
+linear grid, and 0.61, 0.15 and 0.07 if the grid is only linear.
 
-The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks. For a line with equal steps it is the number
+The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks. For equal steps along a line it is the number
 of steps.
 """
 
@@ -40,7 +41,7 @@ from icl.runs.checkpoints import CheckpointError
 _DENSE = 60
 """Largest size of a matrix for which a dense solver is faster than an iterative one."""
 _MANY = 2500
-"""Number of checkpoints above which fewer walks are drawn."""
+"""Number of checkpoints above which only `SCORED_WALKS` walks are drawn."""
 _LEAST_SHARE = 1e-10
 """Components with a smaller share of the variance are rounding errors."""
 SCORED_WALKS = 19
@@ -60,7 +61,7 @@ class Components(NamedTuple):
 
 
 class Walks(NamedTuple):
-    """Random walks made from the run's steps with random signs."""
+    """Random walks that are made from the run's steps, each multiplied by a random sign."""
 
     shares: Float[np.ndarray, "W C"]
     displacement: Float[np.ndarray, "W r"]
@@ -74,7 +75,7 @@ class ComparedPCA(NamedTuple):
 
     components: Components
     nulls: dict[str, Float[np.ndarray, " C"]]
-    """Expected shares of the variance in random walks, by the name of the kind of walk."""
+    """Expected shares of the variance in random walks. The keys are the names of the kinds of walks."""
     walks: Walks
     displacement: Float[np.ndarray, " r"]
     """Displacement ratio of every run."""
@@ -83,17 +84,17 @@ class ComparedPCA(NamedTuple):
 
     @property
     def high_shares(self) -> Float[np.ndarray, " C"]:
-        """For every k, the value that the sum of the first k shares exceeds in one of twenty walks with the run's own steps."""
+        """For every k, the 95 % quantile of the sum of the first k shares over walks with the run's own steps."""
         return np.quantile(np.cumsum(self.walks.shares, axis=1), 0.95, axis=0)
 
     @property
     def is_reached(self) -> Bool[np.ndarray, " C"]:
-        """For every k, whether the first k components of one in twenty walks explain as much as those of the run."""
+        """For every k, whether the sum of the run's first k shares is at most `high_shares`, so that walks often reach it."""
         return np.cumsum(self.components.shares) <= self.high_shares
 
     @property
     def displacement_limits(self) -> Float[np.ndarray, " r"]:
-        """Displacement ratios that one in twenty walks exceeds."""
+        """For every run, the 95 % quantile of the displacement ratio over walks with the run's own steps."""
         return np.quantile(self.walks.displacement, 0.95, axis=0)
 
 
@@ -103,7 +104,7 @@ def fit_components(
     """Compute the PCA of all states, by the cheaper of two methods, and the random walks for comparison.
 
     Raises:
-        CheckpointError: If there are fewer than three states, or they are not finite or do not differ.
+        CheckpointError: If there are fewer than three states, or if the states are not finite or are all equal.
     """
     rows = [row for trajectory in trajectories for row in trajectory.rows]
     begins = np.concatenate([np.arange(len(trajectory.steps)) == 0 for trajectory in trajectories])
@@ -115,7 +116,7 @@ def fit_components(
     products = centred_products(rows, others)
     if not np.isfinite(products.rows).all() or np.trace(products.rows) <= 0:
         raise CheckpointError(
-            "The states of these checkpoints are not finite, or are all the same. Did training diverge?"
+            "The states of these checkpoints are not finite, or are all equal. Check the loss in metrics.csv: training may have diverged."
         )
     count = min(num_components, len(rows) - 1, len(rows[0]))
     if len(rows[0]) > len(rows):
@@ -171,14 +172,14 @@ def walk_shares(
     num_components: int,
     durations: Float[np.ndarray, " S"] | None = None,
 ) -> Float[np.ndarray, " C"]:
-    """Return the expected shares of a walk whose steps have independent directions.
+    """Return the shares of the variance of a walk whose steps have independent directions, from the walk's expected G.
 
     Args:
         gram: Centred inner products of the states.
         begins: Whether each state is the first of a run. Runs keep their starting points.
         num_components: Number of components.
-        durations: Squared length of the step to each state, up to a common factor (ignored for first states); None uses the
-            squared lengths of the run's own steps.
+        durations: Squared length of the step to each state, up to a common factor. Values for first states are ignored. None
+            uses the squared lengths of the run's own steps.
     """
     steps = _steps(gram, begins)
     squares = np.diag(steps).copy()
@@ -192,7 +193,7 @@ def walk_shares(
 def flipped_walks(
     gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"], *, num_components: int, seed: int = 0
 ) -> Walks:
-    """Draw walks of the run's steps with random signs: 99 walks, or 19 if there are many checkpoints."""
+    """Draw walks that multiply each of the run's steps by a random sign: 99 walks, or 19 if there are many checkpoints."""
     steps, generator = _steps(gram, begins), np.random.default_rng(seed)
     shares, ratios, scores = [], [], []
     for _ in range(99 if len(steps) <= _MANY else SCORED_WALKS):
@@ -220,7 +221,7 @@ def _signed(
     """Build components whose signs make the runs begin on the negative side."""
     starts, largest = scores[begins].mean(0), np.abs(scores).max(0, initial=0)
     peaks = np.take_along_axis(scores, np.abs(scores).argmax(0)[None], axis=0)[0]
-    # If the runs begin at zero, they are on neither side; then the largest score is made positive.
+    # If the runs begin at zero on average, the sign is chosen so that the largest score is positive.
     decisive = np.where(np.abs(starts) > 1e-6 * largest, -starts, peaks)
     signs = np.where(decisive < 0, -1.0, 1.0)
     captured = (projected**2).sum(1) / np.where(squares > 0, squares, np.nan)
@@ -228,7 +229,7 @@ def _signed(
 
 
 def _steps(gram: Float[np.ndarray, "S S"], begins: Bool[np.ndarray, " S"]) -> Float[np.ndarray, "S S"]:
-    """Return the inner products of each run's first state and of the differences between consecutive states."""
+    """Return the inner products of all steps. A run's first entry is its first state; the others are differences of states."""
     # Subtract the previous row and then the previous column, except at the first state of each run.
     is_step = (~begins).astype(float)
     by_row = gram - is_step[:, None] * np.roll(gram, 1, axis=0)

@@ -3,22 +3,23 @@
 A state is one of the following arrays, flattened:
 
 - `outputs`: the predictions for fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the "y-only" variant
-  of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a training task of every run.
-  This is the distribution `first_task`.
+  of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a training task of every run;
+  use `--distribution first_task` for such prompts.
   For a language run, `outputs` are the logits of the true next token, at one random position of each of B test rows (B features;
   Hoogland et al. 2024).
-- `tokens`: the whole outputs at all 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these outputs are
-  never trained.
+- `tokens`: all D + 1 outputs at each of the 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these outputs
+  are never trained.
 - `weights`: all weights of the model.
-- `gradients`: the gradient of the mean loss on the fixed prompts with respect to the weights. It is estimated from B prompts, so it
-  has noise; we keep the expected square of that noise (`Trajectory.noise`). All steps use the same prompts, so some noise cancels
-  in differences.
+- `gradients`: the gradient of the mean loss on the fixed prompts with respect to the weights. This gradient is an estimate from B
+  prompts. We also store the expected square of its error (`Trajectory.noise`). All steps use the same prompts, so part of the error
+  cancels in differences.
 - `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
-  exist for runs trained with `checkpoints.moments`, and cannot be computed from weights later.
+  are saved only by runs with `checkpoints.moments`, and cannot be computed from the weights later.
 
 Rows are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is multiplied,
-so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory. For 10,000
-checkpoints of 163,840 features it would take 6.6 GB. Only a few copies of the inner products are in memory (0.8 GB each).
+so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory, only a
+few copies of the inner products. For 10,000 checkpoints of 163,840 features, the matrix would need 6.6 GB, and each copy of the
+inner products needs 0.8 GB.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ BLOCK_BYTES = 2**27
 """Largest size in bytes of a block of features, for all rows, in float64. One block is in memory at a time."""
 
 _GRADIENT_PROMPTS = 32
-"""Largest number of prompts in one backward pass. The scatter between passes gives the noise of the mean gradient."""
+"""Largest number of prompts in one backward pass. The error of the mean gradient is estimated from the scatter between passes."""
 
 Row: TypeAlias = StoredArray | np.ndarray
 State: TypeAlias = Literal["outputs", "tokens", "weights", "gradients", "first_moment", "second_moment"]
@@ -78,7 +79,7 @@ class StateSettings:
 
     state: State = setting(
         "outputs",
-        "state of the model: predictions for fixed prompts, whole outputs at all tokens, weights, gradient of "
+        "state of the model: predictions for fixed prompts, all outputs at all tokens, weights, gradient of "
         "the loss on the prompts, or a moment of Adam (only for runs trained with checkpoints.moments)",
     )
     distribution: Literal["true", "pretrain", "first_task"] = setting(
@@ -89,7 +90,7 @@ class StateSettings:
     def __post_init__(self) -> None:
         require_count("num_prompts", self.num_prompts, 1)
         is_enough = self.num_prompts > 1 or self.state != "gradients"
-        require(is_enough, "`num_prompts` must be at least 2 for gradients, to estimate their noise, got 1.")
+        require(is_enough, "`num_prompts` must be at least 2 for gradients, to estimate their error, got 1.")
 
 
 class Trajectory(NamedTuple):
@@ -110,9 +111,9 @@ class Products(NamedTuple):
 
     rows: Float[np.ndarray, "S S"]
     references: Float[np.ndarray, "R S"]
-    """Products of each reference with each row."""
+    """Inner products of each reference with each row."""
     squares: Float[np.ndarray, " R"]
-    """Products of each reference with itself."""
+    """Inner products of each reference with itself."""
 
 
 def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Trajectory:
@@ -122,7 +123,9 @@ def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Traject
         CheckpointError: If there is no usable checkpoint, the path is a single file, or moments are missing or damaged.
     """
     if path.is_file():
-        raise CheckpointError(f"{path} is a single checkpoint, but a trajectory needs the folder of a run.")
+        raise CheckpointError(
+            f"{path} is a single checkpoint; give the folder of a run, because a trajectory needs many."
+        )
     name, folder = f"trajectory-{settings.state}", run_of(path)
     cache = Cache(folder.results / name)
     if settings.state in MOMENT_OF:
@@ -148,14 +151,14 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
     """Check that the states of the runs can be compared.
 
     Raises:
-        ConfigError: If their prompts differ, or their architectures differ and the states are not predictions.
+        ConfigError: If the prompts of the runs differ, or if their architectures differ and the states are not predictions.
     """
     first = trajectories[0]
     for other in trajectories[1:]:
         is_other_model = settings.state in HAS_WEIGHTS_SHAPE and other.config.model != first.config.model
         if settings.state in SEES_PROMPTS and not _same_prompts(first.config, other.config, settings):
             raise ConfigError(
-                f"{other.run} and {first.run} have different prompts. For one PCA of both they need the same "
+                f"{other.run} and {first.run} have different prompts. To share one PCA, they need the same "
                 "`task.task_size`, `task.max_examples`, `task.noise_variance` and `seeds.evaluation`, "
                 "and, for --distribution pretrain or first_task, the same tasks."
             )
@@ -196,13 +199,13 @@ def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
 
 
 def fixed_rows(config: RunConfig, settings: StateSettings) -> tuple[Tensor, Tensor]:
-    """Return the test rows of a language run's state, with BOS, and a position of each."""
+    """Return the test rows that define a language run's state, with BOS, and one position in each row."""
     rows = test_rows(config, settings.num_prompts)
     return rows, probes.positions(config.seeds.evaluation, len(rows), num_predictions=config.language.num_predictions)
 
 
 def feature_blocks(rows: Sequence[Row], *, block_bytes: int = BLOCK_BYTES) -> Iterator[Float[np.ndarray, "S f"]]:
-    """Yield the matrix from left to right in float64, as many features at a time as fit in `block_bytes`."""
+    """Yield blocks of consecutive features of all rows in float64, with at most `block_bytes` per block."""
     width = max(1, block_bytes // (8 * len(rows)))
     for start in range(0, len(rows[0]), width):
         yield np.stack([row[start : start + width] for row in rows]).astype(np.float64)
@@ -256,7 +259,7 @@ def _flat_token_outputs(model: ModelConfig, params: Params, xs: Tensor, ys: Tens
 
 
 def _num_batches(num_prompts: int) -> int:
-    """Return the smallest number of equal batches of at most `_GRADIENT_PROMPTS` prompts; at least eight if possible."""
+    """Return the smallest number of equal batches with at most `_GRADIENT_PROMPTS` prompts each; at least eight if possible."""
     counts = range(min(8, num_prompts), num_prompts + 1)
     return next(n for n in counts if num_prompts % n == 0 and num_prompts // n <= _GRADIENT_PROMPTS)
 
@@ -276,8 +279,8 @@ def _require_state(config: RunConfig, settings: StateSettings) -> None:
     is_refused = settings.state in ("tokens", "gradients") or settings.distribution != "true"
     if config.model.is_language and is_refused:
         raise ConfigError(
-            f"`--state {settings.state} --distribution {settings.distribution}` serves regression runs only; a language run has the states "
-            "outputs, weights, first_moment and second_moment."
+            f"`--state {settings.state} --distribution {settings.distribution}` is for regression runs only. For a language run, use "
+            "--distribution true with the state outputs, weights, first_moment or second_moment."
         )
 
 
@@ -285,6 +288,6 @@ def _require_moments(folder: RunFolder) -> None:
     missing = sorted(set(list_steps(folder.checkpoints)) - set(list_steps(folder.moments)))
     if missing:
         raise CheckpointError(
-            f"{folder.path} has no Adam moments at step {missing[0]:,}; they are saved only if a run is trained with "
-            "--checkpoints.moments true, and cannot be computed later."
+            f"{folder.path} has no Adam moments at step {missing[0]:,}. They cannot be computed later: train a run with "
+            "--checkpoints.moments true, or use another --state."
         )

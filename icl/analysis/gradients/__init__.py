@@ -1,18 +1,18 @@
 """Gradients of the loss at every saved step, with respect to the weights and to the parameters of the data distribution.
 
 - Kind `weights` (`icl.analysis.gradients.weights`): norm, noise trace and simple noise scale; the alignment of the
-  gradients at consecutive saved steps, and of the gradients of single tasks. Each number is given for all weights and
+  gradients at consecutive saved steps, and of the gradients of single tasks. Each number is computed for all weights and
   for groups of parameters.
 - Kind `data` (`icl.analysis.gradients.data`): the gradient of the expected loss with respect to the means and scales of x,
-  w and the noise, by the pathwise estimator. Two other estimators check it: the score function and finite differences.
+  w and the noise, by the pathwise estimator. Two other estimators serve as checks: the score function and finite differences.
 
 For each kind there is a PCA of the gradients at all saved steps. scikit-learn chooses the sign of a component by its largest
 entry.
 
 All steps use the same prompts (streams `gradients/...` of `seeds.evaluation`), so differences between steps have small
-errors. The loss is the training loss per target (squared error, or negative log-likelihood), averaged over positions. Standard errors are over prompts. PC scores have no standard
-errors. `explained_share` is the share of the variance that a component explains. It is `suspect` if estimation noise could
-be more than half of the variance.
+errors. The loss is the training loss per target (squared error, or negative log-likelihood), averaged over positions. Standard
+errors are over prompts. PC scores have no standard errors. `explained_share` is the share of the variance that a component
+explains. Its verdict is `suspect` if estimation noise could be more than half of the variance.
 """
 
 import math
@@ -80,12 +80,12 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
     """Return the rows of the table and the mean gradients of every checkpoint after the first `lead` checkpoints.
 
     Raises:
-        NotApplicableError: If the run's prompts are not those of the usual world.
+        NotApplicableError: If tasks, inputs or noise are not Gaussian, or the pool of tasks changes.
     """
     if not members.config.task.is_usual:
         raise NotApplicableError(
-            "`gradients` differentiates with respect to the means and scales of Gaussian tasks, inputs and noise, so it needs the default "
-            "`task.prior`, `task.noise`, `task.inputs` and `task.pool`."
+            "`gradients` differentiates with respect to the means and scales of Gaussian tasks, inputs and noise, so it needs a run with the "
+            "default `task.prior`, `task.noise`, `task.inputs` and `task.pool`."
         )
     weight_rows, weight_vectors = _measure_weights(members, settings)
     members = _without_lead(members)
@@ -129,7 +129,7 @@ def _measure_weights(members: Members, settings: Settings) -> tuple[list[list[Ro
 
 
 def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
-    """Measure the alignment between the gradients of single tasks, all with the same inputs and noise."""
+    """Measure the alignment between the gradients of single tasks. All tasks have the same inputs and noise."""
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
     task = members.config.task
     limit = math.inf if task.is_gaussian or settings.distribution == "true" else task.num_tasks
@@ -189,9 +189,9 @@ def _component_rows(entries: list[Entry], kind: str) -> list[Row]:
 
 
 def _noise_share(entries: list[Entry], vectors: np.ndarray, kind: str) -> float:
-    """Return the ratio of the estimates' variance at one step to the variance between steps.
+    """Return the squared standard errors of all gradients, divided by the variance of the gradients between steps.
 
-    It is an upper bound on the share of noise, because all steps use the same prompts.
+    This ratio is an upper bound on the share of noise in that variance, because all steps use the same prompts.
     """
     between = float(((vectors - vectors.mean(0)) ** 2).sum())
     within = 0.0
@@ -209,7 +209,7 @@ def _noise_share(entries: list[Entry], vectors: np.ndarray, kind: str) -> float:
 def _summary(entries: list[Entry], config: RunConfig) -> list[str]:
     rows = [row for entry in entries for row in entry.rows]
     last = {(row["quantity"], row["item"], row["estimator"]): row for row in entries[-1].rows}
-    lines = [f"At step {entries[-1].step:,}, the last of {len(entries)}:"]
+    lines = [f"At step {entries[-1].step:,}, the last of {len(entries)} saved steps:"]
     for quantity in ("norm", "noise_scale", "alignment_previous", "alignment_tasks"):
         row = last.get((quantity, "all", ""))
         if row is not None:
@@ -232,9 +232,9 @@ def _num_doubtful(verdicts: list[str]) -> int:
 
 
 def _limit(last: dict[tuple[str, str, str], Row], quantity: str) -> str:
-    """Return printed text for a doubtful quantity: a bound at two standard errors, or the reason why it is unknown.
+    """Return printed text for a `suspect` quantity of all weights: a bound at two standard errors, or why the value is unknown.
 
-    The text is empty if there is no bound and the value is finite. The quantity is that of all weights together.
+    The text is empty if there is no bound and the value is finite.
     """
     row, square, trace = (last[name, "all", ""] for name in (quantity, "squared_norm", "noise_trace"))
     most = max(square["value"], 0.0) + 2 * square["stderr"]
@@ -283,7 +283,7 @@ def _row(kind: str, quantity: str, item: str, value: float, stderr: float, reaso
 
 
 def _without_lead(members: Members) -> Members:
-    """Return the members without the predecessor."""
+    """Return the members without the first `lead` members."""
     lead = members.lead
     params = {name: tensor[lead:] for name, tensor in members.params.items()}
     return members._replace(checkpoints=members.checkpoints[lead:], params=params, lead=0)

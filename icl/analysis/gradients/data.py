@@ -4,19 +4,20 @@ A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noi
 and n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for
 all coordinates; `noise_scale` is a standard deviation. Training uses means 0, scales 1 and noise_scale sigma, the
 square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so w_mean and w_scale shift and
-stretch the whole pool. The loss of a prompt is the mean over the K positions of the training loss of a fixed model: (f(x, y) - y)^2 for a
-predictor f, or a negative log-likelihood (`icl.model.heads`). L(phi) is its expectation. For f = 0, with means m and scales s,
+stretch the whole pool. The loss of a prompt is the mean over the K positions of the training loss of a fixed model: (f(x, y) - y)^2
+for a predictor f, or a negative log-likelihood (`icl.model.heads`). L(phi) is the expected loss for the six parameters phi. For
+f = 0, with means m and scales s,
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .
 
-We compute three estimators of dL/dphi. Each gives a number for each prompt, and the mean over prompts is the estimate
+We compute three estimators of dL/dphi. Each estimator gives a number for each prompt, and the mean over prompts is the estimate
 (Mohamed, Rosca, Figurnov, Mnih 2020, "Monte Carlo gradient estimation in machine learning", sections 4 and 5):
 
 - `pathwise`: differentiate through x(phi), y(phi) and the model at fixed z, t, n. This is the estimator to use.
-- `score_function`: (loss - mean loss) d log p / d phi. It serves as a check, because it never differentiates the loss. With a pool of
-  tasks, w has no density. The parameters of w then act on the mean of y given x and t, so their score is the score of y.
+- `score_function`: (loss - mean loss) d log p / d phi. This estimator serves as a check, because it never differentiates the loss. With a
+  pool of tasks, w has no density. The parameters of w then change the mean of y given x and t, so we use the score of y.
   Without noise, y has no density either, and the scores that need this density are NaN.
-- `finite_difference`: central differences with the same z, t, n on both sides. It serves as a second check.
+- `finite_difference`: central differences with the same z, t, n on both sides. This estimator serves as a second check.
 """
 
 from collections.abc import Callable
@@ -39,10 +40,10 @@ PARAMETERS = ("x_mean", "x_scale", "w_mean", "w_scale", "noise_mean", "noise_sca
 Losses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Function from xs (N, B, K, D) and ys (N, B, K) to the losses (N, B, K) of N members."""
 _FD_STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
-"""Step size of the finite differences, by dtype. It balances their truncation error against rounding."""
+"""Step size of the finite differences for each dtype. It balances truncation errors and rounding errors."""
 _FD_PROMPTS = 64
 _MAX_Z = 5.0
-"""Largest difference between two estimators of a gradient that counts as agreement, in standard errors. It is large
+"""Largest difference between two estimators of a gradient that counts as agreement, in standard errors. The limit is high
 because a run makes hundreds of comparisons."""
 
 
@@ -59,7 +60,7 @@ class Draws(NamedTuple):
 
 
 def estimates(members: Members, distribution: Distribution, num_prompts: int) -> dict[str, Float[Tensor, "N B 6"]]:
-    """Return the gradient of each prompt's loss by each estimator. Finite differences use only the first prompts."""
+    """Return the gradient of each prompt's loss by each estimator. Finite differences use only the first `_FD_PROMPTS` prompts."""
     draws = _draws(members, distribution, num_prompts)
     dtype, count = draws.inputs.dtype, len(members.checkpoints)
     params = {name: tensor.to(dtype) for name, tensor in members.params.items()}
@@ -96,7 +97,7 @@ def doubts_about_pathwise(pathwise: Tensor, score_function: Tensor, finite_diffe
 
 
 def training_point(noise_variance: float) -> Float[Tensor, " 6"]:
-    """Return the values of the six parameters with which runs are trained."""
+    """Return the values of the six parameters during training."""
     return torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, noise_variance**0.5], dtype=torch.float64)
 
 
@@ -112,7 +113,7 @@ def prompt_losses(losses_of: Losses, draws: Draws, at: Float[Tensor, "N B 6"]) -
 def pathwise(
     losses_of: Losses, draws: Draws, at: Float[Tensor, "N B 6"]
 ) -> tuple[Float[Tensor, "N B 6"], Float[Tensor, "N B"]]:
-    """Return the gradient of each prompt's loss, through the prompt and the model, and the losses themselves."""
+    """Return the gradient of each prompt's loss by the pathwise estimator, and the losses."""
 
     def total(point: Tensor) -> tuple[Tensor, Tensor]:
         losses = prompt_losses(losses_of, draws, point)
@@ -134,7 +135,7 @@ def finite_difference(
 def score_function(
     losses: Float[Tensor, "N B"], draws: Draws, at: Float[Tensor, " 6"], *, is_pool: bool
 ) -> Float[Tensor, "N B 6"]:
-    """Return (loss - mean loss)(score - mean score) B / (B - 1) of each prompt. Its mean is unbiased for the gradient.
+    """Return (loss - mean loss)(score - mean score) B / (B - 1) for each prompt. The mean over prompts is an unbiased gradient.
 
     Args:
         losses: Losses from `prompt_losses`, for all prompts at the same parameters `at`.

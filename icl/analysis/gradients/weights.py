@@ -2,22 +2,22 @@
 
 The prompts are split into J batches of size b. For one member, batch j gives a gradient g_j. The g_j are independent, unbiased
 estimates of the expected gradient G with covariance Sigma / b, where Sigma is the covariance of the gradient for one prompt.
-All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gradients with expectations G and H. They use:
+All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gradients with expectations G and H. We use two averages:
 
     inner(K)      = mean of K_ij over i != j    (unbiased for G . H, even if batch j of both sets has the same prompts)
-    batch_norm(K) = mean of K_jj                (for h = g its expectation is |G|^2 + tr(Sigma) / b)
+    batch_norm(K) = mean of K_jj                (with expectation |G|^2 + tr(Sigma) / b for h = g)
 
 - Squared norm |G|^2 = inner, and noise trace tr(Sigma) = b (batch_norm - inner); both are unbiased. `norm` is sqrt(|G|^2), or 0 if
   the estimate of |G|^2 is negative.
 - Simple noise scale tr(Sigma) / |G|^2, in prompts: the batch size at which noise and signal are equal (McCandlish,
   Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our estimates of tr(Sigma) and
   |G|^2 follow their appendix A.1, with one batch as the small batch and all J batches together as the large one.
-- Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). Between tasks it is weighted by norms:
-  the mean inner product of the gradients of two tasks, divided by their mean squared norm.
+- Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). The alignment between tasks is instead the mean inner
+  product of the gradients of two tasks, divided by the mean squared norm over tasks.
 
 Standard errors are from the delete-one jackknife over the J batches. If noise dominates the gradient, they are too large by
-a factor of at most sqrt(2) (Efron and Stein 1981, "The jackknife estimate of variance"). A ratio is NaN if its squared norms
-are not positive.
+a factor of at most sqrt(2) (Efron and Stein 1981, "The jackknife estimate of variance"). A ratio is NaN if the estimate of its
+denominator is not positive.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,9 +34,9 @@ from icl.model.stacked import Params, target_losses
 from icl.tasks.prompts import Prompts
 
 Gradients = dict[str, Tensor]
-"""Gradients (N, J, p) by parameter name, with a row for each batch."""
+"""Gradients (N, J, p) of each parameter, with a row for each batch. The keys are the names of the parameters."""
 Grams = dict[str, Tensor]
-"""Gram matrices (N, J, J) by group of parameters, in float64 on the CPU. Group `all` covers all parameters."""
+"""Gram matrices (N, J, J) of each group of parameters, in float64 on the CPU. The group `all` covers all parameters."""
 
 _FAMILIES = (("norm", "norms"), ("embedding", "embeddings"), ("attention", "attention"), ("mlp", "mlp"))
 
@@ -71,7 +71,7 @@ def mean_gradient(
 
 
 def grams(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Grams:
-    """Return K_ij = g_i . h_j of every member, for all weights, families and modules."""
+    """Return K_ij = g_i . h_j of every member, for every group of parameters (see `groups`)."""
     by_group: Grams = {}
     for name in first:
         product = (_to_double(first[name]) @ _to_double(second[name]).mT).cpu().double()  # N J J
@@ -81,7 +81,7 @@ def grams(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Grams:
 
 
 def groups(name: str) -> tuple[str, ...]:
-    """Return the groups of a parameter: `all`, its family (like `attention`), its module (like `blocks.0.attention`)."""
+    """Return the groups of a parameter: `all`, its family (such as `attention`), its module (such as `blocks.0.attention`)."""
     parts = name.split(".")
     module = ".".join(parts[:3] if parts[0] == "blocks" else parts[:1])
     family = next((family for word, family in _FAMILIES if word in module and module != "unembedding"), module)
@@ -148,7 +148,7 @@ def task_alignment(between: Float[Tensor, "*N Q Q J J"]) -> Estimate:
 
 
 def mean_squared_norm(between: Float[Tensor, "*N Q Q J J"]) -> WithDeleted:
-    """Return the mean over Q tasks of the squared norm of their gradients."""
+    """Return the mean over Q tasks of the squared norm of the task's gradient."""
     return WithDeleted(*(products.diagonal(dim1=-2, dim2=-1).mean(-1) for products in inner(between)))
 
 

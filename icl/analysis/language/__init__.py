@@ -2,16 +2,18 @@
 
 Every number that depends on rows of tokens has a standard error over rows. Rows of the table, by `quantity`:
 
-- `loss`, by position and averaged over positions (`mean`), on the test rows. Position k is the prediction of token k from the tokens before it.
+- `loss`: loss on the test rows at each position, and averaged over positions (`mean`). Position k is the prediction of token k from the
+  tokens before it.
 - `icl_score`: late loss minus early loss, negative if context helps (`icl.evaluation.scores.icl_positions`).
-- `bigram_score` and `bigram_floor`: cross-entropy of the prediction at a random position to the frequencies of bigrams, and their entropy.
-- `ngram_score`, n = 2, 3, 4 in `position`: test loss at index n - 1 divided by the loss of the last token of common n-grams.
-  Theirs are entries of a larger vocabulary (`vocabulary`), and by default ours are the most frequent n-grams of the training text.
-- `previous_token` and `prefix_matching`, by head (`part` is layer.head): attention to the token before, and to the token after the
-  earlier occurrence of the current one.
-- `k_composition`, by pair of heads, less the mean of all pairs at the first saved step.
-- `ablated_loss` and `ablation`: mean loss with the table of positions set to zero, and its difference from the loss.
-- `weight_norm`, and `position_spectrum`, the singular values of the table of positions by their number in `position`.
+- `bigram_score`: cross-entropy of the model's prediction after the token s at a random position, relative to the bigram frequencies
+  q(t | s). `bigram_floor`: the mean entropy of q(t | s), which is the lowest possible score.
+- `ngram_score`, with n = 2, 3 or 4 in `position`: test loss at index n - 1 divided by the loss of the last token of common n-grams. In the
+  paper, the n-grams are entries of a larger vocabulary (`vocabulary`). Our default is the most frequent n-grams of the training text.
+- `previous_token`, for each head (`part` is layer.head): attention to the token before the current one. `prefix_matching`, for each
+  head: attention to the token after the earlier occurrence of the current token.
+- `k_composition`, for each pair of heads: K-composition minus the mean over all pairs at the first saved step.
+- `ablated_loss`: mean loss with the position embeddings set to zero. `ablation`: `ablated_loss` minus the mean loss.
+- `weight_norm`: norm of all weights. `position_spectrum`: singular values of the position embeddings, with their number in `position`.
 """
 
 import dataclasses
@@ -47,23 +49,28 @@ VERSION = 1
 NGRAMS = (2, 3, 4)
 """Lengths of the n-grams."""
 _NUM_COUNTED = 2**18
-"""Number of tokens of the training text in which n-grams are counted, about."""
+"""Approximate number of tokens of the training text in which n-grams are counted."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options of `icl analyse RUN --what behaviour` for a language run. The paper's numbers are 10,016, 5,000, 10,000 and 1,000."""
+    """Options of `icl analyse RUN --what behaviour` for a language run.
 
-    num_rows: int = setting(1024, "number of test rows, at most `evaluation.num_prompts` of a run on a text")
+    The paper uses `num_rows` 10,016, `num_bigram_rows` 5,000, `num_probe_rows` 10,000 and `num_ngrams` 1,000.
+    """
+
+    num_rows: int = setting(
+        1024, "number of test rows; for a run on a text, at most its `evaluation.num_prompts` rows are used"
+    )
     num_bigram_rows: int = setting(1024, "number of test rows for the bigram score")
-    num_probe_rows: int = setting(1024, "number of rows of random tokens for each score of heads")
+    num_probe_rows: int = setting(1024, "number of rows of random tokens for each of the two scores of heads")
     num_ngrams: int = setting(100, "number of n-grams of each length")
     vocabulary: str | None = setting(
         None,
-        "larger vocabulary whose entries are the n-grams, as in the paper: a file tokenizer.json, a list of texts (.json, or .txt with one a "
-        "line), or hf://USER/NAME; by default n-grams are the most frequent ones of the training text",
+        "larger vocabulary whose entries are the n-grams, as in the paper: a file tokenizer.json, a list of texts (.json, or .txt with one "
+        "text per line), or hf://USER/NAME; by default the n-grams are the most frequent ones of the training text",
     )
     tokenizer: str | None = setting(
         None, "tokenizer of the run's tokens, for `vocabulary`; by default the run's `language.tokenizer`"
@@ -74,16 +81,16 @@ class Settings:
             require_count(name, getattr(self, name), least)
         require(
             self.tokenizer is None or self.vocabulary is not None,
-            "`tokenizer` is used with `vocabulary` only; give both.",
+            "`tokenizer` has an effect only with `vocabulary`; give both, or leave out `tokenizer`.",
         )
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Measure every saved step.
+    """Measure every saved step of a language run.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
-        ConfigError: If it is not a language run, or its text cannot be read.
+        ConfigError: If the run is not a language run, or its text cannot be read.
     """
     measure = partial(measure_members, settings=settings)
     entries, config = over_checkpoints(NAME, path, settings, measure, version=VERSION)
@@ -103,10 +110,10 @@ def _llcs(path: Path) -> pd.DataFrame:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Measure every member: return its rows."""
+    """Return the rows of the table for every member."""
     if not members.config.model.is_language:
         raise ConfigError(
-            "The analysis `language-behaviour` serves language runs; use `behaviour` for a regression run."
+            "The analysis `language-behaviour` is for language runs only; use `behaviour` for a regression run."
         )
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
     for quantity, part, position, estimate in _estimates(members, settings):
@@ -140,7 +147,7 @@ def _test_losses(members: Members, num_rows: int) -> tuple[Float[Tensor, "N B T"
 
 
 def test_rows(config: RunConfig, num_rows: int) -> Tensor:
-    """Return the first rows of a run's test set for reports, with BOS. A text has only the rows that were held out."""
+    """Return the first rows of a run's test set for reports, with BOS. For a text, at most all held-out rows are returned."""
     text = config.language
     count = num_rows if text.is_synthetic else min(num_rows, config.evaluation.num_prompts)
     xs, ys = row_source(config, stream=TEST).sample(range(REPORT, REPORT + 1), range(count))
@@ -163,7 +170,7 @@ def _frequency_scores(members: Members, settings: Settings, losses: Tensor) -> I
 
 
 def _ngrams(config: RunConfig, settings: Settings) -> list[Tensor]:
-    """Return the n-grams of every length in `NGRAMS`, of a larger vocabulary or of the training text."""
+    """Return n-grams of every length in `NGRAMS`, from the larger vocabulary if `settings` names one, else from the training text."""
     if settings.vocabulary is None:
         return _frequent_ngrams(row_source(config, stream="frequencies"), settings.num_ngrams)
     text = dataclasses.replace(config.language, tokenizer=settings.tokenizer or config.language.tokenizer)
@@ -172,7 +179,7 @@ def _ngrams(config: RunConfig, settings: Settings) -> list[Tensor]:
 
 @lru_cache(maxsize=2)
 def _vocabulary_ngrams(text: LanguageConfig, vocabulary: str, count: int) -> list[Tensor]:
-    """Return the first entries of a larger vocabulary that are n-grams, without those that contain the token of a space.
+    """Return the first entries of a larger vocabulary that are n-grams. N-grams that contain the token of a space are left out.
 
     Raises:
         ConfigError: If the vocabulary or the tokenizer cannot be read, or the vocabulary has no n-gram.
@@ -186,7 +193,8 @@ def _vocabulary_ngrams(text: LanguageConfig, vocabulary: str, count: int) -> lis
     largest = max(int(each.max()) for each in ngrams if len(each))
     require(
         largest < text.bos,
-        f"The tokenizer gives the token {largest:,}, but the run's tokens of text are below {text.bos:,}: it is not the tokenizer of this run.",
+        f"The tokenizer returns the token {largest:,}, but all tokens of the run's text are below {text.bos:,}. Give the tokenizer with "
+        "which the run was trained as `tokenizer`.",
     )
     return ngrams
 
@@ -242,7 +250,7 @@ def _summary(entries: list[Entry]) -> list[str]:
         {(row["quantity"], row["part"], row["position"]): row for row in entry.rows}
         for entry in (entries[0], entries[-1])
     )
-    lines = [f"Step {entries[0].step:,} -> step {entries[-1].step:,}, the last of {len(entries):,}:"]
+    lines = [f"Step {entries[0].step:,} -> step {entries[-1].step:,}, the last of {len(entries):,} saved steps:"]
     for quantity in (
         "loss",
         "icl_score",
@@ -262,7 +270,8 @@ def _summary(entries: list[Entry]) -> list[str]:
     floor = next(row["value"] for row in entries[-1].rows if row["quantity"] == "bigram_floor")
     return [
         *lines,
-        f"  The floor of the bigram score is {floor:.3f}. Of heads and pairs, the largest at the last step is given.",
+        f"  The floor of the bigram score is {floor:.3f}. For n-grams, heads and pairs of heads, only the one with the largest "
+        "value at the last step is shown.",
     ]
 
 

@@ -1,7 +1,7 @@
-"""Rows of tokens on which behaviours are measured, as pure functions of a seed, and the common n-grams of a text.
+"""Rows of tokens for measuring behaviours, as pure functions of a seed, and the common n-grams of a text.
 
-Rows of random tokens begin with BOS. Their tokens are uniform over the vocabulary without BOS, so nothing but attention patterns can
-explain what a head does with them (Hoogland et al. 2024).
+Rows of random tokens begin with BOS. The other tokens are uniform over the vocabulary without BOS, so the meaning of the tokens cannot
+explain to which of them a head attends (Hoogland et al. 2024).
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from icl import rng
 LENGTHS = (16, 64)
 """Shortest and longest length of the rows for previous-token scores."""
 PREFIX_LENGTH = 128
-"""Length of the rows for prefix-matching scores, if the context is so long."""
+"""Length of the rows for prefix-matching scores; shorter if the context is shorter."""
 
 
 def previous_token_rows(
     seed: int, num_rows: int, *, bos: int, context_size: int
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, " B"]]:
-    """Return rows and the last position of each: lengths are uniform from 16 to 64 tokens, as far as the context allows."""
+    """Return rows and the last position of each row. Lengths are uniform from 16 to 64 tokens, or less in a short context."""
     longest = min(LENGTHS[1], context_size - 1)
     shortest = min(LENGTHS[0], longest)
     rows = _random_rows(seed, "previous", num_rows, longest, bos)
@@ -34,7 +34,8 @@ def prefix_rows(
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, " B"], Int64[Tensor, " B"]]:
     """Return rows in which one token occurs exactly twice, and its two positions.
 
-    The first is uniform in 1 .. h - 1 and the second in h + 1 .. 2 h - 1, with rows of 2 h = 128 tokens or of what the context allows.
+    Rows have 2 h = 128 tokens, or fewer if the context is shorter. The first position is uniform in 1 .. h - 1, and the second in
+    h + 1 .. 2 h - 1.
     """
     half = min(PREFIX_LENGTH, context_size - 1) // 2
     rows = _random_rows(seed, "prefix", num_rows, 2 * half, bos)
@@ -48,12 +49,12 @@ def prefix_rows(
 
 
 def positions(seed: int, num_rows: int, *, num_predictions: int) -> Int64[Tensor, " B"]:
-    """Return a position of each row, uniform from 1 to the last prediction."""
+    """Return one random position for each row, uniform from 1 to the last prediction."""
     return 1 + _uniform(seed, "bigram", num_rows, num_predictions - 1)
 
 
 def frequent_ngrams(rows: Int64[Tensor, "B T"], n: int, count: int, *, bos: int) -> Int64[Tensor, "G n"]:
-    """Return the most frequent n-grams of a text, in the order of their frequency; those with BOS are left out."""
+    """Return the most frequent n-grams of a text, most frequent first. N-grams with BOS are left out."""
     windows = rows.unfold(1, n, 1).flatten(0, 1)  # M n
     windows = windows[(windows != bos).all(1)]
     codes = windows[:, 0]
@@ -69,11 +70,13 @@ def frequent_ngrams(rows: Int64[Tensor, "B T"], n: int, count: int, *, bos: int)
 def vocabulary_ngrams(
     tokenizer: Any, words: Sequence[str], n: int, count: int, *, skipped: int | None = None
 ) -> Int64[Tensor, "G n"]:
-    """Return the first entries of a larger vocabulary that a tokenizer splits into exactly n tokens (Hoogland et al. 2024).
+    """Return the token n-grams of the first `count` entries of a larger vocabulary that the run's tokenizer splits into n tokens.
+
+    Hoogland et al. 2024 define common n-grams in this way.
 
     Args:
-        tokenizer: The tokenizer of the run, of the package `tokenizers`.
-        words: Texts of the entries of the larger vocabulary, in their order.
+        tokenizer: The tokenizer of the run, an object of the package `tokenizers`.
+        words: Texts of the entries of the larger vocabulary, in their order there.
         n: Number of tokens.
         count: Largest number of n-grams.
         skipped: A token that no n-gram may contain, such as the space.

@@ -1,7 +1,7 @@
-"""The released numbers of the two-layer language model of Hoogland et al. (2024), beside those of a run.
+"""The released numbers of the two-layer language model of Hoogland et al. (2024), for comparison with a run.
 
-`icl analyse RUN --what behaviour` prints them for a run with the preset L2W256, trained here or imported. A released step is compared with the
-nearest saved step, if that is at most `NEAR` steps away: the authors saved every 100 steps.
+`icl analyse RUN --what behaviour` prints these numbers for a run with the preset L2W256, trained here or imported. A released step is
+compared with the nearest saved step if that step is at most `NEAR` steps away. The authors saved every 100 steps.
 """
 
 import math
@@ -14,9 +14,9 @@ from icl.runs.measure import Entry
 
 PRESET = "L2W256"
 NEAR = 100
-"""Largest distance in steps."""
+"""Largest distance, in steps, between a released step and the saved step that is compared with it."""
 STEPS = (0, 900, 6500, 8500, 17_500, 50_000)
-"""Ends of the published stages."""
+"""The step 0, and the ends of the published stages."""
 RELEASED: Mapping[tuple[str, str, str], tuple[float, ...]] = {
     ("loss", "", "mean"): (7.943, 4.348, 3.631, 3.560, 3.294, 3.215),
     ("bigram_score", "", ""): (7.947, 4.633, 5.316, 5.398, 5.761, 5.918),
@@ -24,19 +24,21 @@ RELEASED: Mapping[tuple[str, str, str], tuple[float, ...]] = {
     ("previous_token", "0.1", ""): (0.030, 0.026, 0.039, 0.063, 0.291, 0.289),
     ("prefix_matching", "1.7", ""): (0.011, 0.010, 0.008, 0.010, 0.078, 0.079),
 }
-"""Released numbers at `STEPS`, by quantity, part and position of the table of behaviours."""
+"""Released numbers at `STEPS`. Each key gives the columns `quantity`, `part` (such as the head 0.1) and `position` in the table of
+`--what behaviour`."""
 LLCS = (123.6, 149.9, 172.4, 170.9, 179.5, 181.3)
-"""Released LLCs at `STEPS`, the last at step 49,900. They include the bug of `icl.sampling.published.llc_with_initial_loss_bug`."""
+"""Released LLCs at `STEPS`, except that the last one is from step 49,900. They contain the bug that
+`icl.sampling.published.llc_with_initial_loss_bug` reproduces."""
 LLC_COLUMN = "llc_with_initial_loss_bug"
 _HEADER = ("step", "test loss", "bigram score", "ICL score", "previous 0.1", "prefix 1.7", "LLC, with bug")
 
 
 def beside_released(entries: Sequence[Entry], llcs: pd.DataFrame) -> list[str]:
-    """Return a table as lines of text: for each released step, the released numbers above those of the run.
+    """Return a table as lines of text: for each released step, a line with the released numbers and a line with the run's numbers.
 
     Args:
         entries: The behaviours of a run.
-        llcs: The run's `llc.csv`, or an empty table. Only rows of the published mode have the number that can be compared.
+        llcs: The run's `llc.csv`, or an empty table. Only its rows of the mode `published` are comparable with the released LLCs.
     """
     lines = []
     for index, released_step in enumerate(STEPS):
@@ -56,7 +58,7 @@ def beside_released(entries: Sequence[Entry], llcs: pd.DataFrame) -> list[str]:
         return []
     return [
         "",
-        "Beside the released numbers of the two-layer model (Hoogland et al. 2024):",
+        "Comparison with the released numbers of the two-layer model (Hoogland et al. 2024):",
         _line((*_HEADER, "")),
         *lines,
     ]
@@ -71,7 +73,7 @@ def _shown(row: Mapping[str, Any] | None) -> str:
 
 
 def _llc(llcs: pd.DataFrame, step: int) -> str:
-    """Return the estimate of the published mode at a step, if there is one."""
+    """Return the LLC of the mode `published` at a step as text, or "-" if there is none."""
     if LLC_COLUMN not in llcs:
         return "-"
     values = llcs.loc[llcs["step"] == step, LLC_COLUMN].dropna()

@@ -1,7 +1,7 @@
 """Behaviours of language models on rows of tokens: pure functions of a model, its stacked parameters and tokens.
 
-The definitions are those of Hoogland et al. (2024), arXiv 2402.02364, and of their code. Every estimate is a mean over rows, with its
-standard error; leading axes are members. Losses are in nats.
+The definitions follow Hoogland et al. (2024), arXiv 2402.02364, and their code. Every estimate is a mean over rows, with its
+standard error. The leading axis N counts members. Losses are in nats.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Rows = Int64[Tensor, "B T"]
 
 
 def token_losses(config: ModelConfig, params: Params, rows: Rows) -> Float[Tensor, "N B T-1"]:
-    """Return -log P(token p + 1 | tokens 0 .. p) for every row and p."""
+    """Return -log P(token p + 1 | tokens 0 .. p) for every row and every position p."""
     return _in_chunks(config, params, rows, lambda part: next_token_losses(config, params, part[:, :-1], part[:, 1:]))
 
 
@@ -29,15 +29,15 @@ def bigram_score(
 ) -> tuple[Estimate, Estimate]:
     """Return the cross-entropy of the model's next token relative to bigram frequencies, and its floor.
 
-    For each row the model reads the tokens up to `at`, and the cross-entropy is -sum over t of q(t | s) log P(t), with s the token at
-    `at`. The floor is the mean entropy of q at the same tokens, which a model that predicts q reaches. Rows whose token never occurs in the
-    table are left out.
+    For each row the model reads the tokens up to position `at`. Let s be the token there. The cross-entropy is the sum over t of
+    -q(t | s) log P(t). The floor is the mean entropy of q(t | s). A model that predicts q reaches the floor. Rows are left out if s
+    never occurs in the table of frequencies.
 
     Args:
         config: The architecture.
         params: Stacked parameters.
         rows: Rows of tokens.
-        at: A position of each row.
+        at: One position in each row.
         pairs: Empirical frequencies q(t | s), with a row of zeros for a token that does not occur.
     """
     rows, at = rows[:, : int(at.max()) + 1], at.to(rows.device)
@@ -54,7 +54,10 @@ def bigram_score(
 
 
 def next_token_logits(config: ModelConfig, params: Params, rows: Rows, at: Int64[Tensor, " B"]) -> Float[Tensor, "N B"]:
-    """Return the logit of the true next token at one position of each row: the state of essential dynamics in Hoogland et al. (2024)."""
+    """Return the logit of the true next token at one position of each row.
+
+    These logits are the state for essential dynamics in Hoogland et al. (2024).
+    """
 
     def logits(part: Tensor, chosen: Tensor) -> Tensor:
         x = last_residual(config, params, part[:, :-1])
@@ -68,8 +71,8 @@ def ngram_score(
 ) -> Estimate:
     """Return the n-gram score: how much better the last token of common n-grams is predicted than test tokens at that position.
 
-    It is the mean test loss at index n - 1 divided by the mean loss of the last token of the n-grams, each with BOS in front. Both
-    samples are independent, and the error is that of the first-order expansion of the ratio.
+    The score is the mean test loss at index n - 1 divided by the mean loss of the last token of the n-grams, each with BOS in front.
+    The two samples are independent. The standard error of their ratio is propagated to first order.
 
     Args:
         config: The architecture.
@@ -88,24 +91,24 @@ def ngram_score(
 def previous_token_scores(
     config: ModelConfig, params: Params, rows: Rows, last: Int64[Tensor, " B"]
 ) -> Float[Tensor, "N B L H"]:
-    """Return the attention of every head from position `last` of each row to the position before it."""
+    """Return the attention weight of every head from position `last` of each row to the position before `last`."""
     return _attention(config, params, rows, last, last - 1)
 
 
 def prefix_matching_scores(
     config: ModelConfig, params: Params, rows: Rows, first: Int64[Tensor, " B"], second: Int64[Tensor, " B"]
 ) -> Float[Tensor, "N B L H"]:
-    """Return the attention of every head from the second occurrence of a token to the position after the first occurrence."""
+    """Return the attention weight of every head from the second occurrence of a token to the position after the first occurrence."""
     return _attention(config, params, rows, second, first + 1)
 
 
 def without_positions(params: Params) -> Params:
-    """Return the parameters with the table of positions set to zero."""
+    """Return the parameters with the position embeddings set to zero."""
     return {**params, "pos_embed.W_pos": torch.zeros_like(params["pos_embed.W_pos"])}
 
 
 def paired_difference(first: Float[Tensor, "N B"], second: Float[Tensor, "N B"]) -> Estimate:
-    """Return the mean of the difference of two numbers of each row. Noise that both share does not enter the error."""
+    """Return the mean over rows of a difference. Noise that both numbers of a row share does not enter the standard error."""
     return _mean(first - second)
 
 
@@ -130,7 +133,7 @@ def _attention(config: ModelConfig, params: Params, rows: Rows, queries: Tensor,
 def _in_chunks(
     config: ModelConfig, params: Params, rows: Rows, function: Callable[..., Tensor], *beside: Tensor
 ) -> Tensor:
-    """Apply a function to as many rows at a time as memory allows, with the same parts of the tensors `beside`."""
+    """Apply a function to as many rows at a time as memory allows, with the same rows of the tensors `beside`."""
     size = rows_at_once(config, params, rows.shape[1])
     with torch.no_grad():
         return torch.cat([function(*part) for part in _parts(size, rows, *beside)], dim=1)

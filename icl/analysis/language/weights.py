@@ -1,6 +1,6 @@
-"""Measurements of the weights of a language model: composition of heads, norm of all weights, spectrum of the positions.
+"""Measurements of the weights of a language model: composition of heads, norm of all weights, spectrum of position embeddings.
 
-They are exact functions of the weights, so they have no standard error.
+The measurements are exact functions of the weights, so they have no standard error.
 """
 
 import torch
@@ -14,8 +14,9 @@ from icl.model.stacked import Params
 def k_composition(config: ModelConfig, params: Params) -> Float[Tensor, "N P"]:
     """Return the K-composition of every pair of heads of `head_pairs` (Elhage et al. 2021, "A mathematical framework").
 
-    It says how much of what an earlier head writes the keys of a later head read: |W_QK W_OV^T| / (|W_QK| |W_OV|) in Frobenius norms,
-    where W_QK = W_Q W_K^T of the later head and W_OV = W_V W_O of the earlier head act on row vectors.
+    K-composition measures how strongly the keys of a later head depend on the output of an earlier head. It is defined as
+    |W_QK W_OV^T| / (|W_QK| |W_OV|) in Frobenius norms. W_QK = W_Q W_K^T is from the later head, and W_OV = W_V W_O is from the
+    earlier head. Both matrices act on row vectors.
     """
     values = [
         _ratio(
@@ -30,7 +31,7 @@ def k_composition(config: ModelConfig, params: Params) -> Float[Tensor, "N P"]:
 
 
 def head_pairs(config: ModelConfig) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return all pairs of a head and a head of a later block, each head as (layer, head)."""
+    """Return all pairs of two heads of which the second is in a later block. Each head is given as (layer, head)."""
     heads = [(layer, head) for layer in range(config.num_layers) for head in range(config.num_heads)]
     return [(earlier, later) for earlier in heads for later in heads if earlier[0] < later[0]]
 
@@ -41,7 +42,7 @@ def weight_norm(params: Params) -> Float[Tensor, " N"]:
 
 
 def position_spectrum(params: Params) -> Float[Tensor, "N R"]:
-    """Return the singular values of the table of positions, largest first."""
+    """Return the singular values of the matrix of position embeddings, largest first."""
     return torch.linalg.svdvals(params["pos_embed.W_pos"])
 
 

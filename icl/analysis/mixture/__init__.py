@@ -1,35 +1,39 @@
-"""Which prior a model has learned: the mixtures of dMMSE and ridge that are closest to it, at every saved step.
+"""Which prior a model has learned: the mixtures of dMMSE and ridge that are closest to the model, at every saved step.
 
-dMMSE is the Bayes predictor of a model that has memorised its M training tasks, and ridge that of a model that generalises to all tasks.
-`icl.analysis.mixture.fits` defines the two mixtures: `fixed`, with the same weight for all prompts, and `bayes`, with prior odds and the
-posterior weights of Bayes' rule. If the prior or the noise is not Gaussian, the Bayes predictor for new tasks (`icl.bayes`) takes the place of ridge
-everywhere. If it is only estimated, residuals are too large by at most `predictor_variance`, the mean squared standard error of its
-predictions. The prompts of training tasks (`pretrain`) and of new tasks (`true`) are those of `icl evaluate`.
+dMMSE is the Bayes predictor for the M training tasks, so a model that has memorised these tasks predicts like dMMSE. Ridge is the Bayes
+predictor for new tasks, so a model that generalises to all tasks predicts like ridge. `icl.analysis.mixture.fits` defines two mixtures of
+these predictors: `fixed`, with the same weight for all prompts, and `bayes`, with prior odds and the posterior weights of Bayes' rule. If
+the prior or the noise is not Gaussian, the Bayes predictor for new tasks (`icl.bayes`) takes the place of ridge everywhere. If this
+predictor is only estimated, residuals are too large by at most `predictor_variance`, the mean squared standard error of its predictions.
+The prompts of training tasks (`pretrain`) and of new tasks (`true`) are the same as in `icl evaluate`.
 
 Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, or `mean` for one mixture for all positions):
 
 - `weight` (of `fixed`): the weight p of dMMSE. `log_odds` (of `bayes`): the prior log odds of dMMSE against ridge. At a limit of the
-  search, its standard error is missing and it is only a bound.
+  search, the log odds are only a bound and have no standard error.
 - `residual`: the mean squared difference, per target, between the model and the closest mixture. `residual_share`: the residual divided by
   the mean squared difference between dMMSE and ridge. If this share is above 0.1, the row of the mixture is `suspect`. If it is
   above 1, the row is `invalid`: the model is then further from every mixture than dMMSE and ridge are from each other.
-- `loss_advantage`: the squared error of ridge minus that of dMMSE on `pretrain`, divided by 2 sigma^2, which are nats per target for Gaussian noise;
-  `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: see above; there is no such row in the usual world.
+- `loss_advantage`: how much smaller the squared error of dMMSE is than the squared error of ridge on `pretrain`. The difference is
+  divided by 2 sigma^2, which gives nats per target for Gaussian noise.
+- `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: see above; there is no such row if the prior
+  and the noise are Gaussian.
 
 Rows of a whole run (`icl.analysis.mixture.findings`):
 
-- `transition_step`: the step at which the weight crosses 1/2, or the log odds cross 0; `finding` says to which of dMMSE and ridge.
+- `transition_step`: the step at which the weight crosses 1/2, or the log odds cross 0. `finding` says whether the model changes to
+  dMMSE or to ridge.
 
 Rows of all runs together, `run` = `all`:
 
 - `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders of
-  several seeds, each seed gives an exponent, in a row of its own, and `all` has their mean with the error over seeds (`num_seeds`; from
-  three seeds on, `lower` and `upper` are the 95 % interval).
-- `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: the curve of Wurgaft et al. 2025 (`icl.analysis.mixture.theory`). Its value
-  at each saved step is `curve_weight`. At the steps of the fit, `curve_residual` is the weight minus this value. `curve_step` is the
-  step at which a run's curve crosses 1/2.
+  several seeds, there is one exponent and one row for each seed, and the row `all` contains the mean and its standard error over seeds.
+  `num_seeds` is the number of seeds. With at least three seeds, `lower` and `upper` are the 95 % interval.
+- `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: parameters and R^2 of the theory curve of Wurgaft et al. 2025
+  (`icl.analysis.mixture.theory`). `curve_weight` is the value of the curve at each saved step. At the steps of the fit, `curve_residual`
+  is the fitted weight p minus `curve_weight`. `curve_step` is the step at which a run's curve crosses 1/2.
 
-Standard errors are over prompts, to first order (the delta method), except for those of the curve and of the exponent.
+Standard errors are over prompts, to first order (the delta method), except for the standard errors of the curve and of the exponent.
 """
 
 import dataclasses
@@ -63,7 +67,7 @@ from icl.runs.measure import Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
+"""Version 2 uses other prompts than version 1: the fixed prompts at the step number `icl.evaluation.sets.REPORT`."""
 SETS = ("pretrain", "true")
 
 Row = dict[str, Any]
@@ -85,12 +89,12 @@ class Settings(StepSettings):
 
     jointly_with: str | None = setting(
         None,
-        "further runs of a ladder of M, separated by commas, or a pattern such as 'runs/ladder/*'; one theory curve is fitted to all",
+        "other runs of the same ladder of M, separated by commas, or a pattern such as 'runs/ladder/*'; one theory curve is fitted to all runs",
     )
 
 
 class Reference(NamedTuple):
-    """Fixed prompts of one distribution, and the two predictors on them."""
+    """Fixed prompts of one distribution, and the predictions of dMMSE and ridge on these prompts."""
 
     name: str
     prompts: Prompts
@@ -98,7 +102,7 @@ class Reference(NamedTuple):
     errors: Float[Tensor, "2 B"]
     """Squared errors of ridge and of dMMSE, averaged over positions."""
     variance: Float[Tensor, "B K"] | None = None
-    """Squared standard errors of the predictor that takes the place of ridge."""
+    """Squared standard errors of the predictor that takes the place of ridge; None for ridge itself."""
 
 
 def analyse(path: Path, settings: Settings) -> Result:
@@ -129,7 +133,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:
-    """Fit both mixtures to every member. The arrays have the numbers of single prompts, for the transitions."""
+    """Fit both mixtures to every member. The arrays contain the numbers of single prompts, which the transitions need."""
     predict = partial(predict_prompts, partial(apply, members.config.model), members.params)
     device = next(iter(members.params.values())).device
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
@@ -162,7 +166,7 @@ def references(config: RunConfig, num_prompts: int) -> list[Reference]:
 
 
 def reference(config: RunConfig, name: str, prompts: Prompts) -> Reference:
-    """Compute both predictors and the Bayes factors on these prompts, in float64."""
+    """Compute dMMSE, ridge and the Bayes factors on these prompts, in float64."""
     task, tasks, noise = config.task, training_pool(config).double(), noise_law(config)
     xs, ys = prompts.xs.double(), prompts.ys.double()
     dmmse = baselines.dmmse(xs, ys, tasks=tasks, noise_variance=task.noise_variance, noise=noise)
@@ -179,25 +183,25 @@ def reference(config: RunConfig, name: str, prompts: Prompts) -> Reference:
 
 
 def require_mixture(config: RunConfig) -> None:
-    """Refuse a run for which the two predictors or their marginal likelihoods do not exist.
+    """Raise an error for a run to which the mixtures of dMMSE and ridge do not apply.
 
     Raises:
         NotApplicableError: If the run has M = inf, no noise, or a pool that changes.
     """
     if config.task.is_gaussian:
         raise NotApplicableError(
-            f"`mixture` compares dMMSE with the Bayes predictor for new tasks, but the run {config.run_name} has M = inf, where they are "
-            "the same; give runs with a finite `task.num_tasks`."
+            f"`mixture` compares dMMSE with the Bayes predictor for new tasks, but the run {config.run_name} has M = inf, for which the two "
+            "predictors are the same; give runs with a finite `task.num_tasks`."
         )
     if config.task.has_moving_pool:
         raise NotApplicableError(
-            f"`mixture` follows the weight of one pool of tasks over training, but the run {config.run_name} has the pool {config.task.pool}; "
-            "`icl evaluate` compares every step with its own pool."
+            f"`mixture` needs a pool of tasks that stays the same during training, but the pool of the run {config.run_name} changes "
+            f"(`task.pool` = {config.task.pool}); use `icl evaluate`, which compares every step with the pool at that step."
         )
     if config.task.noise_variance == 0:
         raise NotApplicableError(
-            f"`mixture` needs noise, but the run {config.run_name} has `task.noise_variance` 0, for which the marginal "
-            "likelihoods of its prompts do not exist."
+            f"`mixture` needs noise, because it uses the marginal likelihoods of prompts, but the run {config.run_name} has "
+            "`task.noise_variance` 0; give runs with noise."
         )
 
 
@@ -226,7 +230,7 @@ def _at(fit: Fit, column: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reference_rows(config: RunConfig, num_prompts: int) -> list[Row]:
-    """Return the loss advantage of dMMSE on training tasks, and the separation of the two predictors on both sets."""
+    """Return the loss advantage of dMMSE on training tasks, and the separation of dMMSE and ridge on both sets."""
     rows: list[Row] = []
     for each in references(config, num_prompts):
         numbers = {"separation": metrics.overall_mean(each.pair.difference.square())}
@@ -242,7 +246,7 @@ def _reference_rows(config: RunConfig, num_prompts: int) -> list[Row]:
 
 
 def _runs(path: Path, others: str | None) -> dict[str, Path]:
-    """Return the runs by name, after checking that all of them have mixtures and can share one theory curve."""
+    """Return the runs by name, after checking that mixtures apply to all of them and that they can share one theory curve."""
     runs = named_runs(path, others)
     configs = [read_config_of(checkpoint_files(folder)[0]) for folder in runs.values()]
     for config in configs:
@@ -250,6 +254,6 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     tasks = [dataclasses.replace(config.task, num_tasks=1) for config in configs]
     require(
         all(task == tasks[0] for task in tasks),
-        "Runs that are analysed together must be a ladder: their `task` settings may differ only in `num_tasks`.",
+        "Runs that are analysed together must form a ladder: their `task` settings may differ only in `num_tasks`. Leave out the others.",
     )
     return runs

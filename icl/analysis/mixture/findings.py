@@ -1,9 +1,10 @@
 """Findings about whole runs and ladders: transitions between dMMSE and ridge, their growth with M, and the theory curve.
 
-A transition is a crossing of zero (`icl.analysis.behaviour.turning_points`) of the mean of numbers of single prompts. For `fixed`, the mean
-is positive exactly if the best weight exceeds 1/2, which means that dMMSE is closer to the model than ridge is. For `bayes`, it is
-positive if prior odds slightly above 1 bring the mixture closer to the model than odds of 1. A transition is `suspect` next to a saved
-step that no mixture explains, and if the best log odds do not change sign between the same saved steps.
+We compute a score for every prompt (`icl.analysis.mixture.fits`). A transition is a crossing of zero of the mean score
+(`icl.analysis.behaviour.turning_points`). For `fixed`, the mean score is positive exactly if the best weight exceeds 1/2, which means
+that dMMSE is closer to the model than ridge is. For `bayes`, the mean score is positive if prior odds slightly above 1 bring the mixture
+closer to the model than odds of 1. A transition is `suspect` if no mixture explains the model at one of the two saved steps around it. It
+is also `suspect` if the best log odds do not change sign between these two steps.
 """
 
 import math
@@ -22,7 +23,7 @@ from icl.runs.measure import Entry
 
 Row = dict[str, Any]
 MIXTURES = {"fixed": "weight", "bayes": "log_odds"}
-"""Both mixtures, and the quantity that is their parameter."""
+"""The two mixtures. The values are the names of their parameters in the column `quantity`."""
 _SETS = ("pretrain", "true")
 _MIN_TRANSITIONS = 3
 _ENOUGH_TRANSITIONS = 5
@@ -48,7 +49,7 @@ class RunFits(NamedTuple):
 
 
 def step_row(entry: Entry, quantity: str, distribution: str, mixture: str) -> Row:
-    """Return the row of one quantity of a saved step, for one mixture for all positions."""
+    """Return the row of one quantity at a saved step, for the single mixture that is fitted to all positions."""
     wanted = (quantity, distribution, mixture, "mean")
     return next(
         row for row in entry.rows if (row["quantity"], row["distribution"], row["mixture"], row["position"]) == wanted
@@ -56,7 +57,7 @@ def step_row(entry: Entry, quantity: str, distribution: str, mixture: str) -> Ro
 
 
 def transition_rows(run: RunFits) -> Iterator[Row]:
-    """Yield every transition of a run, or one row without a step for each mixture that has none."""
+    """Yield a row for every transition of a run, and a row without a step for each mixture without a transition."""
     steps = torch.tensor([entry.step for entry in run.entries])
     for distribution in _SETS:
         for mixture, parameter in MIXTURES.items():
@@ -79,7 +80,9 @@ def transition_rows(run: RunFits) -> Iterator[Row]:
                 if bad & {point.lower, point.upper}:
                     reasons.append("no mixture explains the model at a neighbouring saved step")
                 if signs[point.upper] != is_upward or signs[point.lower] == is_upward:
-                    reasons.append(f"the best {parameter.replace('_', ' ')} is not on the same sides")
+                    reasons.append(
+                        f"between these saved steps, the best {parameter.replace('_', ' ')} did not change to the same side"
+                    )
                 bounds = {"lower": point.lower, "upper": point.upper}
                 finding = {"finding": "to dMMSE" if is_upward else "to ridge"}
                 yield labels | {"value": point.step, "stderr": point.stderr} | bounds | finding | verdict(reasons)
@@ -99,7 +102,7 @@ def _side(entry: Entry, distribution: str, mixture: str) -> bool:
 
 
 def ladder_rows(runs: Sequence[RunFits]) -> list[Row]:
-    """Return the growth of the transition with M, and the theory curve, for all runs together."""
+    """Return the rows of the growth of the transition step with M and of the theory curve, for all runs together."""
     rows: list[Row] = []
     for distribution in _SETS:
         if len(runs) > 1:
@@ -119,7 +122,7 @@ def last_transition(run: RunFits, distribution: str, mixture: str) -> Row | None
 
 
 def _growth_rows(runs: Sequence[RunFits], distribution: str, mixture: str) -> Iterator[Row]:
-    """Yield the growth exponent of the ladder; if it has several seeds, from the exponent of each seed, which has a row of its own."""
+    """Yield the growth exponent of a ladder. With several seeds, yield a row for each seed, then the mean over seeds."""
     ladders: dict[SeedsConfig, list[RunFits]] = {}
     for run in runs:
         ladders.setdefault(run.seeds, []).append(run)
@@ -170,7 +173,7 @@ def _growth_row(runs: Sequence[RunFits], distribution: str, mixture: str) -> Row
 
 
 def curve_points(runs: Sequence[RunFits], distribution: str) -> tuple[CurvePoints, list[bool]]:
-    """Return the fixed weights of all saved steps in order, and for each whether it belongs to the fit."""
+    """Return the fixed weights at all saved steps of all runs, and for each of them whether it belongs to the fit."""
     columns, is_inside = [], []
     for number, run in enumerate(runs):
         advantage = run.number("loss_advantage", "pretrain")
@@ -213,7 +216,7 @@ def _curve_step_rows(
 
 
 def summary(runs: Sequence[RunFits], rows: Sequence[Row]) -> list[str]:
-    """Return the printed lines: ladder and curve, transitions, and the numbers of the last step of each run."""
+    """Return the printed lines: growth and theory curve, transitions, and the numbers of the last step of each run."""
     lines = [_ladder_line(row) for row in rows if row["quantity"] in ("growth_exponent", "curve_r2")]
     for row in rows:
         if row["quantity"] == "transition_step":
@@ -221,7 +224,9 @@ def summary(runs: Sequence[RunFits], rows: Sequence[Row]) -> list[str]:
             lines.append(f"{row['run']}: transition of {_label(row)}: {row['finding']}{step}; {_verdict(row)}.")
     for run in runs:
         last = run.entries[-1]
-        lines.append(f"{run.name} (M = {run.task.num_tasks}) at step {last.step:,}, the last of {len(run.entries)}:")
+        lines.append(
+            f"{run.name} (M = {run.task.num_tasks}) at step {last.step:,}, the last of {len(run.entries)} saved steps:"
+        )
         for distribution in _SETS:
             for mixture, parameter in MIXTURES.items():
                 row, share = (step_row(last, name, distribution, mixture) for name in (parameter, "residual_share"))
@@ -237,7 +242,7 @@ def _ladder_line(row: Row) -> str:
         who = "" if row["run"] == "all" else f" in {row['run']}"
         seeds = f" over {row['num_seeds']} seeds" if "num_seeds" in row else ""
         return (
-            f"Growth of the transition of {_label(row)} with M{who}: t + 1 ~ M^({row['value']:.2f} ± {row['stderr']:.2f})"
+            f"Growth of the transition step of {_label(row)} with M{who}: t + 1 ~ M^({row['value']:.2f} ± {row['stderr']:.2f})"
             f"{seeds}; {_verdict(row)}."
         )
     return f"Theory curve of the weight on {row['distribution']}: R² {row['value']:.3f}; {_verdict(row)}."

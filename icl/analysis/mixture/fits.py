@@ -1,14 +1,14 @@
 """Mixtures of dMMSE and ridge that are closest to a model: one with a fixed weight, and one with the weights of Bayes' rule.
 
-Let r_k be the model's prediction minus ridge's at position k, and d_k the prediction of dMMSE minus ridge's. A mixture predicts
-ridge + w_k d_k. The best mixture has the smallest mean of (r_k - w_k d_k)^2 over prompts.
+At position k, let r_k be the model's prediction minus the prediction of ridge, and d_k the prediction of dMMSE minus the prediction of
+ridge. A mixture predicts ridge + w_k d_k. The best mixture has the smallest mean of (r_k - w_k d_k)^2 over prompts.
 
-- `fixed`: w_k = p for all prompts. The best p is mean(r d) / mean(d^2), limited to [0, 1]. For squared distances, this equals the
+- `fixed`: w_k = p for all prompts. The best p is mean(r d) / mean(d^2), limited to [0, 1]. For squared distances, this p equals the
   relative distance of Wurgaft et al. 2025 (arXiv 2506.17859; the formula is from their code).
 - `bayes`: the Bayes predictor under the prior that draws w from the M tasks with probability pi, and from N(0, I) otherwise. The
   posterior probability of the discrete prior is w_k = sigmoid(lambda + log_ratio_k). Here lambda = log(pi / (1 - pi)) are the prior
-  log odds, and log_ratio_k is the logarithm of the Bayes factor: the marginal likelihood of the examples before position k under
-  the discrete prior, divided by the same under the Gaussian prior.
+  log odds. log_ratio_k is the logarithm of the Bayes factor: the marginal likelihood of the examples before position k under the
+  discrete prior, divided by their marginal likelihood under the Gaussian prior.
 
 Standard errors are over prompts, by the delta method. For lambda, which solves mean(score) = 0, the standard error is
 std(score) / (sqrt(B) |mean(d score / d lambda)|). All numbers are float64.
@@ -26,19 +26,19 @@ from icl import metrics
 from icl.metrics import Estimate
 
 MAX_LOG_ODDS = 20.0
-"""The log odds are searched between minus and plus this number, and compared with both parts of the mixture."""
+"""The search covers log odds between minus and plus this number. Pure ridge and pure dMMSE are tried as well."""
 _NUM_GRID = 81
 _NUM_BISECTIONS = 48
 _TIE = 1e-12
-"""Two mean squared differences are equal if they differ by less than this share of the mean of d^2."""
+"""Two mean squared differences count as equal if they differ by less than this share of the mean of d^2."""
 
 
 class Pair(NamedTuple):
-    """The two predictors on fixed prompts."""
+    """The predictions of ridge and dMMSE on fixed prompts."""
 
     ridge: Float[Tensor, "B K"]
     difference: Float[Tensor, "B K"]
-    """d: the prediction of dMMSE minus that of ridge."""
+    """The difference d: the prediction of dMMSE minus the prediction of ridge."""
     log_ratio: Float[Tensor, "B K"]
     """Logarithm of the Bayes factor of the discrete prior, from the examples before each position."""
 
@@ -53,21 +53,28 @@ class Fit(NamedTuple):
     share: Estimate
     """The residual divided by the mean of d^2."""
     excess: Float[Tensor, " C"]
-    """For p, its distance outside [0, 1] in standard errors. For lambda, -inf or inf at a limit of the search, NaN if undetermined."""
+    """Whether the parameter is at a limit.
+
+    For p, the distance of the best unlimited p outside [0, 1], in standard errors. For lambda, -inf or inf at a limit of the search, NaN
+    if all log odds fit equally well, else 0.
+    """
 
 
 def log_bayes_factors(pool: Float[Tensor, "B K"], new: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-    """Return log p(y_1..y_{k-1} | M tasks) - log p(y_1..y_{k-1} | new tasks), from the log densities of the first k targets. It is 0 at the first position."""
+    """Return log p(y_1..y_{k-1} | M tasks) - log p(y_1..y_{k-1} | new tasks) at every position k; it is 0 at k = 1.
+
+    The arguments are the log densities of the first k targets, for k = 1..K.
+    """
     return F.pad((pool - new)[:, :-1], (1, 0))
 
 
 def fixed_scores(difference: Float[Tensor, "B K"], offset: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
-    """Return numbers of prompts whose mean is positive exactly if the best fixed weight exceeds 1/2. `offset` is r."""
+    """Return a score of every prompt. The mean score is positive exactly if the best fixed weight exceeds 1/2. `offset` is r."""
     return (difference * (offset - difference / 2)).mean(-1)
 
 
 def bayes_scores(pair: Pair, offset: Float[Tensor, "B K"], log_odds: float = 0.0) -> Float[Tensor, " B"]:
-    """Return numbers of prompts whose mean is positive if larger prior odds than these bring the mixture closer to the model."""
+    """Return a score of every prompt. The mean score is positive if slightly larger prior odds bring the mixture closer to the model."""
     return _slope(pair, offset, torch.tensor(log_odds, dtype=torch.float64)).mean(-1)
 
 
@@ -82,7 +89,7 @@ def fit_fixed(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
 
 
 def fit_bayes(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
-    """Return the best prior log odds. The search takes the best of a grid, and bisects the derivative about it."""
+    """Return the best prior log odds. We take the best value on a grid, then find the zero of the derivative near it by bisection."""
     offset = predictions - pair.ridge
     grid = torch.linspace(-MAX_LOG_ODDS, MAX_LOG_ODDS, _NUM_GRID, dtype=torch.float64)
     heights = torch.stack([_mean_squares(pair, offset, (odds + pair.log_ratio).sigmoid()) for odds in grid])
@@ -92,7 +99,7 @@ def fit_bayes(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
         middle = (low + high) / 2
         is_below = _scores(pair, offset, middle).mean(0) > 0
         low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
-    # The two parts themselves have the log odds -inf and inf.
+    # Pure ridge and pure dMMSE correspond to the log odds -inf and inf.
     parts = torch.stack([_mean_squares(pair, offset, torch.full_like(offset, weight)) for weight in (0.0, 1.0)])
     ends = torch.minimum(parts, heights[[0, -1]])
     close = torch.minimum(heights.amin(0), ends.amin(0)) + _TIE * _columns(pair.difference.square()).mean(0)
@@ -113,19 +120,19 @@ def _columns(values: Float[Tensor, "B K"]) -> Float[Tensor, "B C"]:
 
 
 def _mean_squares(pair: Pair, offset: Float[Tensor, "B K"], weights: Float[Tensor, "B K"]) -> Float[Tensor, " C"]:
-    """Return the mean squared residuals of each position, and of all positions together, for the same mixture."""
+    """Return the mean squared residuals at each position and over all positions, for weights that are given at each position."""
     squares = (offset - weights * pair.difference).square().mean(0)  # K
     return torch.cat((squares, squares.mean(0, keepdim=True)))
 
 
 def _weights(pair: Pair, log_odds: Float[Tensor, " C"]) -> Float[Tensor, "B 2 K"]:
-    """Return the weights for the log odds of each position, and those for the log odds of all positions together."""
+    """Return two sets of weights: with the best log odds of each position, and with the best log odds of all positions together."""
     both = torch.stack((log_odds[:-1], log_odds[-1].expand(len(log_odds) - 1)))  # 2 K
     return (both + pair.log_ratio.unsqueeze(1)).sigmoid()
 
 
 def _join(values: Float[Tensor, "B 2 K"]) -> Float[Tensor, "B C"]:
-    """Return the values at each position, and the mean over positions of the values for all positions together."""
+    """Return the values of the first set at each position, and the mean over positions of the second set (see `_weights`)."""
     return torch.cat((values[:, 0], values[:, 1].mean(-1, keepdim=True)), dim=-1)
 
 
@@ -134,7 +141,7 @@ def _residuals(pair: Pair, offset: Float[Tensor, "B K"], weights: Float[Tensor, 
 
 
 def _residual(pair: Pair, offset: Float[Tensor, "B K"], weights: Tensor) -> tuple[Estimate, Estimate]:
-    """Return the mean squared residual, and its share of the mean of d^2. Weights of shape (B, C) are those of `fixed`."""
+    """Return the mean squared residual, and its share of the mean of d^2. Weights have the shape (B, C) for `fixed`."""
     if weights.ndim == 2:
         weights = torch.stack((weights[:, :-1], weights[:, -1:].expand(-1, weights.shape[1] - 1)), dim=1)
     squares = _residuals(pair, offset, weights)

@@ -14,7 +14,7 @@ MAX_LOG_ODDS_STDERR = 1.0
 
 
 def judge_fixed(share: float, stderr: float, excess: float) -> tuple[str, list[str]]:
-    """Return the verdict of a fixed weight, from the residual share, the standard error and the distance outside [0, 1]."""
+    """Return the verdict of a fixed weight, from the residual share, the standard error and `Fit.excess`."""
     level, reasons = _judge_share(share)
     if excess > MAX_EXCESS:
         reasons.append(f"the best weight lies outside [0, 1], by {excess:.3g} standard errors")
@@ -22,7 +22,7 @@ def judge_fixed(share: float, stderr: float, excess: float) -> tuple[str, list[s
 
 
 def judge_bayes(share: float, stderr: float, excess: float) -> tuple[str, list[str]]:
-    """Return the verdict of prior log odds, from the residual share, the standard error and the limit that was reached."""
+    """Return the verdict of prior log odds, from the residual share, the standard error and `Fit.excess`."""
     level, reasons = _judge_share(share)
     if math.isnan(excess):
         reasons.append("all log odds fit equally well")
@@ -42,10 +42,11 @@ def verdict(reasons: Sequence[str]) -> dict[str, str]:
 
 def _judge_share(share: float) -> tuple[str, list[str]]:
     if math.isnan(share):
-        return "invalid", ["dMMSE and ridge make the same predictions, or the model's are not finite"]
+        return "invalid", ["dMMSE and ridge make the same predictions, or the model's predictions are not finite"]
     if share > INVALID_SHARE:
         return "invalid", [
-            f"no mixture explains the model: its distance is {share:.3g} times that between dMMSE and ridge"
+            "no mixture explains the model: the squared distance to the closest one is "
+            f"{share:.3g} times the squared distance between dMMSE and ridge"
         ]
     if share > SUSPECT_SHARE:
         return "suspect", [

@@ -1,20 +1,21 @@
-"""The curve of Wurgaft et al. 2025 (arXiv 2506.17859): when does a rational learner memorise its tasks?
+"""The theory curve of Wurgaft et al. 2025 (arXiv 2506.17859): the step at which a rational learner memorises its tasks.
 
-A learner weighs a memorising predictor (dMMSE) against a generalising one (ridge). Their prior odds favour the simpler one, and each
-training step is evidence for the one with the lower loss. After n steps, the log posterior odds of memorising are
+A learner weighs a memorising predictor (dMMSE) against a generalising predictor (ridge). The prior odds favour the simpler predictor, and
+each training step is evidence for the predictor with the lower loss. After n steps, the log posterior odds of memorising are
 
     eta(n, M) = gamma n^(1 - alpha) (L_ridge - L_dMMSE) - ln 2 (K_dMMSE^beta - K_ridge^beta),
 
 and the model predicts with the fixed weight sigmoid(eta). L is the loss on training tasks in nats per target: the mean squared error
-divided by 2 sigma^2. K is a complexity in bits. The exponent alpha makes the evidence grow less than linearly, beta makes the price of
-complexity grow less than linearly, and gamma is the evidence of the first step. We took the formula from the authors' code
+divided by 2 sigma^2. K is a complexity in bits. The exponent alpha makes the evidence grow less than linearly with n. The exponent beta
+makes the penalty grow less than linearly with K. The factor gamma scales the evidence. We took the formula from the authors' code
 (DanielWurgaft/rational-icl, `HierarchicalBayesianModel`), which fits the three numbers to the predictions of many models and steps.
 
 Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest size. We count
-`CODE_BITS` for either program and 32 bits for each number of the table, because random numbers do not compress. The authors take a median
-of means of the loss, we take the mean. They fit prompts of training tasks, or both sets together; we fit each set separately, and leave
-out steps that no mixture explains. Our fit has the same objective: up to a constant, the mean squared difference of predictions is
-(sigmoid(eta) - p)^2 times the mean of d^2, with the best weight p and d of `icl.analysis.mixture.fits`.
+`CODE_BITS` for the program of each predictor and 32 bits for each number of the table, because random numbers do not compress. The
+authors use a median of means of the loss; we use the mean. They fit prompts of training tasks, or both sets together. We fit each set
+separately, and leave out steps that no mixture explains. Our fit has the same objective: up to a constant, the mean squared difference of
+predictions is (sigmoid(eta) - p)^2 times the mean of d^2. The best weight p and the difference d are defined in
+`icl.analysis.mixture.fits`.
 """
 
 import math
@@ -49,7 +50,7 @@ class CurvePoints(NamedTuple):
     separation: Float[np.ndarray, " P"]
     """Mean squared difference between dMMSE and ridge."""
     runs: np.ndarray
-    """Number of the run of each point."""
+    """Number of the run to which each point belongs."""
 
     def without(self, run: float) -> "CurvePoints":
         """Return the points of all other runs."""
@@ -62,9 +63,9 @@ class Curve(NamedTuple):
     values: tuple[float, float, float]
     """alpha, beta and gamma."""
     stderr: tuple[float, float, float]
-    """Standard errors: the jackknife over runs for at least four runs, else those of least squares with independent points."""
+    """Standard errors from the jackknife over runs if there are at least four runs, else from least squares with independent points."""
     r2: float
-    """Share of the variance of the weights that the curve explains; points have the weight `separation`."""
+    """Share of the variance of the weights that the curve explains. In this variance, points are weighted by `separation`."""
     verdict: str
     reasons: list[str]
 
@@ -81,7 +82,7 @@ class Curve(NamedTuple):
 
 
 def table_bits(num_tasks: int | float, task_size: int) -> float:
-    """Return the number of bits of a table of M tasks of size D."""
+    """Return the number of bits in a table of M tasks of size D."""
     return float(BITS_PER_NUMBER * num_tasks * task_size)
 
 
@@ -97,7 +98,7 @@ def fit_curve(points: CurvePoints) -> Curve:
     count, runs = len(points.steps), np.unique(points.runs)
     if count < _MIN_POINTS:
         nothing = (math.nan, math.nan, math.nan)
-        reasons = [f"only {count} saved steps are explained by a mixture; the curve needs at least {_MIN_POINTS}"]
+        reasons = [f"a mixture explains the model at only {count} saved steps; the curve needs at least {_MIN_POINTS}"]
         return Curve(nothing, nothing, math.nan, "invalid", reasons)
     starts = [(alpha, beta, _start(points, alpha, beta)) for alpha, beta in _STARTS]
     best = min((_fit_from(points, start) for start in starts), key=lambda fit: fit.cost)
@@ -117,7 +118,7 @@ def _price(bits: np.ndarray | float, beta: float) -> np.ndarray | float:
 
 
 def _start(points: CurvePoints, alpha: float, beta: float) -> float:
-    """Return ln(gamma) for which eta is zero in the middle of the points."""
+    """Return the ln(gamma) for which eta is zero at the median step, loss advantage and table size."""
     middle = np.median(points.steps[points.steps > 0]) if (points.steps > 0).any() else 1.0
     evidence = middle ** (1 - alpha) * max(float(np.median(points.advantage)), 1e-12)
     ratio = float(_price(float(np.median(points.bits)), beta)) / evidence

@@ -1,28 +1,31 @@
-"""The prior that a model has learned: samples of the tasks that it believes in, compared with candidate priors at every saved step.
+"""The prior over tasks that a model has learned, as samples that are compared with candidate priors at every saved step.
 
-A model with a predictive distribution (`model.output` `gaussian` or `mixture`) writes prompts itself (`icl.analysis.prior.rollouts`), and
-ridge regression estimates the task behind each of them. The same estimator is applied to prompts of each candidate (`icl.bayes`): `pool`, the run's M
-training tasks, `gaussian`, N(0, I), and `prior`, the run's prior of new tasks if it is not N(0, I). All candidates have the inputs and the noise of the
-run. The energy distance (`icl.analysis.prior.energy`) of the two samples of estimates is zero if
-the model is the Bayes predictor of the candidate. The converse does not hold: the distance sees only the estimates.
+A model with a predictive distribution (`model.output` `gaussian` or `mixture`) generates prompts (`icl.analysis.prior.rollouts`), and
+ridge regression estimates the task behind each prompt. The same estimator is applied to prompts from each candidate prior (`icl.bayes`):
+`pool`, the run's M training tasks; `gaussian`, N(0, I); and `prior`, the run's prior of new tasks if it is not N(0, I). The prompts of all
+candidates have the inputs and the noise of the run. The energy distance (`icl.analysis.prior.energy`) between the model's estimates and a
+candidate's estimates is zero if the model is the Bayes predictor of the candidate. The converse does not hold, because the distance
+depends only on the estimates.
 
-With `num_context` > 0, every rollout begins with that many ordinary examples. It then shows the posterior that the model implies, and
-the candidates' prompts are continued from their posteriors, which are exact or drawn by particle filters (`icl.bayes.posterior`).
+With `num_context` > 0, every rollout begins with this number of ordinary examples. The rollouts are then samples from the posterior that
+the model implies. They are compared with prompts that are continued from each candidate's posterior. This posterior is exact, or drawn by
+particle filters (`icl.bayes.posterior`).
 
-Rows of the table, by `quantity`. The first two candidates of a run are the prior of its training tasks (`pool`, or with M = inf `prior` or
-`gaussian`) and the next in the order `pool`, `prior`, `gaussian`:
+Rows of the table, by `quantity`. `preference`, `energy_share` and `separation` use two candidates. The first is the prior of the training
+tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next one in the order `pool`, `prior`, `gaussian`.
 
-- `energy_distance`, for each `candidate`: the distance between the model's samples and those of the candidate. `finding` says
-  whether it is zero within 2 standard errors. `energy_share`: the distance divided by that between the first two candidates.
-- `preference`: the distance to the second candidate minus the distance to the first. `finding` is the nearer of the two. The verdict is `suspect` if
-  the preference is within 2 standard errors of zero, or if neither explains the model: the smaller distance is not zero, and
-  more than 0.1 of that between the candidates. If it is larger than that between the candidates, the verdict is `invalid`.
+- `energy_distance`, for each `candidate`: the distance between the estimates of the model and of the candidate. `finding` says whether
+  this distance is zero within 2 standard errors. `energy_share`: the distance divided by `separation`.
+- `separation`, without a step: the distance between the two candidates.
+- `preference`: the distance to the second candidate minus the distance to the first. `finding` names the nearer candidate. The verdict is
+  `suspect` if the preference is within 2 standard errors of zero, or if neither candidate explains the model: the smaller distance is not
+  zero within 2 standard errors, and is more than 0.1 times `separation`. The verdict is `invalid` if the smaller distance is not zero and
+  exceeds `separation`, or if `separation` is not at least 4 standard errors above zero.
 - `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
-- `separation`, without a step: the distance between the first two candidates.
 
-If the pool of tasks changes, `pool` is the pool of the last update before each saved step, so the rows of candidates have a step.
-Standard errors are from the block jackknife over all samples, which includes the errors of particle filters. Inputs and random numbers are the same at
-all steps.
+If the pool of tasks changes during training, each saved step is compared with the pool at the last update before it, and the rows of
+candidates have a step too. Standard errors are from the block jackknife over all samples, which includes the errors of particle filters.
+Inputs and random numbers are the same at all steps.
 """
 
 import math
@@ -59,7 +62,7 @@ class Settings:
     """Options of `icl analyse RUN --what prior`."""
 
     num_samples: int = setting(
-        2048, f"number of rollouts, and of prompts of each candidate; a multiple of {NUM_BLOCKS}"
+        2048, f"number of rollouts, and number of prompts from each candidate prior; a multiple of {NUM_BLOCKS}"
     )
     num_context: int = setting(0, "number of given examples at the beginning of each rollout")
     context: Distribution = setting("pretrain", "tasks of the given examples: the run's M training tasks, or new tasks")
@@ -74,7 +77,7 @@ class Settings:
 
 
 class Reference(NamedTuple):
-    """The estimates from prompts of each candidate, in the order of `icl.bayes.candidates`, and the draws for the model's rollouts."""
+    """Draws for the model's rollouts, and estimates from prompts of each candidate, in the order of `icl.bayes.candidates`."""
 
     draws: Draws
     samples: dict[Candidate, Sample]
@@ -86,7 +89,7 @@ class Reference(NamedTuple):
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Compare the tasks that the model believes in with all candidates at every saved step.
+    """Compare the tasks of the model's rollouts with all candidate priors at every saved step.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
@@ -103,7 +106,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Compare every member with the candidates. The arrays have the estimates, the samples of the model's tasks."""
+    """Compare every member with the candidates. The arrays contain the estimated tasks of the model's rollouts."""
     config = members.config
     if not config.task.has_moving_pool:
         return _measure(config, members.params, reference(config, settings), settings)
@@ -124,7 +127,7 @@ def _measure(config: RunConfig, params: Params, known: Reference, settings: Sett
 
 @lru_cache(maxsize=1)
 def reference(config: RunConfig, settings: Settings, pool_step: int | None = None) -> Reference:
-    """Return the estimates of the candidates' prompts. They are the same at all saved steps unless the pool changes."""
+    """Return the estimates from the candidates' prompts. They are the same at all saved steps unless the pool changes."""
     samples: dict[Candidate, Sample] = {}
     draw = partial(make_draws, config, count=settings.num_samples, distribution=settings.context, pool_step=pool_step)
     for name in candidates(config):
@@ -135,7 +138,7 @@ def reference(config: RunConfig, settings: Settings, pool_step: int | None = Non
 
 
 def sample_rows(known: Reference, tasks: Float[Tensor, "B D"]) -> Iterator[Row]:
-    """Yield the rows of one model, from the estimates of its rollouts."""
+    """Yield the rows of one model, from the estimated tasks of its rollouts."""
     own = Sample(tasks)
     distances = {name: energy_distance(own, sample) for name, sample in known.samples.items()}
     separation = _separation(known)
@@ -164,7 +167,7 @@ def candidate_rows(known: Reference) -> Iterator[Row]:
 
 
 def require_rollouts(config: RunConfig, settings: Settings) -> None:
-    """Refuse a run whose model cannot write prompts.
+    """Raise an error for a run whose model cannot generate prompts.
 
     Raises:
         NotApplicableError: If the model has no predictive distribution, or the run has no noise.
@@ -177,7 +180,8 @@ def require_rollouts(config: RunConfig, settings: Settings) -> None:
         )
     if config.task.noise_variance == 0:
         raise NotApplicableError(
-            f"`prior` needs noise, but the run {config.run_name} has `task.noise_variance` 0, for which predictive densities do not exist."
+            f"`prior` needs noise, but the run {config.run_name} has `task.noise_variance` 0, for which predictive densities do not exist; "
+            "give a run with noise."
         )
     require(
         settings.num_context < config.task.max_examples,
@@ -219,10 +223,10 @@ def _summary(entries: list[Entry], whole_run: list[Row]) -> list[str]:
             if index == 0 or usable[index - 1][1] != name
         ]
         lines.append(
-            f"Nearer prior ({len(usable)} of {len(findings)} steps are ok): {', then '.join(changes) or 'none'}."
+            f"Nearer prior, at the {len(usable)} of {len(findings)} steps with verdict ok: {', then '.join(changes) or 'none'}."
         )
     last = entries[-1]
-    lines.append(f"At step {last.step:,}, the last of {len(entries)}:")
+    lines.append(f"At step {last.step:,}, the last of {len(entries)} saved steps:")
     lines += [_line(row) for row in (*last.rows, *whole_run)]
     return lines
 

@@ -1,15 +1,15 @@
-"""Energy distance between two samples, without bias, with a standard error from the block jackknife.
+"""Unbiased energy distance between two samples, with a standard error from the block jackknife.
 
 The squared energy distance of two distributions P and Q (Szekely and Rizzo 2013, "Energy statistics") is
 
     E(P, Q) = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
 
-with X, X' from P and Y, Y' from Q, all independent. It is zero exactly if P = Q. We replace each expectation by the mean over all pairs
+with X, X' from P and Y, Y' from Q, all independent. E is zero exactly if P = Q. We replace each expectation by the mean over all pairs
 of different samples. This estimate has no bias, so it can be negative.
 
 For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The
-jackknife variance of the J estimates includes the errors of all samples. If P = Q, it is too large by a factor of about 2
-(Efron and Stein 1981), because the estimate then depends on pairs only; so 2 standard errors are then about 2.8 true ones.
+jackknife variance of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2
+(Efron and Stein 1981), because the estimate then depends on pairs only. In this case, 2 of our standard errors are about 2.8 true ones.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ NUM_BLOCKS = 32
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sample of n points, where n is a multiple of `NUM_BLOCKS` and larger than it."""
+    """A sample of n points, where n is a multiple of `NUM_BLOCKS`, and at least twice as large."""
 
     points: Float[Tensor, "n D"]
 
     @cached_property
     def within(self) -> tuple[Tensor, Tensor]:
-        """The mean distance of two different points, and the means without each block. They are used for several distances."""
+        """The mean distance of two different points, and this mean without each block. Cached for several energy distances."""
         return _mean_distance(self.points, self.points)
 
 
@@ -62,7 +62,7 @@ def energy_distance(first: Sample, second: Sample) -> Energy:
 
 
 def _mean_distance(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
-    """Return the mean distance of all pairs, and the mean without the points of each block.
+    """Return the mean distance over all pairs of points, and this mean without the points of each block.
 
     If both samples are the same tensor, the pairs of a point with itself, whose distance is zero, do not count.
     """
@@ -78,7 +78,7 @@ def _block_sums(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> Fl
     """Return the sums of the distances between the points of two blocks, for all pairs of blocks."""
     rows = []
     for block in first.chunk(NUM_BLOCKS):
-        # The faster formula by matrix products loses half of the digits for points that are close together.
+        # The faster formula with matrix products loses half of the digits for points that are close together.
         distances = torch.cdist(block, second, compute_mode="donot_use_mm_for_euclid_dist")  # n/J n
         rows.append(distances.sum(0).unflatten(0, (NUM_BLOCKS, -1)).sum(1))  # J
     return torch.stack(rows)

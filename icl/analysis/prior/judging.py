@@ -6,11 +6,12 @@ from typing import NamedTuple
 from icl.metrics import Estimate
 
 MAX_Z = 2.0
-"""A number is zero within its error if it is at most this many standard errors from zero."""
+"""Largest number of standard errors from zero for which a number counts as zero within its error."""
 MIN_SEPARATION_Z = 4.0
-"""Smallest distance between the candidates, in standard errors, for which they can be told apart."""
+"""Smallest distance between the candidates, in standard errors, for which the samples distinguish them."""
 SUSPECT_SHARE = 0.1
-"""Share of the distance between the candidates above which a candidate does not explain the model. The limit is our choice."""
+"""A candidate does not explain the model if its distance to the model exceeds this share of the distance between the candidates. The
+limit is our choice."""
 INVALID_SHARE = 1.0
 
 
@@ -23,7 +24,7 @@ class Judgement(NamedTuple):
 
 
 def judge_distance(distance: Estimate) -> Judgement:
-    """Say whether an energy distance is zero within its error."""
+    """Judge whether an energy distance is zero within its error."""
     if not _is_finite(distance):
         return Judgement("", "invalid", "the rollouts are not finite")
     is_zero = distance.value <= MAX_Z * distance.stderr
@@ -31,20 +32,20 @@ def judge_distance(distance: Estimate) -> Judgement:
 
 
 def judge_separation(separation: Estimate) -> Judgement:
-    """Say whether the estimates of the two candidates can be told apart."""
+    """Judge whether the samples distinguish the two candidates."""
     if separation.value > MIN_SEPARATION_Z * separation.stderr:
         return Judgement("", "ok")
-    return Judgement("", "invalid", "the samples do not tell the two priors apart; raise num_samples")
+    return Judgement("", "invalid", "the samples do not distinguish the two priors; raise num_samples")
 
 
 def judge_preference(
     preference: Estimate, nearest: Estimate, separation: Estimate, *, names: tuple[str, str]
 ) -> Judgement:
-    """Name the nearer candidate.
+    """Judge which of two candidates is nearer to the model, and whether it explains the model.
 
     Args:
-        preference: The distance to the second candidate minus that to the first.
-        nearest: The smaller distance.
+        preference: The distance to the second candidate minus the distance to the first.
+        nearest: The smaller of these two distances.
         separation: The distance between the candidates.
         names: Names of both candidates.
     """
@@ -58,15 +59,17 @@ def judge_preference(
     share = float(nearest.value / separation.value)
     is_zero = nearest.value <= MAX_Z * nearest.stderr
     if share > INVALID_SHARE and not is_zero:
-        reason = f"neither prior explains the model: the nearer one is {share:.3g} times as far away as the priors are from each other"
+        reason = f"neither prior explains the model: the smaller distance is {share:.3g} times the distance between the priors"
         return Judgement(finding, "invalid", reason)
     reasons = []
     if share > SUSPECT_SHARE and not is_zero:
         reasons.append(
-            f"neither prior explains the model: the smaller distance is {share:.0%} of that between the priors"
+            f"neither prior explains the model: the smaller distance is {share:.0%} of the distance between the priors"
         )
     if not is_clear:
-        reasons.append("neither prior is significantly nearer; raise num_samples, or the model lies between them")
+        reasons.append(
+            "neither prior is significantly nearer; raise num_samples, unless the model really lies between them"
+        )
     return Judgement(finding, "suspect" if reasons else "ok", "; ".join(reasons))
 
 

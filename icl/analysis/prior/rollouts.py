@@ -1,19 +1,19 @@
-"""Predictive Monte Carlo: prompts that a model writes itself, and estimates of the task behind them.
+"""Predictive Monte Carlo: prompts that a model generates (rollouts), and estimates of the task behind each prompt.
 
-A rollout begins with n given examples (none by default). Then x_k is drawn from the run's inputs, y_k from the model's predictive
-distribution given everything before it, and the example is appended, until the prompt has K examples. Fong, Holmes and Walker 2023
-("Martingale posterior distributions") show that such samples of the data to come are samples from a posterior: a
-parameter that is estimated from an endless rollout is a sample of the posterior that the predictive distributions imply, and of the
-prior if n = 0. For the exact Bayes predictor of a prior, rollouts are distributed as prompts whose task is drawn from the
-posterior of this prior given the n examples.
+A rollout begins with n given examples (none by default). Then x_k is drawn from the distribution of the run's inputs, and y_k from the
+model's predictive distribution given x_k and all examples before it. The example is appended, and this repeats until the prompt has K
+examples. Fong, Holmes and Walker 2023 ("Martingale posterior distributions") show that such rollouts give samples from a posterior. A
+parameter that is estimated from an infinitely long rollout is a sample from the posterior that the predictive distributions imply (or
+from the prior, if n = 0). For the exact Bayes predictor of a prior, rollouts are distributed like prompts whose task is drawn from
+the posterior of this prior given the n examples.
 
-K examples determine the task only up to an error. So estimates from rollouts are compared with estimates from prompts of each candidate
-prior, made by the same estimator, and never with the prior itself. `bayes_prompts` draws the task from the candidate's posterior
-(`icl.bayes.posterior`), and the noise from the run's noise.
+K examples determine the task only up to an error. So estimates from rollouts are never compared with a prior itself, but with estimates
+that the same estimator makes from prompts of each candidate prior. `bayes_prompts` makes these prompts: it draws the task from the
+candidate's posterior (`icl.bayes.posterior`), and the noise from the distribution of the run's noise.
 
-The estimator is ridge regression with lambda = sigma^2: the w that minimises |y - X w|^2 + sigma^2 |w|^2. We prefer it to
-least squares, because it exists for K < D, and because its error has finite moments also for K close to D, which the
-energy distance needs. It is the same in all worlds: it need not be the best estimator.
+The estimator is ridge regression with lambda = sigma^2: the w that minimises |y - X w|^2 + sigma^2 |w|^2. Unlike least squares, this
+estimator exists for K < D, and its error has finite moments for K close to D, which the energy distance needs. We use it for every prior
+and noise, even where another estimator would be better.
 """
 
 from collections.abc import Callable
@@ -35,16 +35,16 @@ from icl.tasks import laws
 from icl.tasks.prompts import Distribution, Prompts, noise_law, prompt_source, training_pool
 
 PredictNext: TypeAlias = Callable[[Tensor, Tensor], Predictive]
-"""Function of xs (B, k, D) and ys (N, B, k) that returns the distribution of the last target (N, B). It must not use this target."""
+"""Function from xs (B, k, D) and ys (N, B, k) to the distribution of the last target (N, B). It must not use the last target itself."""
 _MAX_UNIFORM = 2**31 - 1
 
 
 class Draws(NamedTuple):
-    """Everything random in rollouts: inputs, targets of the given examples, and numbers for the other targets."""
+    """All random draws for rollouts: inputs, targets of the given examples, and random numbers for the other targets."""
 
     xs: Float[Tensor, "B K D"]
     ys: Float[Tensor, "B K"]
-    """Targets of ordinary prompts. Rollouts use those of the first n examples."""
+    """Targets of ordinary prompts. Rollouts use only the targets of the first n examples."""
     uniforms: Float[Tensor, "B K"]
     normals: Float[Tensor, "B K"]
     noise: Float[Tensor, "B K"]
@@ -93,7 +93,7 @@ def model_rollouts(model: ModelConfig, params: Params, draws: Draws, *, num_cont
 def rollouts(
     predict_next: PredictNext, draws: Draws, *, num_members: int = 1, num_context: int = 0
 ) -> Float[Tensor, "N B K"]:
-    """Return the targets of prompts that predictive distributions continue after `num_context` given examples."""
+    """Return the targets of prompts that are continued with predictive distributions after `num_context` given examples."""
     known = draws.ys[:, :num_context]
     ys = torch.nn.functional.pad(known, (0, draws.ys.shape[1] - num_context)).repeat(num_members, 1, 1)  # N B K
     for k in range(num_context, ys.shape[-1]):
@@ -105,9 +105,9 @@ def rollouts(
 def bayes_prompts(
     config: RunConfig, candidate: Candidate, draws: Draws, *, num_context: int, pool_step: int | None = None
 ) -> Float[Tensor, "B K"]:
-    """Return the targets of prompts that a candidate's Bayes predictor continues, in float64.
+    """Return the targets of prompts that are continued under a candidate prior, in float64.
 
-    The task is drawn from the candidate's posterior given the first examples. The other targets are w . x_k + noise.
+    The task w is drawn from the candidate's posterior given the first examples. The other targets are w . x_k + noise.
     """
     xs, ys = draws.xs.double(), draws.ys.double()
     known = xs[:, :num_context], ys[:, :num_context]
@@ -121,7 +121,10 @@ def bayes_prompts(
 def estimate_tasks(
     xs: Float[Tensor, "B K D"], ys: Float[Tensor, "*N B K"], *, noise_variance: float
 ) -> Float[Tensor, "*N B D"]:
-    """Return the ridge estimate of every prompt's task in float64: the least-squares solution of (X, sigma I) w = (y, 0)."""
+    """Return the ridge estimate of every prompt's task, in float64.
+
+    This is the least-squares solution of X w = y and sigma w = 0 together.
+    """
     inputs, targets = xs.double(), ys.double()
     task_size = inputs.shape[-1]
     penalty = noise_variance**0.5 * torch.eye(task_size, dtype=torch.float64, device=inputs.device)

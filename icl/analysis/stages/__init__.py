@@ -4,24 +4,25 @@ The method has three parts:
 
 1. Every available signal (loss, scores, LLC; `icl.analysis.stages.signals`) is smoothed in log time u = ln(step + 1)
    (`icl.analysis.stages.smoothing`).
-2. Turns and plateaus of a smoothed signal are candidates (`icl.analysis.stages.boundaries` has the rule).
+2. Turns and plateaus of a smoothed signal are candidates for boundaries (`icl.analysis.stages.boundaries` defines them).
 3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
-At most one in twenty curves without stages gets a boundary that is `ok` or `suspect`. The published stages of L2H4 are found within
-their errors (tests/analysis/test_stages.py). The scatter of a curve may be correlated between saved steps, for example if the loss
-wanders. The correlation is estimated, and errors include it (`icl.analysis.scatter`). `data/verdict-rates.csv` gives the share of
-false and of true boundaries that are `ok`, for several correlations; `python -m tools.verdict_rates` makes this table.
+For at most one in twenty curves without stages, the method reports a boundary that is `ok` or `suspect`. It finds the published stages
+of L2H4 within their errors (tests/analysis/test_stages.py). The scatter of a curve may be correlated between saved steps, for example
+if the loss fluctuates slowly. The correlation is estimated, and errors include it (`icl.analysis.scatter`). `data/verdict-rates.csv`
+gives the share of false and of true boundaries that are `ok`, for several correlations; `python -m tools.verdict_rates` makes this table.
 
-Types of stages, as in Hoogland et al. (2024, table 2): in A the loss falls and the LLC rises; in B both fall. The type
-is `?` if the loss or the LLC is unknown or changes by less than two standard errors, or if the loss rises. Changes are
+Types of stages, as in Hoogland et al. (2024, table 2): in a stage of type A the loss falls and the LLC rises; in type B both fall. The
+type is `?` if the loss or the LLC is unknown or changes by less than two standard errors, or if the loss rises. Changes are
 measured on the smoothed curves. Their standard errors include the uncertainty of the curves and of the boundaries'
 positions. Without boundaries there are no stages.
 
-Rows of the table, by `quantity`. Column `at` has a step. Column `log_stderr` has the error in u, a relative error of the step.
+The rows of the table are listed below by `quantity`. The column `at` is the step to which a row belongs. The column `log_stderr` is the
+standard error of u, which is about the relative error of the step.
 
 - `measured`, `smooth`, `slope`: the points of each signal, its smoothed curve, and the slope of the curve per unit of
   u.
-- `candidate`: a candidate in one signal, with its `strength` in standard errors.
+- `candidate`: a candidate for a boundary in one signal, with its `strength` in standard errors.
 - `boundary`: a boundary of the run. `low` and `high` are two standard errors before and after it.
 - `stage`: a stage from `start` to `end`. Only stages have an `end`. The last stage ends at the last step of the run.
 - `change`: change of a signal over a stage.
@@ -45,7 +46,7 @@ from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
 from icl.config.validation import require, require_number
 
 _NUM_SAMPLES = 200
-"""Number of curves sampled for the error of a change."""
+"""Number of curves that are sampled to estimate the error of a change."""
 _MAX_CURVE_ROWS = 200
 """Largest number of rows of each smoothed curve in the table."""
 _NO_LLC = "no type: the LLC is unknown"
@@ -58,11 +59,11 @@ class Settings(SignalSettings):
 
     llc_settings: str | None = setting(
         None,
-        "which estimates of llc.csv to use: a value from its column `settings` or from its column `mode` (such as published); by default the settings with the most usable estimates",
+        "which estimates of llc.csv to use: a value of the column `settings` or `mode` (such as published); by default the settings with the most usable estimates",
     )
     worst_llc: Verdict = setting("suspect", "worst verdict with which an LLC estimate is still used")
     tolerance: float = setting(
-        0.25, "largest distance, in ln(step + 1), at which boundaries in two signals count as one"
+        0.25, "largest distance, in ln(step + 1), at which boundaries in two signals count as the same boundary"
     )
     least_change: float = setting(0.01, "minimum change of a signal within a stage, as a share of its range")
     shortest: float = setting(0.25, "minimum length of the smoothing kernel, in ln(step + 1)")
@@ -97,7 +98,7 @@ class Stage(NamedTuple):
     """Log time u of the end."""
     type: str
     changes: Mapping[str, Change]
-    """Changes by the name of the signal."""
+    """Change of each signal over the stage. The keys are the names of the signals."""
     verdict: Verdict
     reasons: tuple[str, ...]
 
@@ -118,7 +119,9 @@ def analyse(path: Path, settings: Settings) -> Result:
     rows = [row for signal in signals for row in _curve_rows(signal, fits[signal.name].curve)]
     rows += [row for boundary in boundaries for row in _boundary_rows(boundary)]
     rows += [row for number, stage in enumerate(stages, 1) for row in _stage_rows(number, stage)]
-    if family_of(path) == "language":  # the column says the unit of the loss; tables of regression runs do not have it
+    if (
+        family_of(path) == "language"
+    ):  # this column shows the unit of the loss; tables of regression runs do not have it
         rows = [row | {"family": "language"} for row in rows]
     lines = _boundary_lines(boundaries) + _stage_lines(signals, stages)
     lines += [f"Signal {signal.name}: {len(signal.points)} steps from {signal.source}." for signal in signals]
@@ -126,7 +129,10 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def smooth_signal(signal: Signal, settings: Settings) -> SmoothedSignal:
-    """Smooth a signal. Only the LLC's standard errors are used, because those of other signals describe a common offset."""
+    """Smooth a signal, with the standard errors of the points only for the LLC.
+
+    Other signals are measured on the same prompts at every step, so their errors mostly shift the whole curve.
+    """
     points = signal.points
     errors = points["stderr"].fillna(0.0).to_numpy(float) if signal.name == "llc" else np.zeros(len(points))
     times, values = np.log1p(points["step"].to_numpy(float)), points["value"].to_numpy(float)
@@ -136,7 +142,7 @@ def smooth_signal(signal: Signal, settings: Settings) -> SmoothedSignal:
 def divide(
     signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], boundaries: Sequence[RunBoundary]
 ) -> list[Stage]:
-    """Return the stages between boundaries that are not `invalid`; no stages if there are no such boundaries."""
+    """Return the stages between the boundaries that are not `invalid`. Without such boundaries there are no stages."""
     usable = [boundary for boundary in boundaries if boundary.verdict != "invalid"]
     if not usable:
         return []
@@ -157,7 +163,7 @@ def divide(
 
 
 def _change(curve: Curve, start: tuple[float, float], end: tuple[float, float]) -> Change:
-    """Return the change of a curve between two times, each with an error; NaN if the curve does not cover them."""
+    """Return the change of a curve between two times with errors (time, error); NaN if the curve does not cover both times."""
     times = curve.times
     slack = 0.1 * (end[0] - start[0])  # a tenth of the interval may lie outside the curve
     if start[0] < times[0] - slack or end[0] > times[-1] + slack:

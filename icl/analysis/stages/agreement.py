@@ -1,18 +1,18 @@
-"""Agreement between signals: the candidates that form one boundary, its time, and its verdict.
+"""Agreement between signals: which candidates form one boundary, its time, and its verdict.
 
 Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Close means within
 `tolerance`, or within two standard errors of the difference but at most twice `tolerance`. The time of the boundary is the mean
 of the candidates' times, weighted by inverse variance. Each group of dependent signals contributes one candidate to this mean. If
 the times scatter more than their errors allow, the error of the mean is multiplied by the Birge ratio (Birge 1932).
 
-A signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
-into account. Loss and ICL score are one group. Loss and an LLC that mirrors it near the boundary
-(`signals.mirrors_loss`) are one group too. Verdicts:
+We say that a signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
+into account. Loss and ICL score are one group of dependent signals. An LLC that mirrors the loss near the boundary
+(`signals.mirrors_loss`) belongs to this group too. Verdicts:
 
-- `ok`: signals of at least two independent groups show the boundary, and at least one shows it with all three kernels.
-- `suspect`: only one group shows it, by at least `STRONG` standard errors; or no signal shows it with all three kernels.
-- `invalid`: at most one group shows it, by less than `STRONG` standard errors; or an end of the curves or a stronger boundary lies
-  within two standard errors.
+- `ok`: signals of at least two groups show the boundary, and at least one signal shows it with all three kernels.
+- `suspect`: only one group shows the boundary, by at least `STRONG` standard errors; or no signal shows it with all three kernels.
+- `invalid`: at most one group shows the boundary, by less than `STRONG` standard errors; or an end of the curves or a stronger boundary
+  lies within two standard errors.
 """
 
 import math
@@ -29,11 +29,11 @@ STRONG = 5.0
 """Minimum strength of a boundary, in standard errors, if only one group of signals shows it (our choice). With two
 groups, `boundaries.SIGNIFICANCE` is enough."""
 AROUND = 1.0
-"""Distance in log time, before and after a boundary, over which we test whether an LLC mirrors the loss."""
+"""Distance in log time, before and after a boundary, within which we test whether an LLC mirrors the loss."""
 
 
 class Candidate(NamedTuple):
-    """A boundary in one signal."""
+    """A boundary in one signal, which may be part of a boundary of the run."""
 
     signal: Signal
     boundary: Boundary
@@ -52,18 +52,18 @@ class RunBoundary(NamedTuple):
 
     @property
     def strength(self) -> float:
-        """Strength of the boundary in the signal that shows it best, in standard errors."""
+        """Largest strength of the boundary in any signal, in standard errors."""
         return max(candidate.boundary.strength for candidate in self.candidates)
 
 
 def agree(
     signals: Sequence[Signal], fits: Mapping[str, SmoothedSignal], *, tolerance: float, least_change: float
 ) -> list[RunBoundary]:
-    """Find the boundaries that the signals show, and return them in order of time.
+    """Find the boundaries of a run from the boundaries in its signals, in order of time.
 
     Args:
         signals: All signals of the run.
-        fits: Smoothed signals, by name.
+        fits: Smoothed signals. The keys are the names of the signals.
         tolerance: Distance in ln(step + 1) from the strongest candidate within which other candidates always belong to the same
             boundary. Candidates that agree within two standard errors may be twice as far away.
         least_change: Minimum change of a signal within a stage, as a share of its range.
@@ -129,7 +129,7 @@ def _judge(candidates: Sequence[Candidate], signals: Sequence[Signal], span: tup
 
 
 def _mean_time(candidates: Sequence[Candidate], groups: Sequence[str]) -> tuple[float, float]:
-    """Return the weighted mean time and its error, from the most certain candidate of each group."""
+    """Return the weighted mean time and its error, from the candidate with the smallest error in each group."""
     most_certain = [
         min((each.boundary for each in candidates if each.group == group), key=lambda boundary: boundary.stderr)
         for group in groups
@@ -158,7 +158,7 @@ def _reject_overlapping(boundaries: Sequence[RunBoundary]) -> list[RunBoundary]:
             continue
         previous = checked[usable[-2]]
         if boundary.time - previous.time < 2 * math.hypot(boundary.stderr, previous.stderr):
-            # On a tie the earlier boundary counts as weaker, because `min` returns the first minimum.
+            # If both are equally strong, the earlier boundary counts as weaker, because `min` returns the first minimum.
             index = min(usable[-2:], key=lambda index: (checked[index].verdict == "ok", checked[index].strength))
             weaker, other = checked[index], boundary if index == usable[-2] else previous
             reason = f"it is not significantly separate from the boundary at step {step_text(other.time)}"
@@ -167,5 +167,5 @@ def _reject_overlapping(boundaries: Sequence[RunBoundary]) -> list[RunBoundary]:
 
 
 def step_text(time: float) -> str:
-    """Return the step of a log time as printed text."""
+    """Return the step that belongs to a log time, as printed text."""
     return f"{math.expm1(time):,.0f}"

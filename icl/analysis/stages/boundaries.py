@@ -1,4 +1,4 @@
-"""Boundaries between stages in one signal: times at which its slope nearly vanishes between two stretches of motion.
+"""Boundaries between stages in one signal: times at which its slope is nearly zero between two intervals of change.
 
 Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where d lambda / d ln t is zero
 or has a plateau near zero. They published no rule. (An early version mentions an 'automated procedure', which we did
@@ -6,22 +6,22 @@ not find.) Our rule works for any signal. It uses the curve f from `icl.analysis
 of f over intervals of log time. Every mean slope has a standard error. There are two kinds of boundaries:
 
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval, both by `SIGNIFICANCE`
-  standard errors. The boundary lies at the extremum of f between them.
-- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two, the absolute slope of f is
-  below 1 / `STEEPNESS` times the slope over each of the two. Both differences must exceed `SIGNIFICANCE` standard errors. The
-  boundary lies between the middles of the two intervals, where two cubics that join with equal value and slope fit the observations
-  best.
+  standard errors. The boundary lies at the extremum of f between the two intervals.
+- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two (the pause), the absolute slope
+  of f is smaller, by a factor of at least `STEEPNESS`, than the slope over each of the two intervals. For both intervals this must hold
+  by `SIGNIFICANCE` standard errors. To place the boundary, we fit two cubics that join with equal value and slope to the observations
+  between the middles of the two intervals. The boundary is the joint with the best fit.
 
-An interval counts as motion only if f moves over it by at least `least_change` of the range of f, because smoothing a corner
-causes smaller moves. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if
-there is no motion on one of its sides, up to the next boundary. The search treats the scatter as independent between
-saved steps. The strength of a boundary is the smaller of two significances: with independent scatter, and with the
+An interval counts as motion only if f changes over it by at least `least_change` of the range of f, because smoothing a corner
+causes smaller changes. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if
+there is no motion between it and the next boundary (or the end of the curve) on one of its sides. The search treats the scatter as
+independent between saved steps. The strength of a boundary is the smaller of two significances: with independent scatter, and with the
 correlation that `icl.analysis.scatter` estimates. A curve that moves in one direction without a pause has no boundary,
-even if its speed varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one.
+even if its slope varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one.
 
-The error of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and longer
-kernels. The error of a plateau comes from its likelihood profile. Both errors include the spacing of the checkpoints,
-because a boundary can lie anywhere between two checkpoints.
+The standard error of the time of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and
+longer kernels. The standard error of the time of a plateau comes from its likelihood profile. Both errors include the spacing of the
+checkpoints, because a boundary can lie anywhere between two checkpoints.
 """
 
 import math
@@ -34,15 +34,16 @@ from jaxtyping import Bool, Float, Int
 from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 
 SIGNIFICANCE = 3.0
-"""Minimum strength of a boundary, in standard errors (our choice). Because we search over many intervals, about one in
-ten to twenty curves without stages reaches this value. None of the curves that we tested reached 4."""
+"""Minimum strength of a boundary, in standard errors (our choice). Because we search over many intervals, one in ten to one in twenty
+curves without stages reaches this value. None of the curves without stages that we tested reached 4."""
 CORRELATED_SIGNIFICANCE = 4.0
-"""Minimum strength of a boundary, in standard errors, if the correlation of the scatter lowers its strength. It is larger
-than `SIGNIFICANCE`, because the correlation has an error of its own."""
+"""Minimum strength of a boundary, in standard errors, if the correlation of the scatter lowers its strength. This limit is larger
+than `SIGNIFICANCE`, because the correlation is only estimated."""
 _LITTLE_LOST = 0.8
-"""`SIGNIFICANCE` is enough if correlated scatter leaves more than this share of the strength."""
+"""`SIGNIFICANCE` is the limit if correlated scatter leaves more than this share of the strength; else `CORRELATED_SIGNIFICANCE`."""
 STEEPNESS = 1.25
-"""Factor by which both motions must be steeper than the pause between them (our choice: the slope falls by a fifth)."""
+"""Factor by which the slopes of both motions must exceed the slope of the pause between them. With our choice, the slope in the pause is
+at least a fifth smaller."""
 _MAX_KNOTS = 64
 """Largest number of grid points at which intervals may begin and end."""
 _MAX_PAUSE = 16
@@ -52,7 +53,7 @@ _NUM_TIMES = 200
 _LEAST_POINTS = 8
 """Minimum number of observations for a likelihood profile."""
 _NUM_SAMPLES = 200
-"""Number of curves sampled for the error of an extremum."""
+"""Number of curves that are sampled to estimate the error of an extremum."""
 
 Kind = Literal["turn", "plateau"]
 
@@ -65,8 +66,10 @@ class Boundary(NamedTuple):
     """u = ln(step + 1)."""
     stderr: float
     strength: float
-    """Significance of the weaker of the two stretches of motion, in standard errors that include the correlation of the
-    scatter."""
+    """Significance of the weaker of the two motions, in standard errors.
+
+    This is the smaller of two values: with independent scatter, and with correlated scatter.
+    """
     is_robust: bool
     """Whether curves with a shorter and with a longer kernel also show the boundary."""
     is_significant: bool
@@ -83,7 +86,7 @@ class _Intervals(NamedTuple):
     short: Int[np.ndarray, " P"]
     """Indices of intervals that may be the pause of a plateau."""
     contrasts: tuple[Float[np.ndarray, "K P"], Float[np.ndarray, "K P"]]
-    """Slope k minus `STEEPNESS` times |slope of pause p|, in standard errors; then the same for minus slope k."""
+    """Slope k minus `STEEPNESS` times |slope of pause p|, in standard errors, and the same with the sign of slope k reversed."""
     moves: Bool[np.ndarray, " K"]
     """Whether the curve moves by at least `least_change` of its range."""
 
@@ -131,7 +134,7 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
 
 
 def _extremum(samples: Sequence[Float[np.ndarray, "J g"]], times: Float[np.ndarray, " g"]) -> tuple[float, float]:
-    """Return the time of the extremum of curves that turn once, and its error."""
+    """Return the time of the extremum of sampled curves that turn once, and the standard error of this time."""
     mean = samples[0].mean(0)
     above_chord = mean - np.interp(times, times[[0, -1]], mean[[0, -1]])
     sign = 1 if above_chord.max() > -above_chord.min() else -1
@@ -141,7 +144,7 @@ def _extremum(samples: Sequence[Float[np.ndarray, "J g"]], times: Float[np.ndarr
 
 
 def _corner(points: Points, low: float, high: float) -> tuple[float, float]:
-    """Return the time at which two cubics with equal value and slope fit best, and its error, from the likelihood."""
+    """Return the time at which two cubics that join with equal value and slope fit best, and its error, from the likelihood."""
     inside = (points.times >= low) & (points.times <= high)
     times, values, noise = (array[inside] for array in points)
     if len(times) < _LEAST_POINTS:
@@ -176,9 +179,9 @@ def _strength(curve: Curve, kind: Kind, stretches: Sequence[tuple[int, int]]) ->
 
 
 def _knots(fit: SmoothedSignal) -> Int[np.ndarray, " k"]:
-    """Return indices of the grid at which intervals may begin and end, at most as many as there are observations.
+    """Return the grid indices at which intervals may begin and end (knots). There are at most as many as observations.
 
-    Half of them are evenly spaced in log time. The other half is evenly spaced in the grid, which is denser at
+    Half of the knots are evenly spaced in log time. The other half are evenly spaced in the grid index. The grid is denser near
     checkpoints.
     """
     times, half = fit.curve.times, min(_MAX_KNOTS, len(fit.points.times)) // 2
@@ -208,7 +211,7 @@ def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) 
 
 
 def _knot_boundaries(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) -> list[_KnotBoundary]:
-    """Find boundaries at knots, then drop each boundary that lacks motion on one of its sides, up to the next boundary."""
+    """Find boundaries at knots, then drop each boundary without motion between it and a neighbouring boundary or end."""
     intervals = _intervals(curve, knots, least_change)
     end = int(intervals.last.max())
     boundaries = sorted(_search(intervals, 0, end), key=lambda boundary: boundary.knot)
@@ -284,7 +287,7 @@ def _plateau(intervals: _Intervals, low: int, high: int, at: int | None) -> _Kno
 def _knot_boundary(
     kind: Kind, knot: int, strength: float, intervals: _Intervals, chosen: Sequence[int]
 ) -> _KnotBoundary:
-    """Build a boundary whose exact time lies between the middles of its two motions."""
+    """Build a boundary. Its exact time lies between the middles of the two motions."""
     stretches = tuple((int(intervals.first[index]), int(intervals.last[index])) for index in chosen)
     low, high = (sum(ends) // 2 for ends in stretches[:2])
     return _KnotBoundary(kind, knot, low, high, strength, stretches)

@@ -1,21 +1,21 @@
-"""Signals in which we look for stages: loss, scores and LLC, from the files that a run has.
+"""Signals in which we look for stages: loss, scores and LLC, from the files in a run's folder.
 
 The loss, the ICL score over the widest span and the prior-task score E yhat^2 (`prior_zero`) are measured on the run's training
-tasks. They come from the first of these sources that has them: `results/behaviour.csv`, `results/evaluation.csv`, the checkpoints
-(on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard errors describe a
-common offset, not the shape of the curve. For these signals only the scatter of the points counts as noise.
+tasks. Each signal comes from the first of these sources that contains it: `results/behaviour.csv`, `results/evaluation.csv`, the
+checkpoints (evaluated on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard
+errors describe a common shift, not the shape of the curve. For these signals only the scatter of the points counts as noise.
 
-A language run has the loss and the ICL score of its test rows, from the same sources, with `results/language-behaviour.csv` as the
-first. That table also gives the bigram score, and the previous-token and the prefix-matching score, each of the head whose score is largest at
-the last step (Hoogland et al. 2024).
+For a language run, the loss and the ICL score are measured on test rows. Their sources are the same, preceded by
+`results/language-behaviour.csv`. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. Of
+each of the two kinds of head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
 
 The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
-verdict no worse than `worst_llc`. We take their standard errors as independent, because the chains of different checkpoints have
+verdict no worse than `worst_llc`. We treat their standard errors as independent, because the chains of different checkpoints have
 different noise. (In the code of Hoogland et al., which fixes the seed, they have the same noise.) The chains of all checkpoints use
 the same minibatches. Differences between steps may therefore be less noisy than we assume, but not noisier.
 
-The LLC is nbeta (E[L] - L(w0)). If E[L] hardly moves while L(w0) does, the LLC is the loss with its sign reversed and is no
-independent signal (`mirrors_loss`). The published curve is an example up to step 46,000, because its chains left the basin.
+The LLC is nbeta (E[L] - L(w0)). If E[L] hardly changes while L(w0) does, the LLC is the loss with its sign reversed, and is not an
+independent signal (`mirrors_loss`). The published LLC up to step 46,000 is an example, because its chains left the basin.
 """
 
 from collections.abc import Mapping
@@ -40,9 +40,9 @@ from icl.runs.measure import Measurement, entry_rows
 
 MIN_POINTS = 8
 MIRROR = 0.2
-"""An LLC mirrors the loss if E[L] varies by less than this share of the variation of L(w0)."""
+"""An LLC mirrors the loss if the standard deviation of E[L] over steps is below this share of the standard deviation of L(w0)."""
 VERSION = 2
-"""Version 2 measures on other prompts: those of `icl.evaluation.sets.REPORT`."""
+"""Version 2 uses other prompts than version 1: the fixed prompts at the step number `icl.evaluation.sets.REPORT`."""
 VERDICTS = ("ok", "suspect", "invalid")
 _HEADS = ("previous_token", "prefix_matching")
 """Quantities that are measured for every head."""
@@ -50,9 +50,9 @@ _QUANTITIES = {
     "regression": {"loss": "loss", "icl_score": "icl_score", "prior_zero": "prior_task_score"},
     "language": {name: name for name in ("loss", "icl_score", "bigram_score", *_HEADS)},
 }
-"""Quantity of the table and name of each signal, for each family of runs."""
+"""Names of the signals of each family of runs. The keys of the inner mappings are values of the column `quantity`."""
 _RISE = 3.0
-"""Least rise of a head's score over the run, in standard errors."""
+"""Smallest rise of a head's score over the run for which the score is a signal, in standard errors."""
 _GROUPS = {"icl_score": "loss", "bigram_score": "loss", **dict.fromkeys(_HEADS, "attention")}
 _TABLES = ("language-behaviour.csv", "behaviour.csv", "evaluation.csv")
 _MEASURED_SETS = ("pretrain", "test")
@@ -70,14 +70,14 @@ class Signal(NamedTuple):
     source: str
     """Description of the source for the summary."""
     points: pd.DataFrame
-    """Columns step, checkpoint_hash, value, stderr; for the LLC also verdict, init_loss and mean_loss."""
+    """Columns `step`, `checkpoint_hash`, `value` and `stderr`; for the LLC also `verdict`, `init_loss` and `mean_loss`."""
 
     @property
     def group(self) -> str:
         """Group of dependent signals.
 
-        The ICL score is a difference of two terms of the loss, and the bigram score is a cross-entropy of the same predictions, so
-        they are in one group with the loss. The scores of heads are in one group too.
+        The ICL score is a difference of two terms of the loss, and the bigram score is a cross-entropy of the same predictions. So
+        both are in one group with the loss. The two scores of heads form another group.
         """
         return _GROUPS.get(self.name, self.name)
 
@@ -87,7 +87,7 @@ class SignalSettings:
     """Settings of signals that are computed from checkpoints."""
 
     num_prompts: int = setting(
-        1024, "number of prompts for the loss, which is computed only if no table of the run contains it"
+        1024, "number of prompts for the loss; used only if no table of the run contains the loss"
     )
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class SignalSettings:
 def read_signals(
     path: Path, *, num_prompts: int, llc_settings: str | None, worst_llc: Verdict
 ) -> tuple[list[Signal], list[str]]:
-    """Read the signals of a run that have at least `MIN_POINTS` steps; return them, and a message for each missing signal.
+    """Return the signals of a run that have at least `MIN_POINTS` steps, and a message for each missing signal.
 
     Raises:
         RunError: If there is no signal, or the path is a file.
@@ -124,7 +124,7 @@ def read_signals(
 
 
 def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
-    """Return whether a signal is an LLC that mirrors the loss (see the module) between two log times."""
+    """Return whether a signal is an LLC that mirrors the loss between two log times (see `MIRROR`)."""
     if signal.name != "llc" or "mean_loss" not in signal.points:
         return False
     times = np.log1p(signal.points["step"].astype(float))
@@ -152,7 +152,7 @@ def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Si
 
 
 def _missing(name: str, folder: RunFolder) -> str:
-    """Return the message for a signal that no source has."""
+    """Return the message for a signal that no source contains."""
     text = f"There is no {name} with at least {MIN_POINTS} steps"
     if name in _HEADS and (folder.results / _TABLES[0]).is_file():
         return f"{text} that rises by {_RISE:g} standard errors over the run."
@@ -172,7 +172,7 @@ def _select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, s
     """Return the signals in a table with columns quantity and position.
 
     Args:
-        table: The table. Other sets than those of the signals, and other predictors than the model, are left out.
+        table: The table. Rows of sets other than `_MEASURED_SETS`, and of predictors other than the model, are ignored.
         source: Description of the table.
         quantities: Quantities of the table, and the names of their signals.
     """
@@ -199,9 +199,9 @@ def _select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, s
 
 
 def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signal]:
-    """Return the scores of the head whose score is largest at the last step, or nothing if they do not rise by `_RISE` standard errors.
+    """Return the scores of the head whose score is largest at the last step, or nothing if they rise by less than `_RISE` standard errors.
 
-    A head that only fluctuates shows no stages, although its scores on fixed rows make a smooth curve.
+    The score of a head that learns nothing only fluctuates. It shows no stages, although its values on fixed rows form a smooth curve.
     """
     if rows.empty or "part" not in rows:
         return {}
@@ -223,7 +223,7 @@ def _signal(name: str, source: str, points: pd.DataFrame) -> dict[str, Signal]:
 
 
 def _computed(path: Path, num_prompts: int) -> pd.DataFrame:
-    """Evaluate every checkpoint; return an empty table if there is none."""
+    """Evaluate every checkpoint, and return the numbers; return an empty table if there is no checkpoint."""
     try:
         measure = partial(_measure, num_prompts=num_prompts)
         entries, _ = over_checkpoints("stages", path, SignalSettings(num_prompts=num_prompts), measure, version=VERSION)

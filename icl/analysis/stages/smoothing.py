@@ -9,8 +9,8 @@ e in the step is the natural unit of log time. The length l must lie between `sh
 the local scatter from the squared residuals, averaged with a Gaussian kernel whose width is one unit of log time.
 
 Hoogland et al. (2024) fit a squared-exponential process without a noise term. Their curve interpolates the points, so its
-slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, has a kernel of
-fixed width; in this module the data choose the width.
+slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, uses a kernel width that does not
+depend on the values; in this module, the width is fitted to the values.
 """
 
 import warnings
@@ -26,12 +26,12 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, Whi
 from icl.analysis.scatter import estimate_scatter
 
 MAX_POINTS = 400
-"""Largest number of observations. If there are more, they are averaged in bins of equal log time."""
+"""Largest number of observations for the fit. If there are more, they are averaged in bins of equal width in log time."""
 NUM_GRID = 161
-"""Number of evenly spaced points of the curve, in addition to the observed times."""
+"""Number of evenly spaced times at which the curve is computed, in addition to the observed times."""
 _SCATTER_WIDTH = 1.0
 _PRIOR_POINTS = 4.0
-"""Weight of the overall scatter in the estimate of the local scatter. It counts as much as this number of residuals."""
+"""Weight of the overall scatter in the estimate of the local scatter, as an equivalent number of residuals."""
 _LEAST_NOISE = 1e-5
 """Smallest noise, as a share of the values' standard deviation. Smaller noise is rounding error."""
 
@@ -77,7 +77,7 @@ class SmoothedSignal(NamedTuple):
     curve: Curve
     """Curve with the most probable kernel length."""
     others: tuple[Curve, ...]
-    """Curves with kernels of 2/3 and of 3/2 of that length."""
+    """Curves with kernels of 2/3 and 3/2 times the most probable length."""
     if_correlated: Curve
     """Curve with the most probable length, for scatter with the correlation that `icl.analysis.scatter` estimates."""
     points: Points
@@ -97,7 +97,7 @@ def fit(
     shortest: float,
     longest: float,
 ) -> SmoothedSignal:
-    """Smooth a signal.
+    """Smooth a signal with Gaussian-process regression.
 
     Args:
         times: u = ln(step + 1), in ascending order.
@@ -134,7 +134,7 @@ def fit(
 def in_bins(
     times: Float[np.ndarray, " S"], values: Float[np.ndarray, " S"], stderr: Float[np.ndarray, " S"]
 ) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
-    """Return the points, or their means in at most `MAX_POINTS` bins of equal log time if there are more."""
+    """Return the points, or if there are more than `MAX_POINTS`, their means in that many bins of equal width in log time."""
     if len(times) <= MAX_POINTS:
         return times, values, stderr
     edges = np.linspace(times[0], times[-1], MAX_POINTS + 1)[1:-1]
