@@ -79,7 +79,7 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
     for key, value in flatten(dict(swept)).items():
         if key in given and read_value(key, given[key]) != read_value(key, value):
             raise ConfigError(
-                f"`{key}` is set by the sweep ({value!r} at this point), but the command line sets it to {given[key]!r}; remove one of the two."
+                f"`{key}` is swept ({value!r} at this point), but the command line sets it to {given[key]!r}; remove one of the two."
             )
 
 

@@ -94,4 +94,6 @@ def require_regression(family: str, what: str) -> None:
         ConfigError: If the run is a language run.
     """
     if family == "language":
-        raise ConfigError(f"{what} serves regression runs only, and this is a language run (`model.family`).")
+        raise ConfigError(
+            f"{what} serves regression runs only, and this is a language run (`model.family` is `language`)."
+        )

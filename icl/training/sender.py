@@ -1,7 +1,7 @@
 """Send new files of a run's folder to its store, in such an order that the run can be resumed from the store at any time.
 
 Checkpoints are sent at once. The other files are sent when there is a newer `last.ckpt`, because only their newest versions matter.
-We call `last.ckpt` and `status.json` vouchers, because their presence in the store means that the other files there are complete. So
+We call `last.ckpt` and `status.json` vouchers, because each of them says up to which step the other files in the store are complete. So
 the vouchers are read before the other files, and sent only after all other files have arrived.
 """
 

@@ -71,7 +71,7 @@ CONTRADICTIONS = {
         {"pool": "walk", "pool_steps": 9, "num_tasks": math.inf},
         "`task.num_tasks` is inf, so there is no pool",
     ),
-    "walk of other tasks": ({"pool": "walk", "pool_steps": 9, "prior": "laplace"}, "Use the pool `resampled`"),
+    "walk of other tasks": ({"pool": "walk", "pool_steps": 9, "prior": "laplace"}, "Set `task.pool` to resampled"),
     "too slow a walk": ({"pool": "walk", "pool_steps": 2**40 + 1}, "set `task.pool` to fixed"),
     "imported tasks that move": (
         {"pool": "walk", "pool_steps": 9, "imported_tasks": "unknown"},

@@ -281,7 +281,7 @@ def test_a_curve_that_is_the_loss_upside_down_is_told():
     assert "At 3 of 3 checkpoints the chains found a lower loss" in describe_rise(
         table.assign(llc=-10.0, mean_loss=init - 0.1), 4.5
     )
-    assert "nothing was measured" in describe_rise(table.assign(mean_loss=math.nan), 4.5)
+    assert "there is no estimate" in describe_rise(table.assign(mean_loss=math.nan), 4.5)
 
 
 def test_the_settings_of_an_estimate_survive_json():

@@ -207,7 +207,7 @@ def test_runs_of_different_shape_are_refused_in_one_sentence():
     with pytest.raises(ConfigError, match=r"`optim.lr` differs among the members") as refusal:
         train_population([SHORT, change(SHORT, optim={"lr": 0.5})], folders=folders("together", 2))
     assert "\n" not in str(refusal.value)
-    with pytest.raises(ConfigError, match="two members"):
+    with pytest.raises(ConfigError, match="Two members of the population have the same folder"):
         train_population([SHORT, SHORT], folders=[local_root() / "one"] * 2)
 
 
