@@ -89,7 +89,7 @@ def sampling_cases(device: str) -> list[Case]:
 
 
 def training_step(num_members: int, device: str, *, compiled: bool = False) -> Side:
-    """Return a side that makes one training step of a population at each call. A turn uses one block of training prompts."""
+    """Return one side of a comparison, which makes one training step of a population at each call. A turn uses one block of training prompts."""
     members = stack([dict(build_model(CONFIG).named_parameters()) for _ in range(num_members)])
     params = {name: tensor.to(device) for name, tensor in members.items()}
     settings = {"compiled": compiled, "packed": num_members > 1}

@@ -10,8 +10,8 @@ of the intervals is 95 %. There are three losses:
 - `minibatches`: the same quadratic, with gradient noise from fresh minibatches.
 
 All runs of a `quadratic` or `product` cell are computed together, as one population. Runs of `minibatches` are computed one after the
-other, because each run has its own minibatches; so there are only a twentieth as many. With `--target_runs N`, the table also contains
-cells of N runs that stop at a `target_stderr`.
+other, because each run has its own minibatches. There are therefore only a twentieth as many of these runs.
+With `--target_runs N`, the table also contains cells of N runs that stop at a `target_stderr`.
 """
 
 import argparse

@@ -8,8 +8,8 @@ analysis consists of:
 - `plot(table, *, title)`, in the module of the same name in `icl.plotting`.
 - One line in `ANALYSES` below.
 
-Analyses of checkpoints call `icl.analysis.run.over_checkpoints`. This function measures many checkpoints at once, as a
-population, and never measures a checkpoint twice.
+Analyses of checkpoints call `icl.analysis.run.over_checkpoints`. This function measures many checkpoints at once. It
+caches the results, so no checkpoint is measured twice.
 """
 
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ from icl.config.validation import ConfigError
 
 
 class NotApplicableError(ConfigError):
-    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` skips it."""
+    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` skips such analyses."""
 
 
 class About(NamedTuple):
@@ -28,7 +28,7 @@ class About(NamedTuple):
     """Input of the analysis: a run's folder (or one checkpoint), or a file with a table."""
     help: str
     module: str | None = None
-    """Name of the module in this package and in `icl.plotting`; None derives it from the name of the analysis."""
+    """Name of the module in this package and in `icl.plotting`; if None, it is derived from the name of the analysis."""
     needs_finite_tasks: bool = False
     """Whether the analysis needs a run with a finite M."""
     needs_density: bool = False

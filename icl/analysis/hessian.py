@@ -15,8 +15,8 @@ Rows of the table, by `quantity`:
 
 - `eigenvalue`: the parts `top 1`, `top 2`, ... are the largest eigenvalues in descending order. The parts `bottom 1`, ... are the
   smallest (most negative) ones in ascending order. `stderr` is the standard error over draws of the prompts, to first order. It
-  does not include a bias: with a finite number of prompts, the extreme eigenvalues are more extreme than those of the expected
-  loss. `lanczos_error` is the estimated error of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the
+  does not include a bias: with a finite number of prompts, the eigenvalues at both ends are more extreme than they are for the
+  expected loss. `lanczos_error` is the estimated error of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the
   verdict is `suspect`.
 - `trace`: `stderr` includes the errors from the random prompts and from the random probes. If the probes' error exceeds
   5 % of the trace, the verdict is `suspect`.
@@ -52,8 +52,8 @@ NUM_BATCHES = 8
 """Number of batches of prompts. The standard error over draws of the prompts is estimated from the scatter between batches."""
 VERSION = 1
 _MEMBERS_AT_ONCE = 4
-"""Largest number of checkpoints in one population. With this small number, results are saved every few seconds. Larger
-populations are hardly faster."""
+"""Largest number of checkpoints that are measured together. With this small number, results are saved every few seconds. A larger
+number is hardly faster."""
 _MAX_LANCZOS_ERROR = 0.01
 _MAX_PROBE_ERROR = 0.05
 

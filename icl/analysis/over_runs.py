@@ -53,7 +53,8 @@ class PooledRuns(NamedTuple):
     """Results of an analysis, pooled over seeds."""
 
     curves: pd.DataFrame
-    """Numbers at saved steps: the columns `runs`, `step`, `CURVES` and `icl.analysis.seeds.POOLED`. Empty for `stages`."""
+    """Numbers at saved steps: the columns `runs` and `step`, the columns listed in `CURVES`, and `icl.analysis.seeds.POOLED`. Empty for
+    `stages`."""
     findings: pd.DataFrame
     """The columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`, `num_runs`, `finding`, `verdict` and `reasons`."""
 

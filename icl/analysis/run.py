@@ -1,4 +1,4 @@
-"""Run an analysis by name, and measure a run's checkpoints as populations on the device.
+"""Run an analysis by name, and measure many checkpoints of a run at once on the device.
 
 `over_checkpoints` measures the saved steps that have no cached result (`icl.runs.measure`), many at a time.
 """
@@ -31,9 +31,9 @@ from icl.runs.folder import run_of
 from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints, require_one_run
 
 MEMBERS_AT_ONCE = 16
-"""Largest number of checkpoints in one population."""
+"""Largest number of checkpoints that are measured together, as one population."""
 MAX_PARAMETERS_AT_ONCE = 2_000_000
-"""Largest number of parameters in one population. A single checkpoint may have more."""
+"""Largest total number of parameters of checkpoints that are measured together. A single checkpoint may have more."""
 
 
 _TEST_ROWS_VERSION = 2
@@ -53,18 +53,18 @@ class Result(NamedTuple):
 
 
 class Members(NamedTuple):
-    """Some checkpoints of one run as a population, in the order of their steps."""
+    """Checkpoints of one run that are measured together, in the order of their steps."""
 
     config: RunConfig
     checkpoints: list[Checkpoint]
     params: Params
-    """Weights on the device, with a leading axis N."""
+    """Weights of all N checkpoints on the device, stacked along a leading axis."""
     lead: int
     """1 if the first checkpoint is included only as the predecessor of the second, else 0."""
 
 
 Measure = Callable[[Members], list[Measurement]]
-"""Function that returns one measurement for each member after the first `lead` members."""
+"""Function that returns one measurement for each member, but none for the `lead` predecessor."""
 
 
 def setting(default: Value, text: str) -> Value:
@@ -144,12 +144,12 @@ def over_checkpoints(
         name: Name of the analysis. Its entries are cached in `results/<name>/` of the run.
         path: A run's folder, its folder of checkpoints, or one checkpoint file (for which nothing is cached).
         settings: A dataclass of plain values. If they change, every step is measured again.
-        measure: Function that measures a population.
+        measure: Function that measures several checkpoints together.
         version: Version of the method. Entries of another version are measured again.
         uses_predecessor: Whether the measurement of a checkpoint also uses the checkpoint before it.
         keep_arrays: Whether the returned entries contain their arrays. If all arrays together do not fit in memory,
             pass False and read them with `Cache.stored_array`.
-        max_members: Largest number of checkpoints in one population. Choose a small number if one measurement takes long.
+        max_members: Largest number of checkpoints that are measured together. Choose a small number if one measurement takes long.
         files: Subset of `checkpoint_files(path)` to measure; None measures all.
         bar: Progress bar that several runs share; None makes a new bar for this run.
 

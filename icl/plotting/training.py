@@ -56,7 +56,7 @@ class DrawnRun(NamedTuple):
 def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | None = None) -> DrawnRun:
     """Draw a run with the losses of its last checkpoint; write `results/losses.csv` and `figures/training.png`.
 
-    The losses are measured on other prompts than the learning curves (`icl.evaluation.sets.REPORT`). So early stopping, which selects
+    These losses and the learning curves use different prompts (`icl.evaluation.sets.REPORT`). So early stopping, which selects
     the last checkpoint by the learning curves, does not make these losses too low.
 
     Args:

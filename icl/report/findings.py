@@ -29,7 +29,7 @@ def state_of(facts: RunFacts) -> str:
 
 
 def state_sentence(facts: RunFacts) -> str:
-    """Return a text with the progress of a run, and the time of this information."""
+    """Return sentences that tell the progress of a run and when it was last reported."""
     status = facts.status
     if status is None:
         return "The state of this run is unknown."

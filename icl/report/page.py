@@ -119,7 +119,7 @@ def write_report(
 
 
 def render(runs: Sequence[RunFacts], *, title: str, compare: bool, reload_seconds: int | None = None) -> str:
-    """Return the page as text.
+    """Return the HTML of the page.
 
     With `compare`, the page begins with a comparison of the runs. With `reload_seconds`, a browser reloads it at this interval.
     """

@@ -278,7 +278,7 @@ def _as_integer(value: Any) -> Any:
 
 
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """Return `wanted` of the kinds, in their order, with about the same number of kinds for each first word."""
+    """Return at most `wanted` of the kinds in their original order: about equally many kinds for each first word."""
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind[0] if kind else "", []).append(index)

@@ -15,7 +15,7 @@ LABELS = {
     "published-run": "the published run of L2H4, with fewer and shorter LLC chains than published",
     "full": "the published sizes",
 }
-"""What the tables of each size are, for captions and pages. The names of the sizes are those of the folders below `data/`."""
+"""Description of the tables of each size, for captions and pages. Each size is the name of a folder below `data/`."""
 
 
 class Column(NamedTuple):
@@ -33,7 +33,7 @@ class Table(NamedTuple):
     about: str
     columns: dict[str, Column]
     phases: str
-    """A word by which the phases that produce the table are found; it occurs in their names."""
+    """A word that occurs in the names of the phases that produce the table."""
     thinned: str = ""
     """Which rows and columns of the runs' own tables are kept, for `data/README.md`; empty if all are kept."""
 

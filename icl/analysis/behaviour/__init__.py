@@ -7,7 +7,7 @@ over prompts. The prompts and the names of the quantities are the same as in `ic
 - `bayes_excess`: the loss minus the loss of the Bayes predictor.
 - `icl_score`: loss(k2) - loss(k1), negative if more examples help. (Hoogland et al. 2024 print the opposite sign.)
 - `prior_zero`, `prior_task_mean`: the prior-task scores. Each is the mean squared difference between the predictions of the model
-  and of a predictor that uses only the prior. This predictor is 0, or the prediction with the mean task. There is a row for each
+  and of a predictor that uses only the prior: it predicts 0, or it predicts with the mean task. There is a row for each
   position, for the `mean` over positions and for the `sum`. The figure of Hoogland et al. shows the sum, for finite M.
 - `delta_ridge`, `delta_dmmse`: mean squared difference, per target, between the predictions of the model and of ridge or dMMSE.
   (Raventos et al. 2023 also divide by D.) `delta_difference` is delta_ridge - delta_dmmse. It is positive if the model is closer
@@ -26,8 +26,8 @@ is a step, `lower` and `upper` are the saved steps between which it lies.
 - `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which this prior-task score is lowest on `pretrain`.
 - `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` says which of ridge and dMMSE
   is closer to the model after this step.
-- `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The critical step, t_crit in the paper, has
-  the lowest loss on new tasks. The rise is the increase of this loss from t_crit to the last saved step. The dip says how
+- `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The critical step (t_crit in the paper) is the
+  saved step with the lowest loss on new tasks. The rise is the increase of this loss from t_crit to the last saved step. The dip says how
   close the loss at t_crit came to the loss of ridge.
 """
 
@@ -59,7 +59,8 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version 2 uses other prompts than version 1: the fixed prompts at the step number `icl.evaluation.sets.REPORT`."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
+`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
 SETS = ("pretrain", "true")
 REFERENCES = ("ridge", "dmmse", "zero")
 """Baselines that are measured on the same prompts, for comparison."""
@@ -85,7 +86,9 @@ class StepSettings:
 class Settings(StepSettings, CurveSettings):
     """Options of `icl analyse RUN --what behaviour`."""
 
-    num_ood_steps: int = setting(8, "number of saved steps at which the curves against the multiplier g are computed")
+    num_ood_steps: int = setting(
+        8, "number of saved steps at which losses are computed with inputs or tasks multiplied by g"
+    )
 
     def __post_init__(self) -> None:
         StepSettings.__post_init__(self)
@@ -116,7 +119,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:
-    """Return the rows of every member, and arrays with the numbers of every single prompt."""
+    """Return the rows of every checkpoint, and arrays with the loss, the scores and delta_difference of every single prompt."""
     device = str(next(iter(members.params.values())).device)
     predict = partial(predict_prompts, partial(apply, members.config.model), members.params)
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
@@ -132,7 +135,7 @@ def measure_members(members: Members, *, settings: StepSettings) -> list[Measure
 
 
 def measure_curves(members: Members, *, settings: CurveSettings) -> list[Measurement]:
-    """Measure every member's curves against the multiplier g."""
+    """Measure the loss and the size of predictions of every checkpoint when inputs or tasks are multiplied by g."""
     prompts = fixed_prompts(members, "true", "true", settings.num_ood_prompts, step=REPORT)
     predict = partial(apply, members.config.model)
     by_member = ood_curves.curve_rows(predict, members.params, prompts, ood_curves.scales(settings.num_scales))

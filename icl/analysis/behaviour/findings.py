@@ -33,7 +33,7 @@ def findings(entries: Sequence[Entry], sets: Sequence[EvaluationSet]) -> list[Ro
     """Return one row for every finding about the whole run.
 
     Args:
-        entries: Entries of all saved steps, with the numbers of single prompts.
+        entries: Results at all saved steps, with arrays that contain the loss and the scores of every single prompt.
         sets: The prompts `pretrain` and `true`, with their baselines.
     """
     steps = torch.tensor([entry.step for entry in entries])

@@ -45,7 +45,7 @@ Row = dict[str, Any]
 class CurveSettings:
     """Settings of the curves against the multiplier g. If they change, the curves are computed again."""
 
-    num_scales: int = setting(100, "number of multipliers g of inputs and tasks; 0 computes no curves")
+    num_scales: int = setting(100, "number of factors g by which inputs or tasks are multiplied; 0 computes no curves")
     num_ood_prompts: int = setting(64, "number of prompts at each multiplier")
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class CurveSettings:
 
 
 class Curve(NamedTuple):
-    """Loss over g^2 and size ratio at each of the S multipliers. Values and errors have the shape (*N, S)."""
+    """Loss divided by g^2, and size ratio, at each of the S multipliers. Values and errors have the shape (*N, S)."""
 
     loss_over_g2: Estimate
     size_ratio: Estimate

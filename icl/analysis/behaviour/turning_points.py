@@ -13,8 +13,8 @@ average is far below the standard error of either mean. The functions therefore 
   error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear step between it and
   a neighbouring crossing or an end of the run.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts of new
-  tasks is lowest. The run is transient if the loss at the last saved step is higher by more than `RISE_ERRORS` standard errors.
-  If it is higher by between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
+  tasks is lowest. The run is transient if the loss at the last saved step exceeds this minimum by more than `RISE_ERRORS` standard errors.
+  If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
   standard error of the rise has two parts. The first part comes from the prompts. The second part is the scatter of the
   loss about a smooth curve at both ends of the rise, because training fluctuates. The scatter is correlated between saved
   steps (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of losses is low partly

@@ -15,8 +15,8 @@ The standard error of R2_cv is from a bootstrap over M. The standard errors of c
 for the lasso they are only a rough guide.
 
 The verdict is `invalid` if R2_cv <= 0, because the mean then predicts at least as well. It is `suspect` if R2_cv is within two
-standard errors of 0, if there are fewer than `FEW_GROUPS` values of M, or if there are fewer than `GROUPS_PER_COEFFICIENT` values
-of M for each coefficient (including the intercept). Otherwise it is `ok`. Fewer than four values of M raise an error.
+standard errors of 0, or if there are too few values of M: fewer than `FEW_GROUPS`, or fewer than `GROUPS_PER_COEFFICIENT` for each
+coefficient (including the intercept). Otherwise it is `ok`. Fewer than four values of M raise an error.
 """
 
 import warnings
@@ -60,7 +60,7 @@ class Settings:
     )
     steps: Literal["last", "all"] = setting("last", "saved steps of each M that enter the fit: the last one, or all")
     infinite: Literal["leave_out", "next"] = setting(
-        "leave_out", "models with M = inf: left out of the fit, or placed an octave above the largest finite M"
+        "leave_out", "models with M = inf: left out of the fit, or treated as if M were twice the largest finite M"
     )
 
     def __post_init__(self) -> None:

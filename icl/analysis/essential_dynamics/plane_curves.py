@@ -233,7 +233,7 @@ def _is_prominent(values: Float[np.ndarray, " g"], stderr: Float[np.ndarray, " g
 
 
 def _is_inside(curve: Smooth, index: int) -> bool:
-    """Return whether a point is at least one width away from both ends."""
+    """Return whether a point is at least one kernel width away from both ends of the curve."""
     time, width = curve.times[index], curve.widths[index]
     return bool(curve.times[0] + width <= time <= curve.times[-1] - width)
 

@@ -13,14 +13,14 @@ compare with walks made from the run's own steps d_i, the differences between co
 - `walk_shares`: the shares of the expected G of a walk whose steps have the lengths |d_i| and independent directions. This walk is
   Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` the shares have the closed form above.
   With the numbers of updates as durations, the walk is Brownian motion of constant rate, observed at the saved steps.
-  Runs keep their starting points.
+  The first state of every run keeps its place.
 - `flipped_walks`: walks with the steps d_i, each multiplied by a random sign. Such a walk moves only in the run's own directions,
   which may be few. The mean of G over these walks is the expected G of `walk_shares`. The spread over walks shows which shares can
   occur by chance.
 
 For comparison, the first three shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. For Brownian motion of
-500,000 steps, observed at 190 checkpoints, they are 0.68, 0.14 and 0.05 if the checkpoints are the union of a logarithmic and a
-linear grid, and 0.61, 0.15 and 0.07 if the grid is only linear.
+500,000 steps, observed at 190 checkpoints, these shares depend on the grid of checkpoints. They are 0.68, 0.14 and 0.05 for the
+union of a logarithmic and a linear grid, and 0.61, 0.15 and 0.07 for a linear grid.
 
 The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks. For equal steps along a line it is the number
 of steps.
@@ -176,7 +176,7 @@ def walk_shares(
 
     Args:
         gram: Centred inner products of the states.
-        begins: Whether each state is the first of a run. Runs keep their starting points.
+        begins: Whether each state is the first of a run. First states keep their places.
         num_components: Number of components.
         durations: Squared length of the step to each state, up to a common factor. Values for first states are ignored. None
             uses the squared lengths of the run's own steps.

@@ -124,7 +124,7 @@ def read_trajectory(path: Path, settings: StateSettings, *, run: str) -> Traject
     """
     if path.is_file():
         raise CheckpointError(
-            f"{path} is a single checkpoint; give the folder of a run, because a trajectory needs many."
+            f"{path} is a single checkpoint; give the folder of a run, because a trajectory consists of many checkpoints."
         )
     name, folder = f"trajectory-{settings.state}", run_of(path)
     cache = Cache(folder.results / name)

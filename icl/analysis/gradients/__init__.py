@@ -77,7 +77,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Return the rows of the table and the mean gradients of every checkpoint after the first `lead` checkpoints.
+    """Return the rows of the table and the mean gradients of every checkpoint, except for the `lead` predecessor.
 
     Raises:
         NotApplicableError: If tasks, inputs or noise are not Gaussian, or the pool of tasks changes.
@@ -189,9 +189,9 @@ def _component_rows(entries: list[Entry], kind: str) -> list[Row]:
 
 
 def _noise_share(entries: list[Entry], vectors: np.ndarray, kind: str) -> float:
-    """Return the squared standard errors of all gradients, divided by the variance of the gradients between steps.
+    """Return the summed squared errors of the gradients at all steps, divided by their summed squared deviations from the mean over steps.
 
-    This ratio is an upper bound on the share of noise in that variance, because all steps use the same prompts.
+    This ratio is an upper bound on the share of noise in the variance between steps, because all steps use the same prompts.
     """
     between = float(((vectors - vectors.mean(0)) ** 2).sum())
     within = 0.0
@@ -283,7 +283,7 @@ def _row(kind: str, quantity: str, item: str, value: float, stderr: float, reaso
 
 
 def _without_lead(members: Members) -> Members:
-    """Return the members without the first `lead` members."""
+    """Return the members without the `lead` predecessor, if there is one."""
     lead = members.lead
     params = {name: tensor[lead:] for name, tensor in members.params.items()}
     return members._replace(checkpoints=members.checkpoints[lead:], params=params, lead=0)

@@ -13,7 +13,8 @@ Every number that depends on rows of tokens has a standard error over rows. Rows
   head: attention to the token after the earlier occurrence of the current token.
 - `k_composition`, for each pair of heads: K-composition minus the mean over all pairs at the first saved step.
 - `ablated_loss`: mean loss with the position embeddings set to zero. `ablation`: `ablated_loss` minus the mean loss.
-- `weight_norm`: norm of all weights. `position_spectrum`: singular values of the position embeddings, with their number in `position`.
+- `weight_norm`: norm of all weights. `position_spectrum`: singular values of the position embeddings; `position` is the index
+  of the singular value.
 """
 
 import dataclasses
@@ -110,7 +111,7 @@ def _llcs(path: Path) -> pd.DataFrame:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Return the rows of the table for every member."""
+    """Return the rows of the table for every checkpoint."""
     if not members.config.model.is_language:
         raise ConfigError(
             "The analysis `language-behaviour` is for language runs only; use `behaviour` for a regression run."
@@ -179,7 +180,7 @@ def _ngrams(config: RunConfig, settings: Settings) -> list[Tensor]:
 
 @lru_cache(maxsize=2)
 def _vocabulary_ngrams(text: LanguageConfig, vocabulary: str, count: int) -> list[Tensor]:
-    """Return the first entries of a larger vocabulary that are n-grams. N-grams that contain the token of a space are left out.
+    """Return the first entries of a larger vocabulary that are n-grams. N-grams that contain the space token are left out.
 
     Raises:
         ConfigError: If the vocabulary or the tokenizer cannot be read, or the vocabulary has no n-gram.

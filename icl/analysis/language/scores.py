@@ -133,7 +133,7 @@ def _attention(config: ModelConfig, params: Params, rows: Rows, queries: Tensor,
 def _in_chunks(
     config: ModelConfig, params: Params, rows: Rows, function: Callable[..., Tensor], *beside: Tensor
 ) -> Tensor:
-    """Apply a function to as many rows at a time as memory allows, with the same rows of the tensors `beside`."""
+    """Apply a function to all rows, as many at a time as memory allows. The tensors `beside` are split in the same way."""
     size = rows_at_once(config, params, rows.shape[1])
     with torch.no_grad():
         return torch.cat([function(*part) for part in _parts(size, rows, *beside)], dim=1)

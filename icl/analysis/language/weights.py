@@ -31,7 +31,7 @@ def k_composition(config: ModelConfig, params: Params) -> Float[Tensor, "N P"]:
 
 
 def head_pairs(config: ModelConfig) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return all pairs of two heads of which the second is in a later block. Each head is given as (layer, head)."""
+    """Return all pairs of heads in which the second head is in a later block than the first. Each head is given as (layer, head)."""
     heads = [(layer, head) for layer in range(config.num_layers) for head in range(config.num_heads)]
     return [(earlier, later) for earlier in heads for later in heads if earlier[0] < later[0]]
 

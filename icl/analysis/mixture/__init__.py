@@ -30,8 +30,8 @@ Rows of all runs together, `run` = `all`:
   several seeds, there is one exponent and one row for each seed, and the row `all` contains the mean and its standard error over seeds.
   `num_seeds` is the number of seeds. With at least three seeds, `lower` and `upper` are the 95 % interval.
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: parameters and R^2 of the theory curve of Wurgaft et al. 2025
-  (`icl.analysis.mixture.theory`). `curve_weight` is the value of the curve at each saved step. At the steps of the fit, `curve_residual`
-  is the fitted weight p minus `curve_weight`. `curve_step` is the step at which a run's curve crosses 1/2.
+  (`icl.analysis.mixture.theory`). `curve_weight` is the value of the curve at each saved step. At the steps to which the curve is
+  fitted, `curve_residual` is the fitted weight p minus `curve_weight`. `curve_step` is the step at which a run's curve crosses 1/2.
 
 Standard errors are over prompts, to first order (the delta method), except for the standard errors of the curve and of the exponent.
 """
@@ -67,7 +67,8 @@ from icl.runs.measure import Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version 2 uses other prompts than version 1: the fixed prompts at the step number `icl.evaluation.sets.REPORT`."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
+`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
 SETS = ("pretrain", "true")
 
 Row = dict[str, Any]
@@ -133,7 +134,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:
-    """Fit both mixtures to every member. The arrays contain the numbers of single prompts, which the transitions need."""
+    """Fit both mixtures to every member. The arrays contain the scores of every single prompt, from which transitions are found."""
     predict = partial(predict_prompts, partial(apply, members.config.model), members.params)
     device = next(iter(members.params.values())).device
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
@@ -225,12 +226,12 @@ def fit_rows(reference: Reference, predictions: Float[Tensor, "B K"]) -> Iterato
 
 
 def _at(fit: Fit, column: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the share, the standard error of the parameter and the excess of one column."""
+    """Return the residual share, the standard error of the parameter, and `Fit.excess`, for one column."""
     return fit.share.value[column], fit.parameter.stderr[column], fit.excess[column]
 
 
 def _reference_rows(config: RunConfig, num_prompts: int) -> list[Row]:
-    """Return the loss advantage of dMMSE on training tasks, and the separation of dMMSE and ridge on both sets."""
+    """Return the rows about dMMSE and ridge: `loss_advantage` on training tasks; `separation` and `predictor_variance` on both sets."""
     rows: list[Row] = []
     for each in references(config, num_prompts):
         numbers = {"separation": metrics.overall_mean(each.pair.difference.square())}
@@ -254,6 +255,6 @@ def _runs(path: Path, others: str | None) -> dict[str, Path]:
     tasks = [dataclasses.replace(config.task, num_tasks=1) for config in configs]
     require(
         all(task == tasks[0] for task in tasks),
-        "Runs that are analysed together must form a ladder: their `task` settings may differ only in `num_tasks`. Leave out the others.",
+        "Runs that are analysed together must form a ladder: their `task` settings may differ only in `num_tasks`. Leave out the runs that differ in other settings.",
     )
     return runs

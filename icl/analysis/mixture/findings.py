@@ -36,7 +36,7 @@ class RunFits(NamedTuple):
     task: TaskConfig
     entries: Sequence[Entry]
     references: Sequence[Row]
-    """Rows of `loss_advantage` and `separation`."""
+    """Rows that do not depend on the model, such as `loss_advantage` and `separation`."""
     seeds: SeedsConfig = SeedsConfig()
 
     def number(self, quantity: str, distribution: str) -> float:
@@ -81,7 +81,7 @@ def transition_rows(run: RunFits) -> Iterator[Row]:
                     reasons.append("no mixture explains the model at a neighbouring saved step")
                 if signs[point.upper] != is_upward or signs[point.lower] == is_upward:
                     reasons.append(
-                        f"between these saved steps, the best {parameter.replace('_', ' ')} did not change to the same side"
+                        f"between these saved steps, the best {parameter.replace('_', ' ')} did not move to the side that the finding names"
                     )
                 bounds = {"lower": point.lower, "upper": point.upper}
                 finding = {"finding": "to dMMSE" if is_upward else "to ridge"}
@@ -112,7 +112,7 @@ def ladder_rows(runs: Sequence[RunFits]) -> list[Row]:
 
 
 def last_transition(run: RunFits, distribution: str, mixture: str) -> Row | None:
-    """Return the last transition to dMMSE of a run, or None."""
+    """Return the last transition to dMMSE of a run, or None if the run has no such transition."""
     rows = [
         row
         for row in transition_rows(run)
@@ -173,7 +173,7 @@ def _growth_row(runs: Sequence[RunFits], distribution: str, mixture: str) -> Row
 
 
 def curve_points(runs: Sequence[RunFits], distribution: str) -> tuple[CurvePoints, list[bool]]:
-    """Return the fixed weights at all saved steps of all runs, and for each of them whether it belongs to the fit."""
+    """Return the fixed weights at all saved steps of all runs, and for each weight whether the theory curve is fitted to it."""
     columns, is_inside = [], []
     for number, run in enumerate(runs):
         advantage = run.number("loss_advantage", "pretrain")

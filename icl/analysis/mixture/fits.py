@@ -53,10 +53,10 @@ class Fit(NamedTuple):
     share: Estimate
     """The residual divided by the mean of d^2."""
     excess: Float[Tensor, " C"]
-    """Whether the parameter is at a limit.
+    """Number that shows whether the parameter is at a limit.
 
-    For p, the distance of the best unlimited p outside [0, 1], in standard errors. For lambda, -inf or inf at a limit of the search, NaN
-    if all log odds fit equally well, else 0.
+    For p, the distance by which the best unlimited p lies outside [0, 1], in standard errors. For lambda, -inf or inf if lambda is at a
+    limit of the search; NaN if all log odds fit equally well; else 0.
     """
 
 

@@ -74,7 +74,7 @@ class Curve(NamedTuple):
         return expit(log_odds(points.steps, points.advantage, points.bits, self.values))
 
     def transition(self, advantage: float, bits: float) -> float:
-        """Return the step at which the curve of a run crosses 1/2, or inf."""
+        """Return the step at which the curve of a run crosses 1/2; inf if it never crosses."""
         alpha, beta, gamma = self.values
         ratio = _price(bits, beta) / (gamma * advantage) if gamma * advantage > 0 else math.inf
         with np.errstate(over="ignore"):

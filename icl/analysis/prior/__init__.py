@@ -16,16 +16,17 @@ tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next on
 
 - `energy_distance`, for each `candidate`: the distance between the estimates of the model and of the candidate. `finding` says whether
   this distance is zero within 2 standard errors. `energy_share`: the distance divided by `separation`.
-- `separation`, without a step: the distance between the two candidates.
-- `preference`: the distance to the second candidate minus the distance to the first. `finding` names the nearer candidate. The verdict is
-  `suspect` if the preference is within 2 standard errors of zero, or if neither candidate explains the model: the smaller distance is not
-  zero within 2 standard errors, and is more than 0.1 times `separation`. The verdict is `invalid` if the smaller distance is not zero and
-  exceeds `separation`, or if `separation` is not at least 4 standard errors above zero.
+- `separation`: the distance between the two candidates. Its row has no `step`, because this distance does not depend on the model.
+- `preference`: the distance to the second candidate minus the distance to the first. `finding` names the nearer candidate. A distance
+  counts as zero if it is at most 2 standard errors above zero. The verdict is `suspect` if the preference is within 2 standard errors of
+  zero, or if neither candidate explains the model, because the smaller distance is not zero and exceeds 0.1 times
+  `separation`. The verdict is `invalid` if the smaller distance is not zero and exceeds `separation`, or if `separation` is less than 4
+  standard errors above zero.
 - `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
 
-If the pool of tasks changes during training, each saved step is compared with the pool at the last update before it, and the rows of
-candidates have a step too. Standard errors are from the block jackknife over all samples, which includes the errors of particle filters.
-Inputs and random numbers are the same at all steps.
+If the pool of tasks changes during training, each saved step is compared with the pool at the last update before this step. The
+rows that do not depend on the model then have a step too. Standard errors are from the block jackknife over all samples, which includes
+the errors of particle filters. Inputs and random numbers are the same at all steps.
 """
 
 import math

@@ -27,7 +27,7 @@ NUM_BLOCKS = 32
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sample of n points, where n is a multiple of `NUM_BLOCKS`, and at least twice as large."""
+    """A sample of n points, where n is a multiple of `NUM_BLOCKS` and at least 2 * `NUM_BLOCKS`."""
 
     points: Float[Tensor, "n D"]
 

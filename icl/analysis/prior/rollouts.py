@@ -12,7 +12,7 @@ that the same estimator makes from prompts of each candidate prior. `bayes_promp
 candidate's posterior (`icl.bayes.posterior`), and the noise from the distribution of the run's noise.
 
 The estimator is ridge regression with lambda = sigma^2: the w that minimises |y - X w|^2 + sigma^2 |w|^2. Unlike least squares, this
-estimator exists for K < D, and its error has finite moments for K close to D, which the energy distance needs. We use it for every prior
+estimator exists for K < D. For K close to D its error has finite moments, as the energy distance requires. We use it for every prior
 and noise, even where another estimator would be better.
 """
 

@@ -8,9 +8,10 @@ of f over intervals of log time. Every mean slope has a standard error. There ar
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval, both by `SIGNIFICANCE`
   standard errors. The boundary lies at the extremum of f between the two intervals.
 - A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two (the pause), the absolute slope
-  of f is smaller, by a factor of at least `STEEPNESS`, than the slope over each of the two intervals. For both intervals this must hold
-  by `SIGNIFICANCE` standard errors. To place the boundary, we fit two cubics that join with equal value and slope to the observations
-  between the middles of the two intervals. The boundary is the joint with the best fit.
+  of f is smaller, by a factor of at least `STEEPNESS`, than the slope over each of the two intervals. For both intervals, the
+  absolute slope minus `STEEPNESS` times the slope of the pause must be at least `SIGNIFICANCE` standard errors above zero. To place the
+  boundary, we fit two cubics that join with equal value and slope to the observations between the middles of the two intervals. The
+  boundary is the joint with the best fit.
 
 An interval counts as motion only if f changes over it by at least `least_change` of the range of f, because smoothing a corner
 causes smaller changes. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if
@@ -86,7 +87,7 @@ class _Intervals(NamedTuple):
     short: Int[np.ndarray, " P"]
     """Indices of intervals that may be the pause of a plateau."""
     contrasts: tuple[Float[np.ndarray, "K P"], Float[np.ndarray, "K P"]]
-    """Slope k minus `STEEPNESS` times |slope of pause p|, in standard errors, and the same with the sign of slope k reversed."""
+    """Slope k minus `STEEPNESS` times |slope of pause p|, in standard errors; then the same number with -slope k in place of slope k."""
     moves: Bool[np.ndarray, " K"]
     """Whether the curve moves by at least `least_change` of its range."""
 

@@ -5,9 +5,9 @@ tasks. Each signal comes from the first of these sources that contains it: `resu
 checkpoints (evaluated on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard
 errors describe a common shift, not the shape of the curve. For these signals only the scatter of the points counts as noise.
 
-For a language run, the loss and the ICL score are measured on test rows. Their sources are the same, preceded by
-`results/language-behaviour.csv`. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. Of
-each of the two kinds of head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
+For a language run, the loss and the ICL score are measured on test rows. Their first source is
+`results/language-behaviour.csv`, before the sources above. This table also contains the bigram score, the previous-token scores and the
+prefix-matching scores. For each of the two head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
 
 The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
 verdict no worse than `worst_llc`. We treat their standard errors as independent, because the chains of different checkpoints have
@@ -42,7 +42,8 @@ MIN_POINTS = 8
 MIRROR = 0.2
 """An LLC mirrors the loss if the standard deviation of E[L] over steps is below this share of the standard deviation of L(w0)."""
 VERSION = 2
-"""Version 2 uses other prompts than version 1: the fixed prompts at the step number `icl.evaluation.sets.REPORT`."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
+`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
 VERDICTS = ("ok", "suspect", "invalid")
 _HEADS = ("previous_token", "prefix_matching")
 """Quantities that are measured for every head."""
@@ -199,7 +200,7 @@ def _select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, s
 
 
 def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signal]:
-    """Return the scores of the head whose score is largest at the last step, or nothing if they rise by less than `_RISE` standard errors.
+    """Return the scores of the head with the largest last score; empty if they rise by at most `_RISE` standard errors over the run.
 
     The score of a head that learns nothing only fluctuates. It shows no stages, although its values on fixed rows form a smooth curve.
     """
