@@ -88,7 +88,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Measure the scores of all heads and the mean patterns (L, H, T, T) of every member."""
+    """Measure the scores of all heads and the mean patterns (L, H, T, T) of every checkpoint."""
     prompts = fixed_prompts(members, "attention/prompts", settings.distribution, settings.num_prompts)
     at_once = prompts_at_once(members)
     model = build_architecture(members.config).to(prompts.xs.device)

@@ -81,7 +81,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Measure every member, in float64."""
+    """Measure the weights of every checkpoint, in float64."""
     params = {name: tensor.cpu().double() for name, tensor in members.params.items()}
     return [Measurement([*_matrix_rows(each, settings), *_weight_rows(each, settings)]) for each in unstack(params)]
 

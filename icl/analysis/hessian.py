@@ -90,7 +90,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Measure eigenvalues, trace and spectrum of every member, as many members at a time as memory allows."""
+    """Measure eigenvalues, trace and spectrum of every checkpoint, as many checkpoints at a time as memory allows."""
     prompts = fixed_prompts(members, "hessian/prompts", settings.distribution, settings.num_prompts)
     at_once = prompts_at_once(members)
     group = max(1, at_once // settings.num_prompts)
@@ -113,9 +113,9 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
 def hessian_products(
     model: ModelConfig, params: Params, prompts: Prompts, num_batches: int, *, prompts_at_once: int
 ) -> Products:
-    """Return a function that multiplies vectors (N, P) by the Hessian of each member's mean loss on each batch.
+    """Return a function that multiplies vectors (N, P) by the Hessian of each checkpoint's mean loss on each batch.
 
-    The P parameters are in the order of `params`. Every pair of member and batch is one member of a larger population. If
+    The P parameters are in the order of `params`. Every pair of a checkpoint and a batch is one member of a larger population. If
     all prompts fit in one pass (`prompts_at_once`), the gradient is computed once and reused for all products.
     """
     layout = layout_of(params, alignment=1)  # no padding: padded entries would count as flat directions

@@ -33,7 +33,7 @@ def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
 
 
 def fixed_prompts(members: Members, stream: str, distribution: Distribution, count: int, *, step: int = 0) -> Prompts:
-    """Return the first `count` prompts (B, K, D) at one step of a stream of the run's `seeds.evaluation`, on the members' device."""
+    """Return the first `count` prompts (B, K, D) at one step of a stream of the run's `seeds.evaluation`, on the checkpoints' device."""
     source = prompt_source(members.config, stream=stream, distribution=distribution)
     device: torch.device = next(iter(members.params.values())).device
     prompts = source.sample(range(step, step + 1), range(count), device=device)
@@ -41,7 +41,7 @@ def fixed_prompts(members: Members, stream: str, distribution: Distribution, cou
 
 
 def prompts_at_once(members: Members) -> int:
-    """Return how many prompts one member can process in one pass."""
+    """Return how many prompts one checkpoint can process in one pass."""
     num_parameters = sum(tensor[0].numel() for tensor in members.params.values())
     # A prompt has 2K tokens. Each token has about 6 P / C activations, for P parameters and width C.
     per_prompt = 6 * 2 * members.config.task.max_examples * num_parameters / members.config.model.embed_size

@@ -64,7 +64,7 @@ class Members(NamedTuple):
 
 
 Measure = Callable[[Members], list[Measurement]]
-"""Function that returns one measurement for each member, but none for the `lead` predecessor."""
+"""Function that returns one measurement for each checkpoint, but none for the `lead` predecessor."""
 
 
 def setting(default: Value, text: str) -> Value:

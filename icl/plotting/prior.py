@@ -53,7 +53,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_reference(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
-    """Draw a number of a candidate as a horizontal line, or as a curve if the pool changes and every step has its own number."""
+    """Draw the values of a candidate prior: a horizontal line, or a curve if the pool changes, so that each step has a different value."""
     if rows["step"].notna().any():
         rows = rows.sort_values("step")
         axes.plot(rows["step"].astype(float), rows["value"], **style)

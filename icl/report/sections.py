@@ -243,7 +243,7 @@ def _applies(subject: Subject, facts: RunFacts) -> bool:
 
 
 def _environment_section(facts: RunFacts, prefix: str) -> Section:
-    """Return the section with the versions, machine and command of the last starts of the training, and the end of the log."""
+    """Return the section with the versions, machine and command of the most recent starts of training, and the end of the log."""
     starts = facts.environments
     shown = starts[-_MAX_STARTS:]
     text = f"The last {_MAX_STARTS} of the run's {len(starts)} starts are shown." if len(starts) > _MAX_STARTS else ""

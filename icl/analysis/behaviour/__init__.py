@@ -211,7 +211,7 @@ def _predict(function: Baseline, prompts: Prompts) -> Tensor:
 
 
 def _predict_as_member(function: Baseline, _: Params, xs: Tensor, ys: Tensor) -> Tensor:
-    """Apply a baseline as if it were a population with one member and no parameters."""
+    """Return the predictions of a baseline with a leading axis of length 1, as for one checkpoint. The parameters are ignored."""
     return function(xs, ys).unsqueeze(0)
 
 

@@ -125,7 +125,7 @@ def planes(num_components: int) -> list[tuple[int, int]]:
 
 
 def smooth_by_all(times: Float[np.ndarray, " S"], values: Float[np.ndarray, "S C"], *, bandwidth: float) -> Curves:
-    """Smooth with the chosen kernel, and with a narrower and a wider one."""
+    """Smooth observations with the chosen kernel, and with a narrower and a wider one."""
     grid = fine_grid(times, bandwidth=bandwidth)
     main, *others = (smooth(times, values, grid, bandwidth=bandwidth, factor=factor) for factor in (1.0, *_FACTORS))
     return Curves(main, tuple(others))

@@ -169,7 +169,7 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
 
 
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:
-    """Return the outputs of ridge, and of dMMSE for every finite M. Other states do not exist for these predictors."""
+    """Return the outputs of ridge, and of dMMSE for every finite M. Other states, such as weights, do not exist for these predictors."""
     if settings.state != "outputs" or configs[0].model.is_language:
         return {}
     (xs, ys, _), task = fixed_prompts(configs[0], settings), configs[0].task
@@ -235,7 +235,7 @@ def centred_products(
 
 
 def _measure(members: Members, *, settings: StateSettings) -> list[Measurement]:
-    """Measure the state of every member. Weights and moments are read from the checkpoints instead."""
+    """Measure the state of every checkpoint. States `weights` and moments are not measured, but read from the checkpoints."""
     if settings.state not in SEES_PROMPTS:
         return [Measurement([]) for _ in members.checkpoints]
     device = next(iter(members.params.values())).device

@@ -165,7 +165,7 @@ def _measure_data(members: Members, settings: Settings) -> tuple[list[list[Row]]
 
 
 def _doubts_about_norms(*squares: weight_gradients.WithDeleted) -> list[str]:
-    """Return for each member the reason to doubt numbers computed from these squared norms; empty if there is none."""
+    """Return for each checkpoint the reason to doubt numbers computed from these squared norms; empty if there is none."""
     estimates = [weight_gradients.squared_norm(square) for square in squares]
     is_known = torch.stack([estimate.value > 3 * estimate.stderr for estimate in estimates]).all(0)
     reason = "a squared gradient norm is less than three standard errors above zero"
@@ -260,7 +260,7 @@ def _add(
     kind: str = "weights",
     estimator: str = "",
 ) -> None:
-    """Append a row to the rows of every member."""
+    """Append a row to the rows of every checkpoint."""
     values = zip(rows, estimate.value.tolist(), estimate.stderr.tolist(), reasons or [""] * len(rows), strict=True)
     for member_rows, value, stderr, reason in values:
         member_rows.append(_row(kind, quantity, item, value, stderr, reason, estimator))

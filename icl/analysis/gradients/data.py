@@ -15,7 +15,7 @@ We compute three estimators of dL/dphi. Each estimator gives a number for each p
 
 - `pathwise`: differentiate through x(phi), y(phi) and the model at fixed z, t, n. This is the estimator to use.
 - `score_function`: (loss - mean loss) d log p / d phi. This estimator serves as a check, because it never differentiates the loss. With a
-  pool of tasks, w has no density. The parameters of w then change the mean of y given x and t, so we use the score of y.
+  pool of tasks, w has no density. The parameters of w then change the mean of y given x and t, so we use the gradient of log p(y | x, t).
   Without noise, y has no density either, and the scores that need this density are NaN.
 - `finite_difference`: central differences with the same z, t, n on both sides. This estimator serves as a second check.
 """
@@ -48,7 +48,7 @@ because a run makes hundreds of comparisons."""
 
 
 class Draws(NamedTuple):
-    """Standard draws z, t, n of B prompts, before scales and means are applied. All members share them."""
+    """Standard draws z, t, n of B prompts, before scales and means are applied. They are the same for all checkpoints."""
 
     inputs: Float[Tensor, "B K D"]
     tasks: Float[Tensor, "B D"]
@@ -83,7 +83,7 @@ def estimates(members: Members, distribution: Distribution, num_prompts: int) ->
 
 
 def doubts_about_pathwise(pathwise: Tensor, score_function: Tensor, finite_difference: Tensor) -> list[list[str]]:
-    """Return for each member and parameter the reason to doubt the pathwise estimate; empty if there is none."""
+    """Return for each checkpoint and parameter the reason to doubt the pathwise estimate; empty if there is none."""
     from_scores = metrics.position_mean(pathwise - score_function)
     score_differs = from_scores.value.abs() > _MAX_Z * from_scores.stderr  # false where the score function is NaN
     from_differences = metrics.position_mean(pathwise[:, : finite_difference.shape[1]] - finite_difference)
@@ -102,7 +102,7 @@ def training_point(noise_variance: float) -> Float[Tensor, " 6"]:
 
 
 def prompt_losses(losses_of: Losses, draws: Draws, at: Float[Tensor, "N B 6"]) -> Float[Tensor, "N B"]:
-    """Return the mean loss of each member on each prompt. Every prompt has its own values `at` of the six parameters."""
+    """Return the mean loss of each checkpoint on each prompt. Every prompt has its own values `at` of the six parameters."""
     x_mean, x_scale, w_mean, w_scale, noise_mean, noise_scale = at.unsqueeze(-1).unbind(-2)  # each N B 1
     xs = x_mean.unsqueeze(-1) + x_scale.unsqueeze(-1) * draws.inputs  # N B K D
     ws = w_mean + w_scale * draws.tasks  # N B D

@@ -1,8 +1,9 @@
 """Gradients of the loss with respect to the weights, and unbiased statistics of these gradients.
 
-The prompts are split into J batches of size b. For one member, batch j gives a gradient g_j. The g_j are independent, unbiased
-estimates of the expected gradient G with covariance Sigma / b, where Sigma is the covariance of the gradient for one prompt.
-All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of gradients with expectations G and H. We use two averages:
+The functions take the stacked weights of N checkpoints, called members. The prompts are split into J batches of size b. For one member,
+batch j gives a gradient g_j. The g_j are independent, unbiased estimates of the expected gradient G with covariance Sigma / b, where
+Sigma is the covariance of the gradient for one prompt. All statistics are functions of Gram matrices K_ij = g_i . h_j of two sets of
+gradients with expectations G and H. We use two averages:
 
     inner(K)      = mean of K_ij over i != j    (unbiased for G . H, even if batch j of both sets has the same prompts)
     batch_norm(K) = mean of K_jj                (with expectation |G|^2 + tr(Sigma) / b for h = g)

@@ -16,7 +16,7 @@ PRESET = "L2W256"
 NEAR = 100
 """Largest distance, in steps, between a released step and the saved step that is compared with it."""
 STEPS = (0, 900, 6500, 8500, 17_500, 50_000)
-"""The step 0, and the ends of the published stages."""
+"""Step 0, and the ends of the published stages."""
 RELEASED: Mapping[tuple[str, str, str], tuple[float, ...]] = {
     ("loss", "", "mean"): (7.943, 4.348, 3.631, 3.560, 3.294, 3.215),
     ("bigram_score", "", ""): (7.947, 4.633, 5.316, 5.398, 5.761, 5.918),
@@ -24,7 +24,7 @@ RELEASED: Mapping[tuple[str, str, str], tuple[float, ...]] = {
     ("previous_token", "0.1", ""): (0.030, 0.026, 0.039, 0.063, 0.291, 0.289),
     ("prefix_matching", "1.7", ""): (0.011, 0.010, 0.008, 0.010, 0.078, 0.079),
 }
-"""Released numbers at `STEPS`. Each key gives the columns `quantity`, `part` (such as the head 0.1) and `position` in the table of
+"""Released numbers at `STEPS`. Each key gives the values of the columns `quantity`, `part` (such as the head 0.1) and `position` in the table of
 `--what behaviour`."""
 LLCS = (123.6, 149.9, 172.4, 170.9, 179.5, 181.3)
 """Released LLCs at `STEPS`, except that the last one is from step 49,900. They contain the bug that

@@ -134,7 +134,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: StepSettings) -> list[Measurement]:
-    """Fit both mixtures to every member. The arrays contain the scores of every single prompt, from which transitions are found."""
+    """Fit both mixtures to every checkpoint. The arrays contain the scores of every single prompt, from which transitions are found."""
     predict = partial(predict_prompts, partial(apply, members.config.model), members.params)
     device = next(iter(members.params.values())).device
     rows: list[list[Row]] = [[] for _ in members.checkpoints]

@@ -8,8 +8,8 @@ candidate's estimates is zero if the model is the Bayes predictor of the candida
 depends only on the estimates.
 
 With `num_context` > 0, every rollout begins with this number of ordinary examples. The rollouts are then samples from the posterior that
-the model implies. They are compared with prompts that are continued from each candidate's posterior. This posterior is exact, or drawn by
-particle filters (`icl.bayes.posterior`).
+the model implies. They are compared with prompts that are continued from each candidate's posterior. This posterior is exact, or
+approximated by particle filters (`icl.bayes.posterior`).
 
 Rows of the table, by `quantity`. `preference`, `energy_share` and `separation` use two candidates. The first is the prior of the training
 tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next one in the order `pool`, `prior`, `gaussian`.
@@ -107,7 +107,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Compare every member with the candidates. The arrays contain the estimated tasks of the model's rollouts."""
+    """Compare every checkpoint with the candidates. The arrays contain the estimated tasks of the model's rollouts."""
     config = members.config
     if not config.task.has_moving_pool:
         return _measure(config, members.params, reference(config, settings), settings)

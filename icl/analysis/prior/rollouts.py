@@ -78,7 +78,7 @@ def make_draws(
 
 
 def model_rollouts(model: ModelConfig, params: Params, draws: Draws, *, num_context: int) -> Float[Tensor, "N B K"]:
-    """Return the targets of the rollouts of every member."""
+    """Return the targets of the rollouts of every checkpoint."""
     device = next(iter(params.values())).device
     draws = Draws(*(tensor.to(device) for tensor in draws))
     last = partial(_last_outputs, model)

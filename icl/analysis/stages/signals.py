@@ -5,9 +5,9 @@ tasks. Each signal comes from the first of these sources that contains it: `resu
 checkpoints (evaluated on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard
 errors describe a common shift, not the shape of the curve. For these signals only the scatter of the points counts as noise.
 
-For a language run, the loss and the ICL score are measured on test rows. Their first source is
-`results/language-behaviour.csv`, before the sources above. This table also contains the bigram score, the previous-token scores and the
-prefix-matching scores. For each of the two head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
+For a language run, the loss and the ICL score are measured on test rows. Their first source is `results/language-behaviour.csv`, before
+the sources above. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. For each of the
+two head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
 
 The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
 verdict no worse than `worst_llc`. We treat their standard errors as independent, because the chains of different checkpoints have
