@@ -85,7 +85,7 @@ def training_loss(facts: RunFacts) -> float | None:
 
 
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
-    """Return the transformer's loss divided by the loss of each optimal predictor, under names such as "ridge's".
+    """Return the transformer's loss divided by the loss of each optimal predictor. The keys are names such as "ridge's".
 
     On the training tasks the predictors are ridge and dMMSE, if their losses are known. On new tasks the only predictor is ridge,
     because dMMSE is not optimal there.

@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """The best mixtures at each position 1..K, and the best single mixture for all positions, which is the last entry."""
+    """The best mixture at each position 1..K. The last entry is the best single mixture for all positions."""
 
     parameter: Estimate
     """The weight p, or the prior log odds lambda."""

@@ -6,9 +6,9 @@ from typing import NamedTuple
 from icl.metrics import Estimate
 
 MAX_Z = 2.0
-"""Largest number of standard errors from zero for which a number counts as zero within its error."""
+"""A number within this many standard errors of zero counts as zero within its error."""
 MIN_SEPARATION_Z = 4.0
-"""Smallest distance between the candidates, in standard errors, for which the samples distinguish them."""
+"""The samples distinguish two candidates if the distance between the candidates is at least this many standard errors."""
 SUSPECT_SHARE = 0.1
 """A candidate does not explain the model if its distance to the model exceeds this share of the distance between the candidates. The
 limit is our choice."""
