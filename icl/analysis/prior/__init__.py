@@ -20,7 +20,7 @@ tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next on
 - `preference`: the distance to the second candidate minus the distance to the first. `finding` names the nearer candidate. A distance
   counts as zero if it is at most 2 standard errors above zero. The verdict is `suspect` if the preference is within 2 standard errors of
   zero, or if neither candidate explains the model, because the smaller distance is not zero and exceeds 0.1 times
-  `separation`. The verdict is `invalid` if the smaller distance is not zero and exceeds `separation`, or if `separation` is less than 4
+  `separation`. The verdict is `invalid` if the smaller distance is not zero and exceeds `separation`, or if `separation` is at most 4
   standard errors above zero.
 - `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
 

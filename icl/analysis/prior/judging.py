@@ -8,10 +8,10 @@ from icl.metrics import Estimate
 MAX_Z = 2.0
 """A number within this many standard errors of zero counts as zero within its error."""
 MIN_SEPARATION_Z = 4.0
-"""The samples distinguish two candidates if the distance between the candidates is at least this many standard errors."""
+"""The samples distinguish two candidates if the distance between the candidates is more than this many standard errors."""
 SUSPECT_SHARE = 0.1
-"""A candidate does not explain the model if its distance to the model exceeds this share of the distance between the candidates. The
-limit is our choice."""
+"""A candidate does not explain the model if its distance to the model is not zero within the error and exceeds this share of the
+distance between the candidates. The limit is our choice."""
 INVALID_SHARE = 1.0
 
 
