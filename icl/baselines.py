@@ -153,8 +153,8 @@ def dmmse(
     is not Gaussian, the computation is in float64.
 
     Raises:
-        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative, or zero for a law other than
-            the Gaussian.
+        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative. Also if `noise_variance` is zero
+            and the noise is not Gaussian.
     """
     xs, ys = _prompts(xs, ys)
     tasks = _tasks(tasks, xs)
@@ -180,8 +180,8 @@ def smoothed_dmmse(
 
     Given m, the targets are Gaussian around X w_m with covariance tau^2 X X^T + sigma^2 I = L L^T. So the entries of L^-1 y are independent
     observations of the task w_m, with variance one, at the inputs L^-1 X. `dmmse` weighs the tasks by these observations. The prediction of
-    y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. For the single task 0 and tau =
-    1 it is ridge.
+    y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. If w = 0 is the only task and
+    tau = 1, this is ridge.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is not positive, or `task_variance` is
@@ -228,7 +228,7 @@ def lasso(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, alpha: 
     """Predict with the w that minimises |y - X w|^2 / (2 k) + alpha |w|_1 on the k examples. Without examples, predict 0.
 
     scikit-learn fits each prefix of each prompt separately on the CPU. One fit takes about 0.2 ms. A fit that has not converged after
-    100,000 iterations is used nevertheless. This happens if the numbers in a prompt differ greatly in size.
+    100,000 iterations is used nevertheless. Slow convergence occurs if the numbers in a prompt differ greatly in size.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree, or `alpha` is not positive. For alpha = 0 use `ols`.
@@ -266,7 +266,7 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
 
 
 def covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) -> Float[Tensor, "*S B K K"]:
-    """Return the lower triangle L with L L^T = X X^T + sigma^2 I. Its diagonal may have either sign."""
+    """Return the lower triangle L with L L^T = X X^T + sigma^2 I. The entries of its diagonal may have either sign."""
     noise = noise_variance**0.5 * torch.eye(inputs.shape[-2], dtype=torch.float64, device=inputs.device)  # K K
     root = torch.cat((inputs, noise.expand(*inputs.shape[:-1], -1)), dim=-1)  # B K D+K
     return torch.linalg.qr(root.mT, mode="r").R.mT

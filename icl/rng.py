@@ -58,7 +58,7 @@ def philox(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # A product can exceed int64 and wrap around. Its 64 bits are still those of the unsigned product.
+        # A product can exceed int64 and wrap around. Its 64 bits are still the lowest 64 bits of the unsigned product.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (_high(product1) & _WORD) ^ c1 ^ k0
         c2 = (_high(product0) & _WORD) ^ c3 ^ k1

@@ -47,7 +47,7 @@ def experiment_points(runs: Sequence[ExperimentRun], base: Path) -> list[Point]:
 
 
 def experiment_states(runs: Sequence[ExperimentRun], base: Path) -> dict[str, PointState]:
-    """Return the state of every run of an experiment, as a dict from M as text to the state."""
+    """Return the state of every run of an experiment, as a dict whose keys are the values of M as strings."""
     points = experiment_points(runs, base)
     return {run.label: point_state(point, root_of(base)) for run, point in zip(runs, points, strict=True)}
 

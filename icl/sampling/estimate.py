@@ -69,7 +69,7 @@ def estimate(
         observables: Functions of the parameters whose values are recorded at every draw.
         memory: Memory in bytes for the chains that run at once.
         advance: Called after every move, with the number of chains that made it.
-        watch: Called every `WATCH_SECONDS` with the excess at all draws so far.
+        watch: Called every `WATCH_SECONDS` seconds with the excess at all draws so far.
 
     Returns:
         One list for each element of `settings_grid`, with one result for each checkpoint.
@@ -201,7 +201,7 @@ def even_chunks(num: int, most: int) -> int:
     """Return a chunk size of at most `most`, if possible one that divides `num` into equal chunks.
 
     Equal chunks are better, because a gradient for a GPU is compiled again for every size. But if equal chunks would be smaller than about
-    half of `most`, all chunks except the last have the same size.
+    half of `most`, the last chunk is smaller than the others.
     """
     num_chunks = -(-num // most)
     equal = (num // count for count in range(num_chunks, 2 * num_chunks + 1) if num % count == 0)

@@ -64,7 +64,7 @@ def llc_with_initial_loss_bug(losses: Float[Tensor, "C S"], *, nbeta: float) -> 
     yet run are still 0. So for chain c (counted from 0), L_init is only the sum of the first losses of chains 0 to c, divided by C. The
     code counts the first draw of each chain as 0.
 
-    If all first losses are L0, the estimate is too large by nbeta L0 (C - 1) / (2 C), apart from the first draw.
+    If all first losses are L0, the estimate is too large by nbeta L0 (C - 1) / (2 C), apart from the effect of the first draw.
     """
     initial = losses[:, 0].cumsum(0) / len(losses)  # C
     excess = losses[:, 1:] - initial[:, None]

@@ -90,7 +90,7 @@ class LLCResult(Evidence):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the estimate may be wrong: one text for each broken rule, the most serious first."""
+        """Why the estimate may be wrong: one phrase for each broken rule, the most serious first."""
         return self.judgement.reasons
 
     def to_dataframe(self, by: Literal["checkpoint", "chain", "component"] = "checkpoint") -> "pd.DataFrame":

@@ -29,7 +29,7 @@ _CHECKED = 2**20
 
 
 class Corpus(NamedTuple):
-    """Rows of tokens."""
+    """A text as rows of tokens."""
 
     tokens: np.ndarray
     """Rows (R, T), or one text (L,). An array on disk is mapped, not read into memory."""
@@ -89,7 +89,7 @@ def open_corpus(language: LanguageConfig) -> Corpus:
 
 
 def tokenise(documents: Iterator[str], language: LanguageConfig, *, beside: Path | None = None) -> np.ndarray:
-    """Return the tokens of documents, each followed by the token that ends documents. Special tokens of the tokenizer are not added.
+    """Return the tokens of documents, with the token BOS after each document. Special tokens of the tokenizer are not added.
 
     Args:
         documents: The texts.
@@ -133,11 +133,11 @@ def load_tokenizer(language: LanguageConfig, *, beside: Path | None = None) -> A
 
 
 def read_vocabulary(name: str) -> list[str]:
-    """Return the texts of a vocabulary's entries, in their order.
+    """Return the entries of a vocabulary as strings, in order.
 
     Args:
-        name: A list of texts (.json, or .txt with one text per line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer that
-            are not a complete text, such as parts of a character, are left out.
+        name: A list of strings (.json, or .txt with one string per line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer
+            that are not a complete string, such as parts of a character, are left out.
 
     Raises:
         ConfigError: If the vocabulary cannot be read, or has no entries.
@@ -153,14 +153,14 @@ def read_vocabulary(name: str) -> list[str]:
         raise ConfigError(f"The vocabulary {name} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(
-            f"The vocabulary {name} is neither a list of texts nor a tokenizer.json: {_first(error)}."
+            f"The vocabulary {name} is neither a list of strings nor a tokenizer.json: {_first(error)}."
         ) from None
     if not isinstance(words, list):
         tokenizer = load_tokenizer(LanguageConfig(tokenizer=name))
         words = [tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size())]
     words = [word for word in words if isinstance(word, str) and word and "\ufffd" not in word]
     if not words:
-        raise ConfigError(f"The vocabulary {name} has no texts.")
+        raise ConfigError(f"The vocabulary {name} has no entries.")
     return words
 
 
@@ -219,7 +219,7 @@ def _open_array(path: Path, language: LanguageConfig) -> np.ndarray:
 
 
 def _documents(file: Path, column: str) -> Iterator[str]:
-    """Yield the texts of a file: the whole file, or the field `column` of each record."""
+    """Yield the documents of a file: the whole file as one document, or the field `column` of each record."""
     try:
         if file.suffix == _TEXT:
             yield file.read_text(encoding="utf-8")

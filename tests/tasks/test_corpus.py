@@ -131,7 +131,7 @@ def test_ngrams_of_a_larger_vocabulary_are_its_first_entries_of_this_many_tokens
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_vocabulary(str(tmp_path / "nothing.json"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match="neither a list of texts nor a tokenizer"):
+    with pytest.raises(ConfigError, match="neither a list of strings nor a tokenizer"):
         read_vocabulary(str(tmp_path / "bad.json"))
 
 
