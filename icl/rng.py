@@ -4,8 +4,8 @@ The functions of this module keep no state and do not use the global generator. 
 Each draw has a 128-bit counter (block, index, step). Philox4x32-10 maps the key and the counter to four random 32-bit words. So prompt 7 of
 step 1,000 has the same numbers whatever ran before, with one process or eight, alone or in a batch.
 
-Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so devices differ at most
-in the last place.
+Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so the normals of two devices differ at
+most in the last place.
 
 Source: Salmon, Moraes, Dror and Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3", section 3.3. The constants, and the known
 answers in our tests, come from their library Random123. Normals are computed by the method of Box and Muller (1958).

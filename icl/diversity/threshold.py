@@ -150,7 +150,7 @@ def _of_seed(sizes: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> dict[
     num_changes = int((np.diff(clear_signs) != 0).sum())
     reasons = []
     if num_changes > 1:
-        reasons.append(f"the closer predictor changes {num_changes} times as M grows")
+        reasons.append(f"the models switch {num_changes} times between dMMSE and ridge as M grows")
     width, drop = math.log2(sizes[above] / sizes[below]), ratios[below] - ratios[above]
     where = math.log2(sizes[below]) + width * ratios[below] / drop
     stderr = width / drop**2 * math.hypot(ratios[above] * errors[below], ratios[below] * errors[above])

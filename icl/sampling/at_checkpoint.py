@@ -24,7 +24,7 @@ loss, with the standard error. The LLC is underestimated by at least nbeta times
 of its loss above the minimum. Chains also find the minimum along directions of small curvature, where a step down the gradient has little
 effect. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is w* + r (w0 - w*), with r = localization
 / (nbeta h + localization). So the loss at this mean is lower than the checkpoint's loss by (1 - r^2) h (w0 - w*)^2 / 2. We call this
-difference the drop. Its standard error is described in `icl.sampling.convergence`.
+difference the drop. `icl.sampling.convergence` describes its standard error.
 
 - At a saddle, chains move down on both sides, but the common mean of all chains stays near the saddle. So we also compute the drop at
   each chain's own mean, and average these drops. We report either this average or the drop at the common mean, whichever is larger. For a

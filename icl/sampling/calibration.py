@@ -242,7 +242,7 @@ def _finish(
         confirmed = Trial(point._replace(stage=CONFIRMATION), confirm(chosen))
         trials.append(confirmed)
         last = confirmed.last
-        reason += f"\nAt full length, with seed {sampler.seed + 1}: LLC {last}."
+        reason += f"\nWith chains of full length and seed {sampler.seed + 1}: LLC {last}."
         if last.verdict != "ok":
             reason += f" Not accepted: {'; '.join(last.reasons)}."
             chosen = None

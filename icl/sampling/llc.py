@@ -33,8 +33,8 @@ from icl.sampling.target import Gradient, Loss, Observable, Target
 LOOP_SIZE = 2**14
 """Number of moving parameters above which a CPU computes the chains' gradients one after another.
 
-`vmap` makes fewer calls to PyTorch, which take most of the time for a small model. But on a CPU, the batched operations of `vmap` are
-slower than plain operations. For example, batched convolutions take 1.6 times as long.
+For a small model, the calls to PyTorch take most of the time, and `vmap` makes fewer calls. But on a CPU, the batched operations of `vmap`
+are slower than plain operations. For example, batched convolutions take 1.6 times as long.
 """
 Progress: TypeAlias = Callable[[int, int], None]
 """Function that is called with the number of moves done and the total number of moves, over all chains."""

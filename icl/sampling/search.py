@@ -1,4 +1,4 @@
-"""Search for lr, nbeta, localization and burn-in of any loss, by a stated rule.
+"""Search for the lr, nbeta, localization and burn-in for any loss, by a fixed rule (`RULE`).
 
 Near a minimum with curvatures h, the LLC is about the sum of (1/2) h / (h + ratio), with ratio = localization / nbeta. This sum does not
 depend on nbeta itself, so the ratio decides which directions contribute. If the LLC changes with nbeta at the same ratio, either the chains

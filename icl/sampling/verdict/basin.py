@@ -157,19 +157,21 @@ def slightly_lower_loss_at_mean(e: Evidence) -> str | None:
     source="Student's t: 236 standard errors with two chains (19 with three, 9 with four) are as rare as 3 of a normal distribution",
 )
 def too_few_chains_for_the_drop(e: Evidence) -> str | None:
-    """Two or three chains hardly show whether the checkpoint is at a minimum."""
+    """Two or three chains are too few to test whether the checkpoint is at a minimum."""
     if not 1 < e.num_chains_used < 4:
         return None
-    return f"note: {e.num_chains_used} chains can hardly show whether the checkpoint is at a minimum: use four or more"
+    return (
+        f"note: {e.num_chains_used} chains are too few to test whether the checkpoint is at a minimum: use four or more"
+    )
 
 
-@rule("note", source="as `lower_loss_at_mean`")
+@rule("note", source="same as `lower_loss_at_mean`")
 def drop_not_measurable(e: Evidence) -> str | None:
     """The measurement of the drop at the mean must be precise enough to detect a drop that would change the verdict."""
     if not (e.num_chains_used >= 4 and e.least_significant_drop > max(0.1 * abs(e.llc), 2 * e.error, 0.1)):
         return None
     return (
-        f"note: the chains could settle up to {e.least_significant_drop:.2g} nats below the checkpoint without being noticed: "
+        f"note: the chains may settle up to {e.least_significant_drop:.2g} nats below the checkpoint, which this test would not detect: "
         "raise num_init_batches, or use larger batches"
     )
 
@@ -237,7 +239,7 @@ def localization_outweighs(e: Evidence) -> str | None:
     )
 
 
-@rule("note", source="as `prior_dominated`")
+@rule("note", source="same as `prior_dominated`")
 def mostly_flat(e: Evidence) -> str | None:
     """If most directions are flat, the LLC depends on the localization."""
     if not (e.spread > 0.5 * e.num_params and e.pull >= _least_pull(e)):
@@ -248,7 +250,7 @@ def mostly_flat(e: Evidence) -> str | None:
     return f"note: the data determine only {e.pull:.3g} of {e.num_params} directions, so the LLC {fall}"
 
 
-@rule("note", source="as `not_spread_out`")
+@rule("note", source="same as `not_spread_out`")
 def hardly_spread_out(e: Evidence) -> str | None:
     """In equilibrium pull + spread = d. The sum should be at least 95 % of d."""
     full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
