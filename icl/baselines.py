@@ -11,7 +11,7 @@ anything later. All functions except `ols` and `lasso` compute the predictions f
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies between
   `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
 
-Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32), and return predictions with the dtype
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return predictions with the dtype
 and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the CPU.
 
 To add a baseline, write a function of the same form, add it to the table `BASELINES`, and test it against an independent implementation.
@@ -282,7 +282,7 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets as tensors of floats on one device, or refuse them."""
+    """Return inputs and targets as tensors of floats on one device. Refuse shapes that do not agree."""
     xs = _bounded(real_tensor(xs, "xs"), "xs")
     ys = _bounded(real_tensor(ys, "ys", device=xs.device), "ys")
     if xs.ndim < 3 or ys.shape != xs.shape[:-1]:
@@ -297,11 +297,11 @@ def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tasks(tasks: Any, xs: Tensor) -> Tensor:
-    """Return the tasks as a tensor of floats on the device of the computation, or refuse them."""
+    """Return the tasks as a tensor of floats on the device of the computation. Refuse tasks of the wrong shape."""
     tasks = _bounded(real_tensor(tasks, "tasks", device=_computing_device(xs)), "tasks")
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(
-            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, as the inputs have, got {tuple(tasks.shape)}."
+            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, the size of the inputs, got {tuple(tasks.shape)}."
         )
     return tasks
 

@@ -132,7 +132,7 @@ def one_graph(
 
 
 def _cuda_options() -> dict[str, Any]:
-    """Return options for a CUDA graph. Kernels are then not chosen by timing, so that every program start rounds in the same way."""
+    """Return options for a CUDA graph. Kernels are not chosen by timing, so results are rounded in the same way in every process."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}

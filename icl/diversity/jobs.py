@@ -21,7 +21,7 @@ from icl.sweeps.slurm.job import SlurmJob
 from icl.sweeps.state import PointState, point_state
 
 RESERVED = ("task.num_tasks", "run_name", "population.seeds", "population.num_tasks")
-"""Settings that the experiment chooses itself."""
+"""Names of the settings that the experiment sets itself."""
 _COMMAND = ("${env}", "icl", "train")
 
 

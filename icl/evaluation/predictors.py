@@ -36,7 +36,7 @@ seconds."""
 
 
 def predictor(model: ModelConfig) -> Predict:
-    """Return the function that represents a model in evaluations: its predictions, or the losses of a language model."""
+    """Return the function that evaluations apply to a model's parameters. It returns predictions, or losses if the model is a language model."""
     return partial(batch_losses if model.is_language else apply, model)
 
 

@@ -70,7 +70,7 @@ class Variates(NamedTuple):
     """Whether minibatches are drawn with replacement. If so, the excess has a control variate too."""
 
     def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
-        """Return c_B (N, P) and L_B(w0) (N, *T) at a move, for members that are given by the numbers of their checkpoints and chains."""
+        """Return c_B (N, P) and L_B(w0) (N, *T) at a move. The members are given by their checkpoint numbers and chain numbers."""
         assert self.source.pool is not None
         numbers = {chain: self.source.pool.number_of(chain, move) for chain in dict.fromkeys(chains)}
         device = self.deviations.device
@@ -89,7 +89,7 @@ class AnchorLosses:
     def of_members(
         self, checkpoints: Sequence[int], chains: Sequence[int], move: int, compute: Callable[[], Float[Tensor, "N *T"]]
     ) -> Float[Tensor, "N *T"]:
-        """Return L_B(w0) at a move, for members that are given by the numbers of their checkpoints and chains.
+        """Return L_B(w0) at a move. The members are given by their checkpoint numbers and chain numbers.
 
         `compute` computes the losses of all these members. It is called only if a loss is not known yet.
         """

@@ -77,7 +77,7 @@ class Calibration:
 def calibrate(
     path: str | Path, sampler: SamplerConfig | None = None, *, say: Callable[[str], None] = lambda line: None
 ) -> Calibration:
-    """Search for a run's sampler settings by the rule `icl.sampling.search.RULE`.
+    """Search for a run's sampler settings with the rule `icl.sampling.search.RULE`.
 
     Args:
         path: The run's folder.

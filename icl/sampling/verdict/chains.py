@@ -103,7 +103,7 @@ def r_hat(e: Evidence) -> str | None:
     return f"the chains disagree (R-hat {e.rhat:.3f}, above 1.05): run them longer"
 
 
-@rule("suspect", source="simulated coverage of the intervals of estimates that are just `ok` (`tools.coverage`)")
+@rule("suspect", source="simulated coverage of the intervals of estimates that barely pass as `ok` (`tools.coverage`)")
 def effective_sample_size(e: Evidence) -> str | None:
     """The effective sample size must be large enough (`convergence.needed_ess`).
 

@@ -130,7 +130,7 @@ class Evidence:
 
     @property
     def num_diverged(self) -> int:
-        """Number of chains that are masked because they diverged upwards, or became non-finite on good minibatches."""
+        """Number of chains that are masked because they diverged upwards, or became non-finite although their data are good."""
         return self.num_masked - self.num_diverged_down - self.num_bad_data
 
     @property
