@@ -72,7 +72,7 @@ def normal(
 ) -> Float[Tensor, "*N S B {size}"]:
     """Draw `size` standard normals for each step and index, in float32 on the device of `steps`.
 
-    With a smaller `size`, the draws are the first numbers of the draws with a larger `size`.
+    The first numbers are the same for every `size`.
     """
     device = steps.device
     if device.type == "mps":  # it has no float64
@@ -133,7 +133,7 @@ def words(
 ) -> Int64[Tensor, "*N S B {size}"]:
     """Draw `size` words of 32 random bits for each step and index, as whole numbers from 0 to 2^32 - 1.
 
-    With a smaller `size`, the draws are the first words of the draws with a larger `size`.
+    The first words are the same for every `size`.
     """
     drawn = _words(key, steps, indices, num_blocks=-(-size // 4))
     return torch.stack(drawn, dim=-1).flatten(-2)[..., :size]  # N S B size

@@ -283,7 +283,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 class _Ahead:
     """Function from (chain, draw) to a minibatch, which generates minibatches for many draws at once.
 
-    This is many times faster than to generate them one by one, and gives the same minibatches.
+    This is many times faster than generating them one by one, and gives the same minibatches.
     """
 
     def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:

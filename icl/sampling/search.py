@@ -195,7 +195,7 @@ def search(
     if not candidates:
         return SearchResult(trials=trials, plateau=plateau, reason=_why_none(trials, len(healthy)))
     best = min(candidates, key=lambda trial: (-trial.num_healthy, trial.point.ratio, trial.point.nbeta))
-    # Also try ten times the lr, to show what failure looks like.
+    # Also try an lr that is ten times as large, to show what a failure looks like.
     attempt(best.point._replace(stage=RATES, lr=round_to(10 * best.point.lr)))
     for _ in range(2):
         slower = attempt(slower_than(best.point))

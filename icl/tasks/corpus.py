@@ -82,7 +82,7 @@ def open_corpus(language: LanguageConfig) -> Corpus:
     ]
     if not files:
         raise ConfigError(
-            f"`language.source` is {language.source}, where there is no .npy, .txt, .jsonl or .json file."
+            f"`language.source` is {language.source}, but there is no .npy, .txt, .jsonl or .json file at this path."
         )
     documents = (document for file in files for document in _documents(file, language.column))
     return Corpus(tokenise(documents, language, beside=path), language)
@@ -171,7 +171,7 @@ def _tokenizer_from_hub(name: str) -> Path:
         raise ConfigError(f"The tokenizer {name} needs the package `huggingface_hub`. {_EXTRA}") from None
     try:
         return Path(hf_hub_download(name.removeprefix(HUB), "tokenizer.json"))
-    except Exception as error:  # a dozen kinds: no network, no such repository, no access
+    except Exception as error:  # a dozen kinds of exceptions, such as no network, no such repository, or no access
         raise ConfigError(
             f"The tokenizer {name} cannot be fetched from the Hugging Face Hub: {_first(error)}"
         ) from None
@@ -185,7 +185,7 @@ def _from_dataset(language: LanguageConfig) -> np.ndarray:
         raise ConfigError(f"{language.source} needs the package `datasets`. {_EXTRA}") from None
     try:
         table = load_dataset(language.source.removeprefix(HUB), split="train")
-    except Exception as error:  # a dozen kinds: no network, no such dataset, no access
+    except Exception as error:  # a dozen kinds of exceptions, such as no network, no such dataset, or no access
         raise ConfigError(f"{language.source} cannot be fetched from the Hugging Face Hub: {_first(error)}") from None
     if language.column not in table.column_names:
         raise ConfigError(

@@ -74,7 +74,7 @@ GAUSSIAN, GAUSSIAN_TASKS = Law(), TaskLaw()
 def draw(
     law: Law, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` numbers for each step and index, in float32. With a smaller `size`, these are the first of the numbers with a larger `size`."""
+    """Draw `size` numbers for each step and index, in float32. The first numbers are the same for every `size`."""
     if law.name == "gaussian":
         return rng.normal(key, steps, indices, size)
     if steps.device.type == "mps":  # it has no float64

@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=match):
             open_corpus(run(**language).language)
 
-    refused("where there is no .npy, .txt, .jsonl or .json file", source=str(tmp_path))
+    refused("but there is no .npy, .txt, .jsonl or .json file at this path", source=str(tmp_path))
     refused("cannot be read: No such file", source=str(tmp_path / "a.npy"))
     (tmp_path / "b.npy").write_bytes(b"no array")
     refused("is not a NumPy array of tokens", source=str(tmp_path / "b.npy"))
