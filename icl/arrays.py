@@ -1,7 +1,7 @@
 """Conversion of a user's numbers (tensors, NumPy arrays, pandas tables, nested lists) to tensors.
 
 All public functions that take numbers convert them with this module, so they all accept and refuse the same input. We refuse everything
-that a conversion would silently change: complex numbers, text, truth values, and masked or missing entries.
+that a conversion would silently change: complex numbers, strings, Boolean values, and masked or missing entries.
 """
 
 from typing import Any

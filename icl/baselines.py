@@ -11,7 +11,7 @@ anything later. All functions except `ols` and `lasso` compute the predictions f
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies between
   `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
 
-Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` also in float32), and return predictions with the dtype
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return predictions with the dtype
 and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the CPU.
 
 To add a baseline, write a function of the same form, add it to the table `BASELINES`, and test it against an independent implementation.
@@ -153,8 +153,8 @@ def dmmse(
     is not Gaussian, the computation is in float64.
 
     Raises:
-        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative, or zero for a law other than
-            the Gaussian.
+        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative. Also if `noise_variance` is zero
+            and the noise is not Gaussian.
     """
     xs, ys = _prompts(xs, ys)
     tasks = _tasks(tasks, xs)
@@ -180,8 +180,8 @@ def smoothed_dmmse(
 
     Given m, the targets are Gaussian around X w_m with covariance tau^2 X X^T + sigma^2 I = L L^T. So the entries of L^-1 y are independent
     observations of the task w_m, with variance one, at the inputs L^-1 X. `dmmse` weighs the tasks by these observations. The prediction of
-    y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. For the single task 0 and tau =
-    1 it is ridge.
+    y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. If w = 0 is the only task and
+    tau = 1, this is ridge.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is not positive, or `task_variance` is
@@ -228,7 +228,7 @@ def lasso(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, alpha: 
     """Predict with the w that minimises |y - X w|^2 / (2 k) + alpha |w|_1 on the k examples. Without examples, predict 0.
 
     scikit-learn fits each prefix of each prompt separately on the CPU. One fit takes about 0.2 ms. A fit that has not converged after
-    100,000 iterations is used nevertheless. This happens if the numbers in a prompt differ greatly in size.
+    100,000 iterations is used nevertheless. Slow convergence occurs if the numbers in a prompt differ greatly in size.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree, or `alpha` is not positive. For alpha = 0 use `ols`.
@@ -266,7 +266,7 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
 
 
 def covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) -> Float[Tensor, "*S B K K"]:
-    """Return the lower triangle L with L L^T = X X^T + sigma^2 I. Its diagonal may have either sign."""
+    """Return the lower triangle L with L L^T = X X^T + sigma^2 I. The entries of its diagonal may have either sign."""
     noise = noise_variance**0.5 * torch.eye(inputs.shape[-2], dtype=torch.float64, device=inputs.device)  # K K
     root = torch.cat((inputs, noise.expand(*inputs.shape[:-1], -1)), dim=-1)  # B K D+K
     return torch.linalg.qr(root.mT, mode="r").R.mT
@@ -282,7 +282,7 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets as tensors of floats on one device, or refuse them."""
+    """Return inputs and targets as tensors of floats on one device. Refuse shapes that do not agree."""
     xs = _bounded(real_tensor(xs, "xs"), "xs")
     ys = _bounded(real_tensor(ys, "ys", device=xs.device), "ys")
     if xs.ndim < 3 or ys.shape != xs.shape[:-1]:
@@ -297,11 +297,11 @@ def _prompts(xs: Any, ys: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tasks(tasks: Any, xs: Tensor) -> Tensor:
-    """Return the tasks as a tensor of floats on the device of the computation, or refuse them."""
+    """Return the tasks as a tensor of floats on the device of the computation. Refuse tasks of the wrong shape."""
     tasks = _bounded(real_tensor(tasks, "tasks", device=_computing_device(xs)), "tasks")
     if tasks.ndim != 2 or len(tasks) == 0 or tasks.shape[1] != xs.shape[-1]:
         raise ConfigError(
-            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, as the inputs have, got {tuple(tasks.shape)}."
+            f"`tasks` must have shape (M, D) with M >= 1 and D = {xs.shape[-1]}, the size of the inputs, got {tuple(tasks.shape)}."
         )
     return tasks
 

@@ -49,7 +49,7 @@ def position_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
 
 
 def overall_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
-    """Return the mean over positions and prompts, (*N,). The standard error is computed from the means of the single prompts."""
+    """Return the mean over positions and prompts, (*N,). The standard error is computed from each prompt's mean over positions."""
     return _estimate(_moments(values.mean(-1)))
 
 

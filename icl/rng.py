@@ -4,8 +4,8 @@ The functions of this module keep no state and do not use the global generator. 
 Each draw has a 128-bit counter (block, index, step). Philox4x32-10 maps the key and the counter to four random 32-bit words. So prompt 7 of
 step 1,000 has the same numbers whatever ran before, with one process or eight, alone or in a batch.
 
-Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so devices differ at most
-in the last place.
+Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so the normals of two devices differ at
+most in the last place.
 
 Source: Salmon, Moraes, Dror and Shaw (2011), "Parallel random numbers: as easy as 1, 2, 3", section 3.3. The constants, and the known
 answers in our tests, come from their library Random123. Normals are computed by the method of Box and Muller (1958).
@@ -58,7 +58,7 @@ def philox(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # A product can exceed int64 and wrap around. Its 64 bits are still those of the unsigned product.
+        # A product can exceed int64 and wrap around. Its 64 bits are still the lowest 64 bits of the unsigned product.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (_high(product1) & _WORD) ^ c1 ^ k0
         c2 = (_high(product0) & _WORD) ^ c3 ^ k1
@@ -72,7 +72,7 @@ def normal(
 ) -> Float[Tensor, "*N S B {size}"]:
     """Draw `size` standard normals for each step and index, in float32 on the device of `steps`.
 
-    With a smaller `size`, the draws are the first numbers of the draws with a larger `size`.
+    The first numbers are the same for every `size`.
     """
     device = steps.device
     if device.type == "mps":  # it has no float64
@@ -133,7 +133,7 @@ def words(
 ) -> Int64[Tensor, "*N S B {size}"]:
     """Draw `size` words of 32 random bits for each step and index, as whole numbers from 0 to 2^32 - 1.
 
-    With a smaller `size`, the draws are the first words of the draws with a larger `size`.
+    The first words are the same for every `size`.
     """
     drawn = _words(key, steps, indices, num_blocks=-(-size // 4))
     return torch.stack(drawn, dim=-1).flatten(-2)[..., :size]  # N S B size

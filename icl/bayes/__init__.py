@@ -1,4 +1,4 @@
-"""Bayes predictors and posteriors of candidate priors, at every prefix of a prompt, for all priors and noises of `icl.tasks.laws`.
+"""Bayes predictors and posteriors of candidate priors, at every prefix of a prompt, for all laws of tasks and noise in `icl.tasks.laws`.
 
 The candidates are the priors that a model may have learned (`candidates`):
 
@@ -7,7 +7,7 @@ The candidates are the priors that a model may have learned (`candidates`):
 - `gaussian`: N(0, I). With Gaussian noise, the Bayes predictor is ridge.
 - `prior`: the run's prior of new tasks, if it is not N(0, I).
 
-All these priors and noises are mixtures of Gaussians. Given a mixture component (or a scale for each coordinate of w) and a scale for the
+All these priors and noise laws are mixtures of Gaussians. Given a mixture component (or a scale for each coordinate of w) and a scale for the
 noise of each target, w and the targets are jointly Gaussian. The Bayes predictor is a weighted mean over the mixture.
 
 - `icl.bayes.gaussians` is exact. It sums over the components of a finite mixture with Gaussian noise: one component for `gaussian` and

@@ -56,7 +56,7 @@ class State(NamedTuple):
         return (self.log_weights.softmax(-1) * outputs).sum(-1)
 
     def update(self, x: Float[Tensor, "B D"], y: Float[Tensor, " B"], variances: Float[Tensor, "*R N"]) -> "State":
-        """Return the state after one example, whose noise has these variances."""
+        """Return the state after one more example. `variances` are the noise variances of this example."""
         x = _as_vector(x, self.means)
         spread = (self.covariances * x.unsqueeze(-2)).sum(-1)  # V x: B R N D
         variance = (spread * x).sum(-1) + variances  # B R N
@@ -83,7 +83,7 @@ class State(NamedTuple):
 
 
 def exact_components(law: TaskLaw, task_size: int) -> Components | None:
-    """Return a prior as a finite mixture of Gaussians, in float64, or None if it is not one or has more than `MAX_COMPONENTS` components."""
+    """Return a prior as a finite mixture of Gaussians, in float64. Return None if it is no such mixture or has over `MAX_COMPONENTS` components."""
     unit = torch.eye(task_size, dtype=torch.float64)
     if law.name == "gaussian":
         return _equal_components(torch.zeros(1, task_size), unit)

@@ -1,7 +1,7 @@
 """Rao-Blackwellised particle filter for priors and noise that are scale mixtures of Gaussians.
 
-A particle has scales, which are variances with mean 1. It draws a scale for each coordinate of the task from the prior, and a scale for
-the noise of each target when the filter reads this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). If the effective number
+A particle has scales, which are variances with mean 1. One scale for each coordinate of the task is drawn from the prior at the start. A
+scale for the noise of each target is drawn when the filter reads this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). If the effective number
 of particles falls below half of their number, they are resampled. Then a new value of each scale of the coordinates is proposed from the prior, and
 accepted by a Metropolis-Hastings test in which w is integrated out. So the distribution of the particles stays the posterior (resample-move:
 Gilks and Berzuini 2001). The filter runs several times independently. The prediction is the mean of these runs, and their spread gives the
@@ -137,7 +137,7 @@ class _Filter(NamedTuple):
     def read(
         self, particles: _Weighted, x: Float[Tensor, "B D"], y: Float[Tensor, " B"], k: int, *, is_last: bool = False
     ) -> tuple[_Weighted, Float[Tensor, "B R"]]:
-        """Return the particles after example k (from 0), and the log density of this example. After the last example, no particles are renewed."""
+        """Return the particles after example k (from 0), and the log density of this example. After the last example, nothing is resampled."""
         variances = self.noise_variance * _scales(self.noise, self.draws.uniform(1 + k, 1, 0)[..., 0])
         state = particles.state.update(x, y, variances)
         log_density = state.log_density(particles.state)
@@ -203,7 +203,7 @@ def _task_scales(law: TaskLaw, uniforms: Tensor) -> Tensor:
 def _renew(
     state: State, scales: Float[Tensor, "B R N D"], law: TaskLaw, draws: _Draws, step: int
 ) -> tuple[State, Float[Tensor, "B R N D"]]:
-    """Resample and rejuvenate the particles of those prompts and runs whose effective number of particles is below half.
+    """Resample and rejuvenate the particles, for those prompts and runs in which their effective number is below half of their number.
 
     The effective number is 1 / sum of squared weights.
     """

@@ -1,7 +1,7 @@
 """Make repeated calls of a function of tensors fast: its gradient, its compilation, parallel calls, and memory.
 
 `torch.compile` compiles a function to one graph at its first call, which takes 10 to 30 seconds. The results of the eager and the compiled
-function differ by rounding. We compile only if the remaining work is large enough (`compiling_pays`).
+function differ by rounding. We compile only if the whole training or sampling is long enough (`compiling_pays`).
 
 The matrix products of these models are so small that two cores compute a product hardly faster than one core. It is faster to give each
 core whole calls of a function (`in_parallel`). Then the cores wait for each other only once, at the end, and not after every operation.
@@ -32,7 +32,7 @@ RELEASE_GIL = {"cpp_wrapper": True}
 """Options of `torch.compile` for a graph that releases Python's global interpreter lock while it runs."""
 
 _COMPILING_PAYS = 1e13
-"""Compile only above this many floating-point operations. A CPU needs a few minutes for this number, of which compiling saves a third."""
+"""Compile only above this many floating-point operations. They take a few minutes on a CPU, and compiling saves a third of this time."""
 
 
 def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
@@ -108,7 +108,7 @@ def one_graph(
         nonlocal has_failed, is_noted
         if has_failed:
             return function(*inputs)
-        # The limits are per thread. We raise them because one process may train many runs.
+        # These limits apply to each thread separately. We raise them because one process may train many runs.
         config.recompile_limit = max(config.recompile_limit, 2**10)
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2**12)
         try:
@@ -132,7 +132,7 @@ def one_graph(
 
 
 def _cuda_options() -> dict[str, Any]:
-    """Return options for a CUDA graph. Kernels are then not chosen by timing, so that every program start rounds in the same way."""
+    """Return options for a CUDA graph. Kernels are not chosen by timing, so results are rounded in the same way in every process."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}
@@ -167,7 +167,7 @@ def in_parallel(
         }
 
         def run(arguments: tuple[Any, ...]) -> Result:
-            # PyTorch keeps both settings per thread, so a worker does not inherit them from the caller.
+            # PyTorch keeps the gradient mode and the autocast settings per thread, so a worker does not inherit them from the caller.
             with torch.no_grad(), torch.autocast("cpu", **autocast):
                 return function(*arguments)
 

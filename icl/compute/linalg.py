@@ -2,7 +2,8 @@
 
 The matrix A is the mean of A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ..., A_J v.
 Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All results are
-computed from Q and the projections Q A_j Q' (m, m). The projections need no further products. The trace needs one more for each probe:
+computed from Q and the projections Q A_j Q' (m, m). The projections need no further products. The trace needs one more product for each
+probe:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
   with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound improves
@@ -11,7 +12,7 @@ computed from Q and the projections Q A_j Q' (m, m). The projections need no fur
   once.
 - Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, where R = I - Q'Q. This is Hutch++ with a Krylov space as its
   sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman 2023,
-  "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside Q is random, and this part is small.
+  "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside the Krylov space is random, and this part is small.
 - Density: the Ritz values are nodes, and the squared first components of their vectors are weights. This is stochastic
   Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).

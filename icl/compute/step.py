@@ -93,10 +93,10 @@ def make_step(
         model: The architecture.
         optim: Adam's decays and epsilon, and the largest gradient norm. The learning rate in these settings is not used.
         layout: The order of a member's parameters in its row.
-        compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. If that fails, a warning
+        compiled: Whether to compile the step at its first call, which takes 10 to 30 seconds. If compiling fails, a warning
             says so and the step stays eager.
-        packed: Whether the population began with several members. This must not change when only one member is left, because the numbers
-            depend on it.
+        packed: Whether the population began with several members. This value must stay the same when only one member is left, because
+            the results depend on it.
         num_parts: Number of equal parts into which a compiled step on a CPU splits a member's prompts. Each part has its own thread. A
             different number of parts changes the results by rounding. A packed population does not split its prompts.
         reduce: Function that replaces a tensor by its mean over the processes that share a batch. If it is given, the step stays eager.

@@ -46,7 +46,7 @@ class ExperimentResult(NamedTuple):
 
     @property
     def done(self) -> list[str]:
-        """The values of M, as text, whose runs are done."""
+        """The values of M, as strings, whose runs are done."""
         return [entry["num_tasks"] for entry in self.entries if entry["state"] in DONE]
 
 

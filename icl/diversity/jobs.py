@@ -21,7 +21,7 @@ from icl.sweeps.slurm.job import SlurmJob
 from icl.sweeps.state import PointState, point_state
 
 RESERVED = ("task.num_tasks", "run_name", "population.seeds", "population.num_tasks")
-"""Settings that the experiment chooses itself."""
+"""Names of the settings that the experiment sets itself."""
 _COMMAND = ("${env}", "icl", "train")
 
 
@@ -47,7 +47,7 @@ def experiment_points(runs: Sequence[ExperimentRun], base: Path) -> list[Point]:
 
 
 def experiment_states(runs: Sequence[ExperimentRun], base: Path) -> dict[str, PointState]:
-    """Return the state of every run of an experiment, as a dict from M as text to the state."""
+    """Return the state of every run of an experiment, as a dict whose keys are the values of M as strings."""
     points = experiment_points(runs, base)
     return {run.label: point_state(point, root_of(base)) for run, point in zip(runs, points, strict=True)}
 

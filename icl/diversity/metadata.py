@@ -77,7 +77,7 @@ class Metadata:
     def update_states(self, states: Mapping[str, tuple[str, str]]) -> None:
         """Record the states of runs that several processes train.
 
-        `states` maps each M, as text, to a state (done, running, failed or waiting) and the reason for it.
+        `states` maps each M, as a string, to a state (done, running, failed or waiting) and the reason for it.
         """
         with self._lock:
             for label, (state, reason) in states.items():

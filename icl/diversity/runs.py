@@ -29,12 +29,12 @@ class ExperimentRun(NamedTuple):
 
     @property
     def label(self) -> str:
-        """M as text, such as `8` or `inf`."""
+        """M as a string, such as `8` or `inf`."""
         return num_tasks_label(self.config.task.num_tasks)
 
 
 def num_tasks_label(num_tasks: int | float) -> str:
-    """Return M as text, such as `1024` or `inf`."""
+    """Return M as a string, such as `1024` or `inf`."""
     return "inf" if num_tasks == math.inf else str(num_tasks)
 
 
@@ -70,7 +70,7 @@ def run_folder(base: Path, num_tasks: int | float) -> RunFolder:
 
 
 def find_runs(base: Path) -> dict[str, RunFolder]:
-    """Return the runs in an experiment's folder as a dict from M as text to the run, in the order of M.
+    """Return the runs in an experiment's folder, in the order of M. The keys of the dict are the values of M as strings.
 
     Raises:
         RunError: If the folder contains no run.

@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 
     table: pd.DataFrame
     problems: dict[str, str]
-    """The reason why each missing run could not be evaluated. The keys are the values of M as text."""
+    """The reason why each missing run could not be evaluated. The keys are the values of M as strings."""
 
 
 def evaluate_experiment(
@@ -48,7 +48,7 @@ def evaluate_experiment(
     """Evaluate the last checkpoint of every run, or all checkpoints, in and out of distribution.
 
     Args:
-        runs: Folders of the runs, keyed by M as text, from `icl.diversity.runs.find_runs`.
+        runs: Folders of the runs, keyed by M as a string, from `icl.diversity.runs.find_runs`.
         num_prompts: Number of prompts from the training tasks. The default is each run's `evaluation.num_prompts`.
         num_ood_prompts: Number of prompts from each other distribution. The default is `num_prompts`.
         all_steps: Whether to evaluate all saved steps instead of only the last one.
@@ -68,13 +68,13 @@ def evaluate_seeds(
     """Evaluate several experiments that differ only in their seeds.
 
     Args:
-        experiments: For each name of an experiment, its runs, keyed by M as text.
+        experiments: The runs of each experiment. The keys are the experiments' names; the keys of the inner dicts are M as a string.
         evaluator: Function that evaluates a run. It shares prompts and baselines between the experiments.
         all_steps: See `evaluate_experiment`.
 
     Returns:
         The table, with the name of the experiment in the column `run`, and the reason why each missing run could not be evaluated. The keys
-        of the reasons are pairs of the experiment's name and M as text.
+        of the reasons are pairs of the experiment's name and M as a string.
     """
     tables: list[pd.DataFrame] = []
     problems: dict[tuple[str, str], str] = {}

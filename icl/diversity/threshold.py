@@ -14,10 +14,10 @@ The threshold depends on the length of training. At a later step it may be highe
 (`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) define their threshold differently, by a comparison
 of runs with different batch sizes. At M = inf, dMMSE is the same as ridge, so these models are left out.
 
-A seed's threshold is `ok` if r is significantly positive at one or more M, significantly negative at one or more M, and changes its sign
-only once between these M. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds, we give the mean
-of log2 M over seeds and its 95 % interval (`icl.analysis.seeds`). With fewer seeds there is no interval; look at the thresholds of the
-single seeds.
+A seed's threshold has the verdict `ok` if r is significantly positive at one or more M, significantly negative at one or more M, and changes
+its sign only once between these M. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds, we
+average the log2 of the threshold over seeds, and give its 95 % interval (`icl.analysis.seeds`). With fewer seeds there is no interval; look
+at the thresholds of the single seeds.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row with the threshold of each seed and, if there are several seeds, a row for all seeds together.
 
     Args:
-        table: Numbers of the models: `run` (the seed's name), `num_tasks` (as text), `step`, `distribution`, `quantity`,
+        table: Numbers of the models: `run` (the seed's name), `num_tasks` (as a string), `step`, `distribution`, `quantity`,
             `position`, `value`, `stderr`. Only the last step of each model is used.
 
     Returns:
@@ -150,7 +150,7 @@ def _of_seed(sizes: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> dict[
     num_changes = int((np.diff(clear_signs) != 0).sum())
     reasons = []
     if num_changes > 1:
-        reasons.append(f"the closer predictor changes {num_changes} times as M grows")
+        reasons.append(f"the models switch {num_changes} times between dMMSE and ridge as M grows")
     width, drop = math.log2(sizes[above] / sizes[below]), ratios[below] - ratios[above]
     where = math.log2(sizes[below]) + width * ratios[below] / drop
     stderr = width / drop**2 * math.hypot(ratios[above] * errors[below], ratios[below] * errors[above])

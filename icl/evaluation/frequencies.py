@@ -16,20 +16,20 @@ from icl.config import RunConfig
 from icl.tasks.rows import RowSource, TokenRows, row_source
 
 _MIN_TOKENS, _MAX_TOKENS, _PER_PAIR = 2**17, 2**22, 128
-"""The number of counted tokens is `_PER_PAIR` for each pair of tokens in the vocabulary, limited to this range."""
+"""The number of counted tokens is `_PER_PAIR` times the number of possible pairs, but from `_MIN_TOKENS` to `_MAX_TOKENS`."""
 _PRIOR = 0.5
 _AT_ONCE = 2**17
 """Number of tokens that are drawn and counted at once."""
 
 
 class Frequencies(NamedTuple):
-    """Frequencies in a text, as probabilities."""
+    """Frequencies of tokens and of pairs of tokens in a text, as probabilities."""
 
     unigrams: Float[Tensor, " V"]
     pairs: Float[Tensor, "V V"]
-    """Empirical probabilities q(t | s), without a prior. The row of a token s that does not occur is zero."""
+    """Empirical probabilities q(t | s), without the added counts. The row of a token s that does not occur is zero."""
     smoothed: Float[Tensor, "V V"]
-    """Probabilities q(t | s) with the prior, so that none is zero."""
+    """Probabilities q(t | s) with the added counts, so that none is zero."""
 
 
 def frequencies(config: RunConfig) -> Frequencies:

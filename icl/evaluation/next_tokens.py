@@ -27,7 +27,7 @@ class NextToken(NamedTuple):
     token: int
     probability: float
     text: str | None
-    """The token as text, or None without a tokenizer."""
+    """The token as text, or None if the run has no tokenizer."""
 
 
 def predict_next(model: LanguageModel, config: RunConfig, path: Path, *, count: int = NUM_SHOWN) -> list[NextToken]:

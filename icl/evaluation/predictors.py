@@ -1,7 +1,8 @@
 """Predictions of a population of models for fixed prompts, in batches that fit into a CPU's caches.
 
 `icl evaluate` predicts for every checkpoint on many sets of prompts, and nearly all of its time is the forward pass. For L2H4, a compiled
-forward pass of one member takes about 0.6 times as long as an eager one on a CPU core. The predictions of the two differ only by rounding.
+forward pass of one member takes about 0.6 times as long as an eager one on a CPU core. Compiled and eager predictions differ only by
+rounding.
 
 Whether to compile depends only on the sizes of the run and of the sets, and not on how much is already done. So an evaluation that was
 interrupted continues with the same kind of forward pass.
@@ -30,12 +31,12 @@ PROMPTS_ON_CPU = 256
 """Size of a full batch: the number of prompts for which the activations of one member fit into a CPU's caches."""
 _PROMPTS_ON_GPU = 2**14  # number of prompts of all members together
 _COMPILING_PAYS = 3e12
-"""Compile only above this many floating-point operations. In eager mode, two CPU cores need a minute for this number. Compiling takes about
-ten seconds."""
+"""Compile only above this many floating-point operations. In eager mode, they take a minute on two CPU cores. Compiling takes about ten
+seconds."""
 
 
 def predictor(model: ModelConfig) -> Predict:
-    """Return the function that represents a model in evaluations: its predictions, or the losses of a language model."""
+    """Return the function that evaluations apply to a model's parameters. It returns predictions, or losses if the model is a language model."""
     return partial(batch_losses if model.is_language else apply, model)
 
 

@@ -6,7 +6,7 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
 - `loss`: the mean squared error per target, not divided by D.
 - `bayes_excess`: the model's loss minus the loss of the Bayes predictor, on the same prompts (a paired difference). On `pretrain` with
   finite M, the Bayes predictor is dMMSE. On `true`, and on `pretrain` with M = inf, it is ridge, or `bayes` if the prior or the noise is
-  not Gaussian. Shifts have no such number. If the Bayes predictor is exact, the excess has the same expectation as the gap to this
+  not Gaussian. Shifts have no `bayes_excess`. If the Bayes predictor is exact, the excess has the same expectation as the gap to this
   predictor, so the excess is negative only by chance. If `bayes` is estimated, the excess is too small by `bayes_variance`.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, which is the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
@@ -77,7 +77,7 @@ def evaluate_predictions(
 ) -> list[list[Row]]:
     """Return loss, excess, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors.
 
-    If the negative log-likelihoods of the targets are given (`nll`), the rows of `nll` and of its excesses are included.
+    If the negative log-likelihoods of the targets are given (`nll`), the rows of `nll` and of `nll_over_ridge` and so on are included.
     """
     errors = set_losses(predictions, prompt_set)  # N B K
     numbers = _position_numbers(prompt_set, "loss", errors)

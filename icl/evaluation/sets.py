@@ -3,7 +3,7 @@
 The sets are `pretrain` (the run's M tasks), `true` (new tasks from the prior, usually N(0, I)) and the shifts of `icl.tasks.shifts`. If
 the pool of tasks changes during training, `pretrain` uses the pool of the last update before the evaluated step. Each set exists twice,
 with different prompts. Training evaluates on the prompts of `MONITOR`, so early stopping chooses the last checkpoint on these prompts.
-Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that chose it. Versions up to 0.1.0
+Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that were used to choose it. Versions up to 0.1.0
 used the prompts of `MONITOR` for both purposes.
 
 A language run has one set, `test`, with rows that no training step sees. Its baselines `unigram` and `bigram` are losses: the tokens are
@@ -45,7 +45,7 @@ class EvaluationSet(NamedTuple):
     is_about_query: bool
     """Whether the shift changes only the last position, the query. If so, only the numbers at the query are computed."""
     nll: Mapping[str, Tensor] = MappingProxyType({})
-    """Negative log-likelihoods (B, K) of the Bayes predictors. Empty if the model has no predictive distribution, or without noise."""
+    """Negative log-likelihoods (B, K) of the Bayes predictors. Empty if the model has no predictive distribution or there is no noise."""
     variances: Mapping[str, Tensor] = MappingProxyType({})
     """Squared standard errors (B, K) of the baseline `bayes`: `bayes_variance` for its predictions, `bayes_nll_variance` for its NLL."""
     is_gaussian: bool = True

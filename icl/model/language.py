@@ -1,7 +1,7 @@
 """Language models: decoder-only transformers over tokens of text, with the architecture and the parameter names of TransformerLens.
 
 Each token t of a row is embedded, passes through L causal blocks, and gives the logits of the next token. With x the residual stream,
-p the table of positions and LN a layer norm (eps 1e-5), a block with H heads of c channels is
+p the position embeddings and LN a layer norm (eps 1e-5), a block with H heads of c channels is
 
     q, k = W_Q u + b_Q, W_K u + b_K,   v = W_V LN1(x) + b_V
     x <- x + sum over heads of W_O softmax(q k^T / sqrt(c), causal) v + b_O,   then   x <- x + MLP(LN2(x)) if there is an MLP

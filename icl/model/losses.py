@@ -1,8 +1,9 @@
 """The training loss of every family of models, at each position, for many members at once.
 
-Only this module chooses the computation of a loss by the family of the model. Training, sampling and evaluation get their losses here:
+Only this module decides how a loss is computed for each family of models. Training, sampling and evaluation get their losses here:
 
-- regression: the squared error of the prediction of y_k, or its negative log-likelihood (`icl.model.stacked.target_losses`), for prompts xs (N, B, K, D) and ys (N, B, K);
+- regression: the squared error of the prediction of y_k, or the negative log-likelihood of y_k (`icl.model.stacked.target_losses`), for
+  prompts xs (N, B, K, D) and ys (N, B, K);
 - language: -log P(next token) in nats, for tokens xs (N, B, T) and the tokens after them, ys (N, B, T).
 
 Language rows can be long, so their gradients are summed over parts of a batch. The memory for activations is then bounded by

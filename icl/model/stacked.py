@@ -1,7 +1,7 @@
 """Populations: many parameter sets of one architecture, stacked on a leading axis N and applied at once.
 
-The seeds of a sweep, the values of M in a ladder, the chains of an LLC estimate and the checkpoints of a run are all populations. A single
-run is a population of one. Only this module stacks, unstacks and applies parameter sets. A parameter set is a dict of tensors with the
+The runs of a sweep over seeds or over M, the chains of an LLC estimate and the checkpoints of a run are all populations. A single run is a
+population of one. Only this module stacks, unstacks and applies parameter sets. A parameter set is a dict of tensors with the
 names of the module's state dict.
 
 `icl.model.transformer` defines the model. `apply` computes the same function, and tests compare the two, including their gradients. `apply`
@@ -178,7 +178,7 @@ def _heads_of_tokens(
 ) -> list[Float[Tensor, "N B _ C"]]:
     """Return the queries, keys and values of the first block, as `_heads` does, but compute them directly from the tokens.
 
-    The input of the first block is x = A token + p, where A is the embedding and p the position. Layer norm subtracts the mean over
+    The input of the first block is x = A token + p, where A is the embedding and p the position embedding. Layer norm subtracts the mean over
     channels, multiplies by s = 1 / (standard deviation of x), then by the gains, and adds the shifts b. Everything except s is linear in
     the token. Let W be the weights of q, k and v. Then
 

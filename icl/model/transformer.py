@@ -5,7 +5,7 @@ prediction of y_k, or its predictive distribution (`icl.model.heads`). This outp
 
 Depending on its options, this is the model of Raventos et al. (2023), Hoogland et al. (2024) or Carroll et al. (2025).
 `icl.presets` contains their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no prediction depends
-on it. The table of positions still has 2K rows. Second, `double_residual` is off by default.
+on it. The table of position embeddings still has 2K rows. Second, `double_residual` is off by default.
 
 This module defines the model, so attention is written as in its formula. `icl.model.stacked` computes the same function faster,
 for many parameter sets at once. Tests compare the two.

@@ -8,10 +8,11 @@ mostly c_B, so we use
     excess:    L_B(w) - L_B(w0) - c_B . (w - w0)
 
 The mean of c_B over the pool is zero. So if every minibatch of the pool is equally likely, the control variates cause no bias. The
-control variate of the excess is used only if minibatches are drawn with replacement. If chains go through a list in passes, c_B averages to
-zero without it. Without a fixed pool, we use no control variates, because gbar would have an error that distorts the density.
+control variate of the excess is used only if minibatches are drawn with replacement. If chains go through a list in passes instead, the
+average of c_B over each pass is zero anyway. Without a fixed pool, we use no control variates: gbar could only be estimated, and its error
+would distort the sampled density.
 
-The gradients at w0 are computed once, before the chains. They are used only if they fit into `MEMORY` bytes, and if the number of
+The gradients at w0 are computed once, before the chains start. They are used only if they fit into `MEMORY` bytes, and if the number of
 minibatches in the pool is at most half the total number of moves of a checkpoint's chains.
 
 **One step down the gradient** (`GradientStep`). On one half of the batches, we compute the mean gradient g and the curvature along g (by a
@@ -23,7 +24,7 @@ loss, with the standard error. The LLC is underestimated by at least nbeta times
 of its loss above the minimum. Chains also find the minimum along directions of small curvature, where a step down the gradient has little
 effect. For a quadratic loss of curvature h with its minimum at w*, the mean of localised chains is w* + r (w0 - w*), with r = localization
 / (nbeta h + localization). So the loss at this mean is lower than the checkpoint's loss by (1 - r^2) h (w0 - w*)^2 / 2. We call this
-difference the drop. Its standard error is described in `icl.sampling.convergence`.
+difference the drop. `icl.sampling.convergence` describes its standard error.
 
 - At a saddle, chains move down on both sides, but the common mean of all chains stays near the saddle. So we also compute the drop at
   each chain's own mean, and average these drops. We report either this average or the drop at the common mean, whichever is larger. For a
@@ -66,10 +67,10 @@ class Variates(NamedTuple):
     """Gradients g_B(w0) minus their mean over the pool."""
     losses: Float[Tensor, "C M *T"]
     is_uniform: bool
-    """Whether minibatches are drawn with replacement, so that the excess has a control variate too."""
+    """Whether minibatches are drawn with replacement. If so, the excess has a control variate too."""
 
     def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
-        """Return c_B (N, P) and L_B(w0) (N, *T) at a move, for members that are given by the numbers of their checkpoints and chains."""
+        """Return c_B (N, P) and L_B(w0) (N, *T) at a move. The members are given by their checkpoint numbers and chain numbers."""
         assert self.source.pool is not None
         numbers = {chain: self.source.pool.number_of(chain, move) for chain in dict.fromkeys(chains)}
         device = self.deviations.device
@@ -88,7 +89,7 @@ class AnchorLosses:
     def of_members(
         self, checkpoints: Sequence[int], chains: Sequence[int], move: int, compute: Callable[[], Float[Tensor, "N *T"]]
     ) -> Float[Tensor, "N *T"]:
-        """Return L_B(w0) at a move, for members that are given by the numbers of their checkpoints and chains.
+        """Return L_B(w0) at a move. The members are given by their checkpoint numbers and chain numbers.
 
         `compute` computes the losses of all these members. It is called only if a loss is not known yet.
         """
@@ -162,7 +163,7 @@ def at_checkpoints(
     settings_grid: Sequence[ChainsConfig],
     layout: Layout,
 ) -> list[list[AtCheckpoint]]:
-    """Return the measurements that need no chains, as one list for each element of `settings_grid` with one element per checkpoint.
+    """Return the measurements that need no chains: for each element of `settings_grid`, a list with one element per checkpoint.
 
     Args:
         target: The loss to sample.
@@ -196,7 +197,7 @@ def losses_by_batch(losses: StackedLosses, params: Params, batches: Sequence[Bat
 
 
 class GradientStep:
-    """A step down the gradient from each of C stacked checkpoints. The settings of the chains are needed only by `decrease`.
+    """A step down the gradient from each of C stacked checkpoints. Only the method `decrease` needs the settings of the chains.
 
     Args:
         gradient: The gradient of stacked parameters.
@@ -256,7 +257,7 @@ def num_drop_batches(num_moves: int, num_chains: int) -> int:
 
 
 class DropsAtMean:
-    """Collects the mean positions of members in order, and measures a checkpoint's drop as soon as all its chains are complete."""
+    """Collects the members' mean positions, in the order of the members. Measures a checkpoint's drop once all its chains are complete."""
 
     def __init__(
         self,
@@ -267,7 +268,7 @@ class DropsAtMean:
         fixed: Params,
         num_chains: int,
     ) -> None:
-        """Take `losses`, a function from stacked parameters to their losses on I batches (float64), and whether these are all the data."""
+        """`losses` maps stacked parameters to their losses on I batches, in float64. `are_all` says whether these batches are all the data."""
         self.losses, self.are_all, self.layout = losses, are_all, layout
         self.start, self.fixed, self.num_chains = start, fixed, num_chains
         self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool)

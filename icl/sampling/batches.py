@@ -6,10 +6,10 @@ which makes differences between checkpoints less noisy. The chains of one checkp
 If the batches come from an iterable, chain k at move t gets batch number t * num_chains + k. So the batches do not depend on how many
 chains run at once. A finite iterable starts over when it ends.
 
-- A shuffling DataLoader draws from torch's global generator. So before pass e, we set this generator to a state that depends only on
-  (seed, e). Afterwards we restore the caller's state.
+- A shuffling DataLoader draws from torch's global generator. So before pass number e through the iterable, we set this generator to a state
+  that depends only on (seed, e). Afterwards we restore the caller's state.
 - If the number of chains and the number of batches have a common factor, each chain would see only some of the batches, and would sample
-  the posterior of these batches alone. So we skip one batch each time that the assignment would repeat.
+  the posterior of these batches alone. So we skip one batch each time the assignment of batches to chains would repeat.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""The minibatches of different chains are compared at this number of first moves, and at up to twice this number of later moves."""
+"""Number of first moves at which the minibatches of different chains are compared. They are also compared at up to twice as many later moves."""
 SHORT_LIST = 32
 """Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
 moves is clearly correlated."""
@@ -89,7 +89,7 @@ class ChainBatches:
         return self.pool is not None and not self.pool.is_uniform and 1 < self.pool.size < SHORT_LIST
 
     def is_shared(self) -> bool:
-        """Return whether there are several batches, but two chains saw the same ones at all early or at all late compared moves."""
+        """Return whether two chains saw the same batches at all early or at all late compared moves, although there are several batches."""
         if self.is_one():
             return False
         chains = {chain for chain, _ in self.digests}
@@ -197,7 +197,7 @@ class _FromIterable:
         return self.last
 
     def _start_pass(self, epoch: int) -> None:
-        """Start a pass, with a state of the CPU's generator that depends only on the seed and the pass."""
+        """Start a pass, with a state of torch's CPU generator that depends only on the seed and the pass."""
         self.epoch, self.next_position = epoch, epoch * (self.length or 0)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(stream(self.seed, f"llc/batches/{epoch}").low))

@@ -57,7 +57,7 @@ checkpoints' own losses."""
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The result of a search on a run."""
+    """The result of a run's calibration: all trials and the chosen settings."""
 
     table: pd.DataFrame
     """A row for each trial and checkpoint."""
@@ -77,12 +77,12 @@ class Calibration:
 def calibrate(
     path: str | Path, sampler: SamplerConfig | None = None, *, say: Callable[[str], None] = lambda line: None
 ) -> Calibration:
-    """Search for a run's sampler settings by the rule `icl.sampling.search.RULE`.
+    """Search for a run's sampler settings with the rule `icl.sampling.search.RULE`.
 
     Args:
         path: The run's folder.
         sampler: Settings that the search does not choose, such as the batch size and the number of chains. Its `steps` select the
-            checkpoints; `all` selects those nearest to `PLACES`.
+            checkpoints; `all` selects the checkpoints nearest to the fractions `PLACES` of the last step.
         say: Function that receives lines of text: the rule, the expected time, and the result of every trial.
 
     Raises:
@@ -161,7 +161,7 @@ class _Work:
         self.device, self.plan, self.bar, self.stored = device, plan, bar, stored
 
     def try_points(self, points: Sequence[SearchPoint]) -> list[list[LLCResult]]:
-        """Estimate under the settings of some points: in the survey at all checkpoints, in later stages only at the last checkpoint."""
+        """Estimate the LLC with the settings of each point. The survey stage uses all checkpoints; later stages use only the last one."""
         stage, samplers = points[0].stage, [point.sampler(self.sampler) for point in points]
         self.bar.set_description(stage)
         if points[0].slowness > 1:  # after this, only the confirmation remains, unless lr must be reduced again
@@ -170,7 +170,7 @@ class _Work:
         return self._estimate(checkpoints, samplers, self.target)
 
     def confirm(self, chosen: SamplerConfig, target: Target) -> list[LLCResult]:
-        """Estimate at all checkpoints under the chosen settings, with minibatches and noise that did not influence the choice."""
+        """Estimate the LLC of all checkpoints with the chosen settings, on minibatches and with noise that did not influence the choice."""
         self.bar.set_description(CONFIRMATION)
         set_remaining(self.bar, len(self.checkpoints) * _num_moves(chosen))
         return self._estimate(self.checkpoints, [_next_seed(chosen)], target)[0]
@@ -178,7 +178,7 @@ class _Work:
     def _estimate(
         self, checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], target: Target
     ) -> list[list[LLCResult]]:
-        """Estimate at each checkpoint under each of the settings, or use the results of an earlier, interrupted calibration."""
+        """Estimate the LLC of each checkpoint with each of the settings. Results of an earlier, interrupted calibration are reused."""
         rows = [[self.stored.read(checkpoint, sampler) for checkpoint in checkpoints] for sampler in samplers]
         missing = [number for number, row in enumerate(rows) if None in row]
         num_done = sum(_num_moves(s) * len(checkpoints) for n, s in enumerate(samplers) if n not in missing)
@@ -242,7 +242,7 @@ def _finish(
         confirmed = Trial(point._replace(stage=CONFIRMATION), confirm(chosen))
         trials.append(confirmed)
         last = confirmed.last
-        reason += f"\nAt full length, with seed {sampler.seed + 1}: LLC {last}."
+        reason += f"\nWith chains of full length and seed {sampler.seed + 1}: LLC {last}."
         if last.verdict != "ok":
             reason += f" Not accepted: {'; '.join(last.reasons)}."
             chosen = None
@@ -275,7 +275,7 @@ def _rows(
 
 
 def _traces(trials: Sequence[Trial], chosen_number: int | None, sampler: SamplerConfig) -> dict[int, Record]:
-    """Return the estimates of the chosen trial and of up to three failed trials, worst first."""
+    """Return the estimates of the chosen trial and of up to three failed trials. The worst of the failed trials comes first."""
     failed = sorted(
         (number for number, trial in enumerate(trials) if not is_healthy(trial.last)),
         key=lambda number: (trials[number].last.verdict != "invalid", trials[number].point.stage != RATES),

@@ -6,8 +6,8 @@ key, chain) and used outside `vmap`. So the noise of a member does not depend on
 Draw j is the state after `num_burnin_steps + j * thinning` moves. (So without burn-in, draw 0 is the checkpoint.) We measure the draw's
 loss on the minibatch of the next move, before the chain moves. At each draw we also record the excess: the loss minus the checkpoint's loss
 on the same minibatch. The excess needs one more forward pass for each new minibatch, but most of the minibatch noise cancels in it.
-`icl.sampling.traces` lists the other recorded numbers. At some draws (`NUM_TESTS`) we compute the probability that a Metropolis test would
-accept the next move. For this test, the losses at both ends of the move are measured on the draw's minibatch.
+`icl.sampling.traces` lists the other recorded numbers. At a few draws (`NUM_TESTS` says how many) we compute the probability that a
+Metropolis test would accept the next move. For this test, the losses at both ends of the move are measured on the draw's minibatch.
 """
 
 import time
@@ -159,7 +159,7 @@ class Population(NamedTuple):
         batch: "_Minibatch",
         states: Sequence[State] | None = None,
     ) -> list["_Point"]:
-        """Return the gradients and losses of all members, split by group. They are at `states`, or by default at the present states."""
+        """Return the gradients and losses of all members at `states` (by default at the present states), split by group."""
         states = [group.state for group in groups] if states is None else states
         sizes = [group.size for group in groups]
         # A single group, the usual case, needs no copy.

@@ -7,7 +7,7 @@ coefficient", arXiv 2410.02984). There are two ways to divide the model:
 - `heads`: each attention head. L0H1 is head 1 of layer 0: its queries, keys and values, and the columns of the output projection
   for this head. MLPs, embeddings and normalisations belong to no head.
 - `layers`: the embedding (of tokens and positions), the blocks L0, L1, ..., and the unembedding (with the final normalisation). Every
-  parameter belongs to exactly one of these.
+  parameter belongs to exactly one of these components.
 """
 
 from collections.abc import Mapping

@@ -9,9 +9,9 @@ also for chains that disagree, because the ESS is then smaller. The second is th
 square root of the number of chains. It assumes nothing about the draws within a chain.
 
 The drop is the checkpoint's loss minus the loss at the mean of the draws (`icl.sampling.at_checkpoint`). The mean of finitely many draws
-has an error, which raises the loss there and so biases the drop. The jackknife over chains removes this bias to first order, and exactly
-for quadratics. It also gives the standard error (Efron and Stein 1981). With few chains the standard error is itself uncertain, so the
-rules of the verdict use Student's t.
+has an error. This error raises the loss at the mean, and so biases the drop. The jackknife over chains removes the bias to first order. For
+quadratics it removes the bias completely. The jackknife also gives the standard error (Efron and Stein 1981). With few chains the standard
+error is itself uncertain, so the rules of the verdict use Student's t.
 """
 
 import math
@@ -107,9 +107,9 @@ def sensitivity(
 ) -> tuple[float, float]:
     """Return how much the mean excess falls if localization grows by a factor e, with the standard error.
 
-    This number is (E[pull] - Cov(excess, pull)) / 2. The minibatch of a draw adds nearly the same noise to its excess and its pull, which
-    would count as covariance. Different draws have different minibatches. So if there is noise, we compute the covariances at lags of one
-    and two draws, and extrapolate them linearly to lag zero.
+    This number is (E[pull] - Cov(excess, pull)) / 2. The minibatch of a draw adds nearly the same noise to its excess and its pull. This
+    common noise would count as covariance. Different draws have different minibatches. So if there is noise, we compute the covariances at
+    lags of one and two draws, and extrapolate them linearly to lag zero.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.
@@ -135,7 +135,7 @@ def drop_at_mean(
     are_all: bool = False,
     rounding: float = 0.0,
 ) -> Drop:
-    """Estimate the drop of the loss at the mean of K chains: the jackknife estimate, or the chains' average drop if it is larger.
+    """Estimate the drop of the loss at the mean of K chains: the jackknife estimate, or the chains' average drop if that is larger.
 
     Args:
         per_chain: Drop of the loss on each of I batches from the checkpoint to each chain's mean.

@@ -1,4 +1,4 @@
-"""Largest curvature of the loss at a checkpoint w: the largest magnitude of an eigenvalue of the Hessian H, by Lanczos.
+"""Largest curvature of the loss at a checkpoint w: the largest absolute value of an eigenvalue of the Hessian H, by Lanczos.
 
     H v is approximately (grad L(w + c v) - grad L(w)) / c,   |v| = 1, c = 0.01
 
@@ -24,7 +24,7 @@ _NUDGE = 1e-2
 
 
 def largest_curvature(gradient: Gradient, params: Params, batches: Sequence[Batch]) -> float:
-    """Return the largest magnitude of an eigenvalue of the Hessian, for the mean loss over some batches."""
+    """Return the largest absolute value of an eigenvalue of the Hessian, for the mean loss over some batches."""
     layout = make_layout(params)
     start = layout.to_rows(stack([{name: tensor.float() for name, tensor in params.items()}]))  # 1 P
     stacked_batches = stack_batches(list(batches), start.device)

@@ -37,7 +37,7 @@ from icl.sampling.traces import Traces, split_by_checkpoint
 MEMORY = 2.0 * 2**30
 """Default memory in bytes for the chains that run at once. On CUDA the default is half of the free memory instead."""
 MAX_EXPECTED = 500
-"""Largest number of moves that we expect from chains that may stop early. This number limits the work for the loss at the mean of the draws."""
+"""Largest number of moves that we assume for chains that may stop early. It limits the work for the loss at the mean of the draws."""
 _COPIES = 10
 """Memory that a member needs at once, as a multiple of the memory of its parameters."""
 
@@ -68,8 +68,8 @@ def estimate(
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
         observables: Functions of the parameters whose values are recorded at every draw.
         memory: Memory in bytes for the chains that run at once.
-        advance: Called after every move, with the number of chains that made it.
-        watch: Called every `WATCH_SECONDS` with the excess at all draws so far.
+        advance: Called after every move, with the number of chains that made this move.
+        watch: Called every `WATCH_SECONDS` seconds with the excess at all draws so far.
 
     Returns:
         One list for each element of `settings_grid`, with one result for each checkpoint.
@@ -201,7 +201,7 @@ def even_chunks(num: int, most: int) -> int:
     """Return a chunk size of at most `most`, if possible one that divides `num` into equal chunks.
 
     Equal chunks are better, because a gradient for a GPU is compiled again for every size. But if equal chunks would be smaller than about
-    half of `most`, all chunks except the last have the same size.
+    half of `most`, the last chunk is smaller than the others.
     """
     num_chunks = -(-num // most)
     equal = (num // count for count in range(num_chunks, 2 * num_chunks + 1) if num % count == 0)

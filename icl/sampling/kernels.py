@@ -29,7 +29,7 @@ Source: Leimkuhler and Matthews 2013, "Rational construction of stochastic numer
 consecutive half kicks, which we merge into one kick. Our c is exp(-gamma h), where gamma is their friction coefficient. At c = 0 each move
 uses the mean of two consecutive noise vectors; this is the overdamped method of Leimkuhler and Matthews.
 
-On quadratics the positions have the exact distribution at every stable step, which means lr a < 4 for the curvature a of U. So there is no
+On quadratics the positions have the exact distribution for every stable step size (lr a < 4, where a is the curvature of U). So there is no
 bias from the step size, unlike in SGLD. But momentum amplifies the noise of minibatch gradients. If grad U has noise of variance s, the
 stationary variance on U = a w^2 / 2 is (our derivation; tests compare it with chains)
 
@@ -49,7 +49,7 @@ from torch import Tensor
 from icl.config import ChainsConfig
 
 NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
-"""Number of moves of each chain for which the acceptance probability is computed, for each kernel. Each of these moves needs one additional
+"""Number of moves of each chain for which the acceptance probability is computed, keyed by kernel. Each of these moves needs one additional
 gradient, or two with `baoab`."""
 DECAY = 0.99
 """Decay of the running mean of squared gradients."""

@@ -123,7 +123,9 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
             f"Expected one to three hidden units, at most {outputs} (the number of outputs), and a positive localization, got "
             f"{hidden} and {localization}."
         )
-    lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (outputs - hidden + 1)  # the mass below it is e^-15
+    lowest = math.log(localization / max(nbeta, 1.0)) - 30 / (
+        outputs - hidden + 1
+    )  # the probability below `lowest` is about e^-15
     log_x = torch.linspace(lowest, math.log(80 / localization), _POINTS[hidden], dtype=torch.float64)
     x = _grid(log_x, hidden).exp()  # P H
     log_density = (outputs - hidden + 1) / 2 * x.log() - localization / 2 * x  # includes one power of x from d(log x)

@@ -33,8 +33,8 @@ from icl.sampling.target import Gradient, Loss, Observable, Target
 LOOP_SIZE = 2**14
 """Number of moving parameters above which a CPU computes the chains' gradients one after another.
 
-`vmap` makes fewer calls to PyTorch, which take most of the time for a small model. But on a CPU, the batched operations of `vmap` are
-slower than plain operations. For example, batched convolutions take 1.6 times as long.
+For a small model, the calls to PyTorch take most of the time, and `vmap` makes fewer calls. But on a CPU, the batched operations of `vmap`
+are slower than plain operations. For example, batched convolutions take 1.6 times as long.
 """
 Progress: TypeAlias = Callable[[int, int], None]
 """Function that is called with the number of moves done and the total number of moves, over all chains."""
@@ -155,7 +155,7 @@ def estimate_llc(
         params: Parameters of the checkpoint, keyed by name. They are not changed.
         batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable starts over when it
             ends. The draw number counts all moves, including burn-in. Chains get different batches unless the function ignores `chain`.
-            Neither `batches` nor the loss may draw from torch's global generator.
+            The loss must not draw from torch's global generator, and neither must `batches` if it is a function or an iterator.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature; None means n / ln n, where n is `num_samples`.
         localization: Strength gamma of the pull back to the checkpoint.

@@ -47,15 +47,15 @@ _MAX_COUNTED_TASKS = 2**16
 """Largest number of tasks for which the pool's mean |w|^2 is computed. For a larger pool, we use D, which differs from this mean by about
 half a percent at most."""
 PARTS: tuple[Distribution, ...] = ("pretrain", "true")
-"""Distributions of the prompts in `losses_by_part`, in their order."""
+"""Distributions of the prompts in `losses_by_part`, in order."""
 NUM_PART_PROMPTS = 256
 """Number of prompts from each distribution in `PARTS`. At each draw, their losses cost about as much as the loss of a minibatch."""
 _PROMPTS_AHEAD = 2**15
 """Number of prompts that are generated at once, for all chains together."""
 _NUMBERS_AHEAD = 2**10
-"""Number of moves of a chain for which the numbers of minibatches are drawn at once."""
+"""Number of moves of a chain for which the minibatch numbers are drawn at once."""
 _CUDA_NORMALS_AHEAD = 2**24
-"""Number of random numbers that are generated at once on a GPU. There, a few numbers take as long as many."""
+"""Number of random numbers that are generated at once on a GPU, where drawing a few numbers takes as long as drawing many."""
 
 
 def prompt_target(
@@ -231,7 +231,7 @@ def _rows(tree: Any, i: int) -> Any:
 
 
 def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, device: torch.device) -> bool:
-    if config.model.is_language:  # not measured; a batch in many parts would become one very long graph
+    if config.model.is_language:  # speed not measured; for a batch in many parts, the compiled graph would be very long
         return False
     return device.type in ("cpu", "cuda") and compiling_pays(
         num_params=shapes_of(config).num_params,
@@ -283,7 +283,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 class _Ahead:
     """Function from (chain, draw) to a minibatch, which generates minibatches for many draws at once.
 
-    This is many times faster and gives the same minibatches.
+    This is many times faster than generating them one by one, and gives the same minibatches.
     """
 
     def __init__(self, make: Callable[[int, range], Batch], sampler: SamplerConfig, num_prompts: int) -> None:

@@ -61,10 +61,10 @@ def llc_with_initial_loss_bug(losses: Float[Tensor, "C S"], *, nbeta: float) -> 
 
     That code averages nbeta (L - L_init) over chains and draws. L_init should be the mean, over all C chains, of the loss at the first
     draw. But the chains run one after the other, and the code computes L_init anew at every draw, while the entries of chains that have not
-    yet run are still 0. So for chain c (counted from 0), L_init is only the sum of the first losses of chains 0 to c, divided by C. The
-    code counts the first draw of each chain as 0.
+    yet run are still 0. So for chain c (counted from 0), L_init is only the sum of the first losses of chains 0 to c, divided by C. In the
+    average, the first draw of each chain counts as 0.
 
-    If all first losses are L0, the estimate is too large by nbeta L0 (C - 1) / (2 C), apart from the first draw.
+    If all first losses are L0, the estimate is too large by nbeta L0 (C - 1) / (2 C), apart from the effect of the first draw.
     """
     initial = losses[:, 0].cumsum(0) / len(losses)  # C
     excess = losses[:, 1:] - initial[:, None]

@@ -46,7 +46,7 @@ _TEXTS = (
 _POSITION_NUMBERS = ("step", "position", "llc", "stderr")
 COMPONENT_TABLE, SUSCEPTIBILITY_TABLE = "llc-components.csv", "llc-susceptibilities.csv"
 PARTS_NAME = "parts"
-"""Name of the observable with the losses of the parts of the data."""
+"""Name of the observable that records the losses on each part of the data (`prompt_loss.losses_by_part`)."""
 WITH_BUG = "llc_with_initial_loss_bug"
 """Column with the estimate that the published code for language models makes, including its bug. Only rows of the published mode have it."""
 MAX_TRACE = 1000
@@ -70,7 +70,7 @@ class Record(NamedTuple):
     """Number of moves from one stored point of a trace to the next."""
     excess: np.ndarray
     """Excess nbeta (L(w) - L(w0)) on the draw's minibatch, in nats, at every `stride`-th draw (K, S). Empty for estimates of older
-    versions, which did not store it. """
+    versions, which did not store the excess."""
     susceptibilities: np.ndarray
     """A component's susceptibilities to `prompt_loss.losses_by_part` and their standard errors (2, 2K); empty for the whole model."""
 

@@ -5,7 +5,8 @@ In each block, one linear map is multiplied by a factor c and the next map by 1/
 - With a ReLU MLP, (W1, b1) is multiplied by c and W2 by 1/c, because relu(c z) = c relu(z).
 - With another activation, the attention's values are multiplied by c and its output projection by 1/c, because attention is linear
   in its values.
-- If there is no output projection either, the scale and shift of a layer norm are multiplied by c, and the map after it by 1/c.
+- If the model has neither a ReLU MLP nor an output projection, the scale and shift of a layer norm are multiplied by c, and the linear map
+  after the norm by 1/c.
 
 This is a change of coordinates, so the learning coefficient stays the same. But the localisation and the step size act differently in the
 new coordinates. If an estimate depends on c, it measures the size of the weights as well as the geometry of the loss. Then a fall of the
@@ -42,7 +43,9 @@ def describe_pair(model: ModelConfig) -> str:
     if model.activation == "relu":
         return "the two maps of each ReLU MLP"
     return (
-        "values and output projection of each attention" if model.attention_output else "each norm and the map after it"
+        "values and output projection of each attention"
+        if model.attention_output
+        else "each layer norm and the linear map after it"
     )
 
 

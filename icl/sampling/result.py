@@ -90,7 +90,7 @@ class LLCResult(Evidence):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the estimate may be wrong: one text for each broken rule, the most serious first."""
+        """Why the estimate may be wrong: one phrase for each broken rule, the most serious first."""
         return self.judgement.reasons
 
     def to_dataframe(self, by: Literal["checkpoint", "chain", "component"] = "checkpoint") -> "pd.DataFrame":
@@ -122,7 +122,7 @@ class LLCResult(Evidence):
         """Return the draws for ArviZ, in the groups `posterior` and `sample_stats` with dimensions chain and draw.
 
         `posterior` contains the observables and `llc`, which is the excess in nats, so that its mean is the LLC. `sample_stats` contains
-        `loss`. The attributes are the row of `llc.csv`. Masked chains are left out.
+        `loss`. The attributes contain the estimate's row of `llc.csv`. Masked chains are left out.
 
         Raises:
             ConfigError: If the extra `arviz` is not installed, or no chain is left.
@@ -154,7 +154,7 @@ class LLCResult(Evidence):
         return headline(self.row())
 
     def row(self) -> dict[str, Any]:
-        """Return the single numbers as a row of `llc.csv`."""
+        """Return the scalar results as a row of `llc.csv`."""
         return {
             **{name: getattr(self, name) for name in _ESTIMATE_COLUMNS},
             "trivial_loss": self.trivial_loss,

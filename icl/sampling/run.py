@@ -162,7 +162,7 @@ class _RunningTrace:
         self.bar.set_postfix_str(f"step {self.steps[checkpoints[-1]]:,} so far: {of_last.mean():.3g} ± {error:.2g}")
 
     def remove(self) -> None:
-        """Remove the table. It is called once the estimate is complete."""
+        """Remove the table, because the estimate is complete."""
         self.file.unlink(missing_ok=True)
 
 
@@ -284,7 +284,7 @@ def sampling_device() -> torch.device:
     kind = choose_device()
     if kind == "tpu":
         raise ConfigError(
-            "`icl llc` does not run on a TPU, because the noise of every chain would have to be compiled separately. "
+            "`icl llc` does not run on a TPU, because the code that draws the noise would have to be compiled separately for every chain. "
             "Set DEVICE=cpu or DEVICE=cuda."
         )
     return torch.device(kind)

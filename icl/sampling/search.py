@@ -1,4 +1,4 @@
-"""Search for lr, nbeta, localization and burn-in of any loss, by a stated rule.
+"""Search for the lr, nbeta, localization and burn-in for any loss, by a fixed rule (`RULE`).
 
 Near a minimum with curvatures h, the LLC is about the sum of (1/2) h / (h + ratio), with ratio = localization / nbeta. This sum does not
 depend on nbeta itself, so the ratio decides which directions contribute. If the LLC changes with nbeta at the same ratio, either the chains
@@ -9,10 +9,10 @@ lr (nbeta h_max + localization) is below 4, where h_max is the largest curvature
 - the ratio, in units of h_max,
 - lr, in units of the stability limit.
 
-Chains must be long enough to reach their equilibrium spread in flat directions, which the localization limits. In a flat direction, the
-variance after t moves is 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in units of h_max and a
-stable lr, this takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So a plateau does
-not show whether chains are long enough.
+Chains must be long enough to reach equilibrium in flat directions, where only the localization limits their spread. In a flat direction,
+the variance after t moves is 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in units of h_max
+and a stable lr, this takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So a plateau
+does not show whether chains are long enough.
 """
 
 import dataclasses
@@ -60,14 +60,14 @@ _MAX_INIT_BATCHES = 256
 RULE = f"""\
 The rule: at a few checkpoints we try nbeta = {", ".join(f"{x:g}" for x in NBETAS)} divided by (loss of a trivial predictor - checkpoint's
 loss). At each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in RATIOS)} times the largest curvature. lr is {STEP:g} / (nbeta curvature + localization).
-1. The last checkpoint must be healthy: it must break no rule of the verdict. The bias of the step size is tested only in 4. R-hat, the
+1. The last checkpoint must be healthy: it must break no rule of the verdict. The bias of the step size is tested only in step 4. R-hat, the
    effective sample size and significance are not required, because the chains of the search are short. Burn-in with SGLD is
    2 / (lr localization) moves, in which the variance in flat directions grows to 86% of its final value. `baoab` with friction c
    needs only (1 - c) / (1 + c) times as many moves.
 2. Plateau in nbeta: the estimate must agree with the estimate at the next smaller or larger nbeta and the same localization / nbeta
    (within {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
-3. Among the settings that pass 1 and 2, we choose those with the largest number of healthy checkpoints. If several settings have the
-   same number, we choose the smallest localization / nbeta (most directions count), then the smallest nbeta (least noise).
+3. Among the settings that pass steps 1 and 2, we choose those with the largest number of healthy checkpoints. If several settings have
+   the same number, we choose the smallest localization / nbeta (so that most directions count), then the smallest nbeta (least noise).
 4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. With a third of lr and chains three times as long,
    the estimate may change by at most the standard error of the difference plus {PLATEAU:.0%}. Otherwise we test this third of lr in
    the same way.
@@ -122,7 +122,7 @@ class Trial(NamedTuple):
 
     @property
     def num_healthy(self) -> int:
-        """Number of healthy checkpoints, without the rules that later stages of the search test."""
+        """Number of healthy checkpoints, if the rules that later stages of the search test are ignored."""
         return sum(is_healthy(result, but=_LATER_RULES) for result in self.results)
 
 
@@ -195,7 +195,7 @@ def search(
     if not candidates:
         return SearchResult(trials=trials, plateau=plateau, reason=_why_none(trials, len(healthy)))
     best = min(candidates, key=lambda trial: (-trial.num_healthy, trial.point.ratio, trial.point.nbeta))
-    # Also try ten times the lr, to show what failure looks like.
+    # Also try an lr that is ten times as large, to show what a failure looks like.
     attempt(best.point._replace(stage=RATES, lr=round_to(10 * best.point.lr)))
     for _ in range(2):
         slower = attempt(slower_than(best.point))
@@ -213,7 +213,7 @@ def search(
 
 
 def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
-    """Explain why the survey has no candidate, and what to do if the checkpoint is the cause."""
+    """Explain why no settings of the survey can be chosen, and what to do if the checkpoint is the cause."""
     reason = (
         f"No choice: {num_healthy} of {len(trials)} settings are healthy at the last checkpoint, "
         "and none of the healthy settings is on a plateau in nbeta."
@@ -277,7 +277,7 @@ def burnin(result: LLCResult) -> int:
 
 
 def round_to(value: float, digits: int = 2) -> float:
-    """Round to significant digits, so that people can read the settings."""
+    """Round a setting to significant digits, so that it is easy to read."""
     return float(f"{value:.{digits}g}")
 
 

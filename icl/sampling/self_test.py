@@ -1,7 +1,7 @@
 """Test the sampler on problems with known answers, in about two minutes on one CPU thread.
 
 `sgld` and `baoab` run on all problems. `baoab` has three times the lr of `sgld` and a third of the moves. `rmsprop` runs on quadratics
-only, with a smaller lr, because its preconditioner is above 1.
+only. Its lr is smaller, because its preconditioner is above 1.
 
 The loss of every problem has its minimum, 0, at the checkpoint. If the estimator's target at finite nbeta with localization is known
 (`icl.sampling.known`), the estimate must agree with this target within `NUM_STDERRS` standard errors. If the loss is not quadratic, the
@@ -9,8 +9,8 @@ bias of the step size is not known exactly. Then the estimate may differ by a fu
 
 For deep linear networks only the asymptotic value lambda is known, so we estimate at three values of nbeta. The estimates must rise with
 nbeta. In addition to the standard errors, an estimate may differ from lambda by lambda / sqrt(nbeta), because the localization has strength
-1. In a direction that is quartic in w, it changes the contribution to the LLC by a fraction nbeta^(-1/2). In other directions, it changes
-the contribution by a smaller fraction. The multiplicity is 1, so there is no logarithmic term.
+1. In a direction in which the loss is quartic, the localization changes the contribution to the LLC by a fraction nbeta^(-1/2). In other
+directions, this fraction is smaller. The multiplicity is 1, so there is no logarithmic term.
 """
 
 import dataclasses

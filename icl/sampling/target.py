@@ -64,8 +64,8 @@ class Target:
     own_losses: StackedLosses | None = None
     """A faster function for the losses of stacked parameters, each on its own batch."""
     part: Callable[[Params, Batch], Batch] | None = None
-    """If `gradient` goes through a batch in parts to save memory, a function that returns the rows of a batch in one part. Such a gradient
-    is used for all purposes, because the default gradient needs memory for the whole batch."""
+    """Function that returns the rows of a batch that form one part, if `gradient` goes through a batch in parts to save memory; otherwise
+    None. A gradient in parts is used for all purposes, because the default gradient needs memory for the whole batch."""
     must_depend: bool = False
     """Whether to check that the loss depends on the parameters that move."""
 
@@ -233,7 +233,7 @@ def stacked_losses(loss: Loss, *, own_batches: bool, vectorize: bool) -> Stacked
 
 
 def _batch_axes(batch: Batch) -> Any:
-    """Return `in_dims` of a stacked batch: tensors have the leading axis, other values have none."""
+    """Return the argument `in_dims` of `vmap` for a stacked batch: 0 for tensors, None for other values."""
     return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
 
 
@@ -265,7 +265,7 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _explain_vmap_errors() -> Iterator[None]:
-    """Replace errors of `vmap` with errors that say what to do. `vmap` itself raises an error for random numbers."""
+    """Replace errors of `vmap` with errors that say what to do. `vmap` itself refuses a loss that draws random numbers."""
     try:
         yield
     except RuntimeError as error:

@@ -33,7 +33,7 @@ class Draw:
 
     state: State
     grad: Float[Tensor, "N P"]
-    """The gradient that moves the chains, minus its control variate if there is one (`icl.sampling.at_checkpoint`)."""
+    """The gradient that moves the chains: the gradient of L, minus its control variate if there is one (`icl.sampling.at_checkpoint`)."""
     settings: ChainsConfig
     shift: Float[Tensor, " N"] | float = 0.0
     """Control variate of the loss, if one was subtracted from `grad` but not from the excess; otherwise 0."""

@@ -29,7 +29,7 @@ _CHECKED = 2**20
 
 
 class Corpus(NamedTuple):
-    """Rows of tokens."""
+    """A text as rows of tokens."""
 
     tokens: np.ndarray
     """Rows (R, T), or one text (L,). An array on disk is mapped, not read into memory."""
@@ -82,14 +82,14 @@ def open_corpus(language: LanguageConfig) -> Corpus:
     ]
     if not files:
         raise ConfigError(
-            f"`language.source` is {language.source}, where there is no .npy, .txt, .jsonl or .json file."
+            f"`language.source` is {language.source}, but there is no .npy, .txt, .jsonl or .json file at this path."
         )
     documents = (document for file in files for document in _documents(file, language.column))
     return Corpus(tokenise(documents, language, beside=path), language)
 
 
 def tokenise(documents: Iterator[str], language: LanguageConfig, *, beside: Path | None = None) -> np.ndarray:
-    """Return the tokens of documents, each followed by the token that ends documents. Special tokens of the tokenizer are not added.
+    """Return the tokens of documents, with the token BOS after each document. Special tokens of the tokenizer are not added.
 
     Args:
         documents: The texts.
@@ -133,11 +133,11 @@ def load_tokenizer(language: LanguageConfig, *, beside: Path | None = None) -> A
 
 
 def read_vocabulary(name: str) -> list[str]:
-    """Return the texts of a vocabulary's entries, in their order.
+    """Return the entries of a vocabulary as strings, in order.
 
     Args:
-        name: A list of texts (.json, or .txt with one text per line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer that
-            are not a complete text, such as parts of a character, are left out.
+        name: A list of strings (.json, or .txt with one string per line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer
+            that are not a complete string, such as parts of a character, are left out.
 
     Raises:
         ConfigError: If the vocabulary cannot be read, or has no entries.
@@ -153,14 +153,14 @@ def read_vocabulary(name: str) -> list[str]:
         raise ConfigError(f"The vocabulary {name} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(
-            f"The vocabulary {name} is neither a list of texts nor a tokenizer.json: {_first(error)}."
+            f"The vocabulary {name} is neither a list of strings nor a tokenizer.json: {_first(error)}."
         ) from None
     if not isinstance(words, list):
         tokenizer = load_tokenizer(LanguageConfig(tokenizer=name))
         words = [tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size())]
     words = [word for word in words if isinstance(word, str) and word and "\ufffd" not in word]
     if not words:
-        raise ConfigError(f"The vocabulary {name} has no texts.")
+        raise ConfigError(f"The vocabulary {name} has no entries.")
     return words
 
 
@@ -171,7 +171,7 @@ def _tokenizer_from_hub(name: str) -> Path:
         raise ConfigError(f"The tokenizer {name} needs the package `huggingface_hub`. {_EXTRA}") from None
     try:
         return Path(hf_hub_download(name.removeprefix(HUB), "tokenizer.json"))
-    except Exception as error:  # a dozen kinds: no network, no such repository, no access
+    except Exception as error:  # a dozen kinds of exceptions, such as no network, no such repository, or no access
         raise ConfigError(
             f"The tokenizer {name} cannot be fetched from the Hugging Face Hub: {_first(error)}"
         ) from None
@@ -185,7 +185,7 @@ def _from_dataset(language: LanguageConfig) -> np.ndarray:
         raise ConfigError(f"{language.source} needs the package `datasets`. {_EXTRA}") from None
     try:
         table = load_dataset(language.source.removeprefix(HUB), split="train")
-    except Exception as error:  # a dozen kinds: no network, no such dataset, no access
+    except Exception as error:  # a dozen kinds of exceptions, such as no network, no such dataset, or no access
         raise ConfigError(f"{language.source} cannot be fetched from the Hugging Face Hub: {_first(error)}") from None
     if language.column not in table.column_names:
         raise ConfigError(
@@ -219,7 +219,7 @@ def _open_array(path: Path, language: LanguageConfig) -> np.ndarray:
 
 
 def _documents(file: Path, column: str) -> Iterator[str]:
-    """Yield the texts of a file: the whole file, or the field `column` of each record."""
+    """Yield the documents of a file: the whole file as one document, or the field `column` of each record."""
     try:
         if file.suffix == _TEXT:
             yield file.read_text(encoding="utf-8")

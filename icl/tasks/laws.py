@@ -47,7 +47,7 @@ class Law(NamedTuple):
 
 
 class TaskLaw(NamedTuple):
-    """Prior of a task w. The defaults are N(0, I)."""
+    """Prior of a task w; by default N(0, I)."""
 
     name: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
     df: float | None = None
@@ -58,7 +58,7 @@ class TaskLaw(NamedTuple):
     components: int | None = None
     """Number J of components of the `mixture`."""
     between: float | None = None
-    """Variance b between the means of the components."""
+    """Variance b of each coordinate of the components' means, over the components."""
     seed: int = 0
     """Seed of the subspace, or of the components."""
 
@@ -74,7 +74,7 @@ GAUSSIAN, GAUSSIAN_TASKS = Law(), TaskLaw()
 def draw(
     law: Law, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` numbers for each step and index, in float32. With a smaller `size`, these are the first of the numbers with a larger `size`."""
+    """Draw `size` numbers for each step and index, in float32. The first numbers are the same for every `size`."""
     if law.name == "gaussian":
         return rng.normal(key, steps, indices, size)
     if steps.device.type == "mps":  # it has no float64
@@ -153,7 +153,7 @@ def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float)
 
 
 def log_peak(law: Law, noise_variance: float) -> float:
-    """Return the log density of the noise at 0. At other values it is this number - c / (2 sigma^2), with c from `squared_error_equivalent`."""
+    """Return the log density of the noise at 0. Elsewhere the log density is lower by c / (2 sigma^2), with c from `squared_error_equivalent`."""
     if law.name == "gaussian":
         return -(math.log(noise_variance) + math.log(2 * math.pi)) / 2
     if law.name == "laplace":

@@ -5,7 +5,7 @@ larger pool begins with the tasks of the smaller one. Raventos et al. (2023), se
 al. (2025), section 3.1. We store no table of tasks: for a prompt of task 1,000,000 we compute only the vector of this task.
 
 Runs of older code bases have other tasks, which `icl import` saves as a table. The digest of the table then names the sequence, instead of
-a seed. `keep_table` makes a table known to this process. Equal digests always mean equal tables.
+a seed. `keep_table` registers a table in this process. Equal digests always mean equal tables.
 
 `icl.tasks.laws` defines the other laws, and `icl.tasks.pools` the pools that change during training.
 """
@@ -155,7 +155,7 @@ def table_digest(table: Float[Tensor, "M D"]) -> str:
 
 
 def keep_table(table: Float[Tensor, "M D"]) -> str:
-    """Make a table of tasks known to this process, and return its digest."""
+    """Register a table of tasks in this process, and return its digest."""
     digest = table_digest(table)
     _TABLES[digest] = table
     return digest

@@ -6,8 +6,8 @@ run reads the same rows as an uninterrupted run. The stream `train` uses `seeds.
 Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). Let E = `evaluation.num_prompts`. The last 2 E rows of the corpus
 are held out for the stream `test`, and are in no other stream. Step 0 of this stream has the last E rows, and step 1 the E rows before
 them. `icl.evaluation.sets` uses step 0 during training and step 1 for reports. The text may change at a step (`language.change_step`). At
-this and all later steps, the rows of the stream `train` are drawn from the whole second text. The text of a row depends only on the step,
-so resumed training reads the same rows.
+this and all later steps, the rows of the stream `train` are drawn from the whole second text. Which of the two texts a row
+comes from depends only on the step, so resumed training reads the same rows.
 
 Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`. The next token is successor j
 with probability proportional to 1 / j. At each position outside a copy, a copy begins with probability `copy_rate`. Then an earlier
@@ -33,11 +33,12 @@ from icl.tasks.corpus import Corpus, open_corpus
 
 _WORD = 2**32
 _START, _LENGTH, _FROM, _SUCCESSOR = range(4)
-"""Indices of the four random words at each position. They decide whether a copy begins, its length, its source, and the successor."""
+"""Indices of the four random words at each position. They decide whether a copy begins, its length, the position
+that is copied, and the successor."""
 TEST = "test"
 """Stream of the rows that no training step sees."""
 _NUM_TEST_SETS = 2
-"""Number of sets of rows that are held out of a text: the steps of the stream `test`."""
+"""Number of held-out sets of rows of a text. Each set is one step of the stream `test`."""
 
 
 class TokenRows(NamedTuple):
@@ -113,8 +114,8 @@ class RowSource(NamedTuple):
         if self.is_test:
             if int(step.max()) >= _NUM_TEST_SETS or int(index.max()) >= self.num_held_out:
                 raise ConfigError(
-                    f"The text has {_NUM_TEST_SETS} sets of {self.num_held_out:,} rows for evaluation (`evaluation.num_prompts`), got "
-                    f"index {int(index.max())} of set {int(step.max())}."
+                    f"The text has {_NUM_TEST_SETS} sets of {self.num_held_out:,} rows for evaluation (`evaluation.num_prompts`), "
+                    f"so there is no row {int(index.max())} of set {int(step.max())}."
                 )
             numbers = corpus.num_rows - self.num_held_out * (1 + step[:, None]) + index
         else:
@@ -189,5 +190,5 @@ def _cumulative(num_successors: int) -> Int64[Tensor, " F"]:
 
 
 def _below(words: Int64[Tensor, "..."], bound: int) -> Int64[Tensor, "..."]:
-    """Return whole numbers below `bound`, uniform for uniform words of 32 bits."""
+    """Convert words of 32 random bits to uniform whole numbers below `bound`."""
     return torch.bitwise_right_shift(words * bound, 32)

@@ -17,7 +17,7 @@ stream. So a shifted prompt is a pure function of (evaluation seed, shift, step,
 Source: Garg et al. (2022), the evaluations in their eval.py and samplers.py. We differ in four ways:
 
 - We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include this choice.
-- For `label_noise`, we rescale by the variance of the targets' distribution, and they by the variance in the batch.
+- For `label_noise`, we rescale by the variance of the targets' distribution. They rescale by the variance in the batch.
 - Our query is the last x, and only its prediction is evaluated.
 - Their orthogonal query exists only for k up to D. We keep the query, project the examples onto its orthogonal complement, and rescale
   them.

@@ -84,7 +84,10 @@ def test_a_ladder_without_a_threshold_says_why(ratios, reason):
 def test_a_ratio_that_changes_its_sign_again_is_suspect():
     (row,) = thresholds(ladder([2.0, 1.0, -1.0, 0.5, -1.0])).to_dict("records")
     assert row["threshold"] == pytest.approx(8 * math.sqrt(2))
-    assert (row["verdict"], row["reasons"]) == ("suspect", "the closer predictor changes 3 times as M grows")
+    assert (row["verdict"], row["reasons"]) == (
+        "suspect",
+        "the models switch 3 times between dMMSE and ridge as M grows",
+    )
 
 
 def test_two_seeds_have_no_interval_and_a_missing_threshold_is_told():

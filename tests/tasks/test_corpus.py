@@ -79,7 +79,7 @@ def test_rows_are_functions_of_step_and_index_and_the_last_are_held_out(tmp_path
     assert rows_of(config, range(1), range(8), stream="test")[0, :, 0].tolist() == list(range(92, 100))
     assert rows_of(config, range(1, 2), range(8), stream="test")[0, :, 0].tolist() == list(range(84, 92))
     assert set(rows_of(config, range(50), range(20), stream="llc").flatten().tolist()) == set(range(84))
-    with pytest.raises(ConfigError, match=r"2 sets of 8 rows for evaluation .* got index 8 of set 0"):
+    with pytest.raises(ConfigError, match=r"2 sets of 8 rows for evaluation .* no row 8 of set 0"):
         row_source(config, stream="test").sample(range(1), range(9))
     with pytest.raises(ConfigError, match="got index 7 of set 2"):
         row_source(config, stream="test").sample(range(2, 3), range(8))
@@ -131,7 +131,7 @@ def test_ngrams_of_a_larger_vocabulary_are_its_first_entries_of_this_many_tokens
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_vocabulary(str(tmp_path / "nothing.json"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match="neither a list of texts nor a tokenizer"):
+    with pytest.raises(ConfigError, match="neither a list of strings nor a tokenizer"):
         read_vocabulary(str(tmp_path / "bad.json"))
 
 
@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=match):
             open_corpus(run(**language).language)
 
-    refused("where there is no .npy, .txt, .jsonl or .json file", source=str(tmp_path))
+    refused("but there is no .npy, .txt, .jsonl or .json file at this path", source=str(tmp_path))
     refused("cannot be read: No such file", source=str(tmp_path / "a.npy"))
     (tmp_path / "b.npy").write_bytes(b"no array")
     refused("is not a NumPy array of tokens", source=str(tmp_path / "b.npy"))

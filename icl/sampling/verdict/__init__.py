@@ -62,7 +62,7 @@ class Judgement(NamedTuple):
 
     verdict: Verdict
     reasons: tuple[str, ...]
-    """Why the estimate may be wrong: one text for each broken rule, the most serious first."""
+    """Why the estimate may be wrong: one phrase for each broken rule, the most serious first."""
     broken: tuple[str, ...]
     """The names of the broken rules, without notes."""
 

@@ -13,9 +13,9 @@ Integration by parts of f (w - w0), with f = nbeta (L - L0), shows how the LLC r
 -d LLC / d log localization = (pull - Cov(f, (w - w0) . nbeta grad L)) / 2. We call this number the `sensitivity`
 (`convergence.sensitivity`). For a quadratic with curvatures h_i, let s_i = nbeta h_i / (nbeta h_i + localization) be the share of the data
 in direction i, and 1 - s_i the share of the localization. Then the sensitivity is half the sum of s_i (1 - s_i), and the LLC is half the
-sum of s_i. Flat directions contribute to neither. So the ratio of the sensitivity to the LLC is the mean of 1 - s_i, weighted by s_i. It is
-above 1/2 if the localization outweighs the data on this average. (If the number of curvatures above h is proportional to h^-p, the ratio is
-p at every localization.)
+sum of s_i. Flat directions contribute to neither. So the ratio of the sensitivity to the LLC is the mean of 1 - s_i, weighted by s_i. The
+ratio is above 1/2 if the localization outweighs the data in this weighted mean. (If the number of curvatures above h is proportional to
+h^-p, the ratio is p at every localization.)
 """
 
 import math
@@ -45,7 +45,7 @@ def negative(e: Evidence) -> str | None:
     return f"the LLC is negative ({e.llc:.3g}), so the checkpoint is not at a minimum: train longer, or use a later checkpoint"
 
 
-@rule("suspect", source="as `negative`, within the error")
+@rule("suspect", source="the LLC is negative, but less than two standard errors below zero")
 def below_zero(e: Evidence) -> str | None:
     """A negative estimate within two standard errors of zero may be due to its error alone."""
     if not e.llc < 0 <= e.llc + 2 * e.error:
@@ -55,7 +55,7 @@ def below_zero(e: Evidence) -> str | None:
 
 @rule(
     "invalid",
-    source="E[L] - L0 must be far below L_trivial - L0 (in the released LLCs of Hoogland 2024 it is not); the fraction is ours",
+    source="E[L] - L0 must be far below L_trivial - L0 (in the released LLCs of Hoogland 2024 it is not); the fraction is our choice",
 )
 def escaped(e: Evidence) -> str | None:
     """Chains have left the basin if their loss rose more than half of the way to the loss of a trivial predictor."""
@@ -67,7 +67,7 @@ def escaped(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="as `escaped`; the fraction is ours")
+@rule("suspect", source="same as `escaped`; the fraction is our choice")
 def escaping(e: Evidence) -> str | None:
     """Chains may be leaving the basin if their loss rose more than a tenth of the way to the loss of a trivial predictor."""
     if e.trivial_loss is None or not 0.1 * e.headroom < e.rise <= 0.5 * e.headroom:
@@ -78,7 +78,7 @@ def escaping(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="if the loss is convex along rays, pull >= LLC; the thresholds are ours")
+@rule("suspect", source="if the loss is convex along rays, pull >= LLC; the thresholds are our choice")
 def rise_exceeds_pull(e: Evidence) -> str | None:
     """The pull must be at least as large as nbeta times the rise of the loss."""
     gap = e.llc - e.pull
@@ -100,7 +100,7 @@ def escape_not_checked(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="definition of the LLC; the threshold is ours")
+@rule("suspect", source="definition of the LLC; the threshold is our choice")
 def not_at_a_minimum(e: Evidence) -> str | None:
     """One step down the checkpoint's gradient must not lower nbeta times the loss by more than a fifth of the LLC."""
     if not (e.descent > 3 * e.descent_stderr and e.descent > max(0.2 * abs(e.llc), 0.1)):
@@ -111,7 +111,7 @@ def not_at_a_minimum(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="definition of the LLC; the threshold is ours")
+@rule("suspect", source="definition of the LLC; the threshold is our choice")
 def lower_loss_at_mean(e: Evidence) -> str | None:
     """The loss at the mean of the draws must not lie below the checkpoint's loss by more than a tenth of LLC + drop."""
     if not (e.has_significant_drop and e.drop_at_mean > 0.1 and e.drop_share > 0.1):
@@ -133,7 +133,7 @@ def diverged_down(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="definition of the LLC; the threshold is ours")
+@rule("suspect", source="definition of the LLC; the threshold is our choice")
 def lower_loss_found(e: Evidence) -> str | None:
     """Without minibatch noise, no draw may have a clearly lower loss than the checkpoint."""
     if not -e.lowest > max(0.05 * abs(e.llc), 0.1):
@@ -141,7 +141,7 @@ def lower_loss_found(e: Evidence) -> str | None:
     return f"not at a minimum: a chain found a point {-e.lowest:.3g} nats below the checkpoint"
 
 
-@rule("note", source="as `lower_loss_at_mean`; standard errors")
+@rule("note", source="same as `lower_loss_at_mean`, with a threshold in standard errors")
 def slightly_lower_loss_at_mean(e: Evidence) -> str | None:
     """A significant drop that is small compared with the LLC is noted if it exceeds two standard errors of the LLC."""
     if not (e.has_significant_drop and e.drop_at_mean > 2 * e.error and (e.drop_at_mean <= 0.1 or e.drop_share <= 0.1)):
@@ -157,19 +157,21 @@ def slightly_lower_loss_at_mean(e: Evidence) -> str | None:
     source="Student's t: 236 standard errors with two chains (19 with three, 9 with four) are as rare as 3 of a normal distribution",
 )
 def too_few_chains_for_the_drop(e: Evidence) -> str | None:
-    """Two or three chains hardly show whether the checkpoint is at a minimum."""
+    """Two or three chains are too few to test whether the checkpoint is at a minimum."""
     if not 1 < e.num_chains_used < 4:
         return None
-    return f"note: {e.num_chains_used} chains can hardly show whether the checkpoint is at a minimum: use four or more"
+    return (
+        f"note: {e.num_chains_used} chains are too few to test whether the checkpoint is at a minimum: use four or more"
+    )
 
 
-@rule("note", source="as `lower_loss_at_mean`")
+@rule("note", source="same as `lower_loss_at_mean`")
 def drop_not_measurable(e: Evidence) -> str | None:
     """The measurement of the drop at the mean must be precise enough to detect a drop that would change the verdict."""
     if not (e.num_chains_used >= 4 and e.least_significant_drop > max(0.1 * abs(e.llc), 2 * e.error, 0.1)):
         return None
     return (
-        f"note: the chains could settle up to {e.least_significant_drop:.2g} nats below the checkpoint without being noticed: "
+        f"note: the chains may settle up to {e.least_significant_drop:.2g} nats below the checkpoint, which this test would not detect: "
         "raise num_init_batches, or use larger batches"
     )
 
@@ -179,19 +181,20 @@ def _least_pull(e: Evidence) -> float:
     return max(0.5, 1e-3 * e.num_params)
 
 
-@rule("suspect", source="equipartition; the share of d is ours")
+@rule("suspect", source="equipartition; the share of d is our choice")
 def not_spread_out(e: Evidence) -> str | None:
-    """In equilibrium pull + spread = d. If the sum is below four fifths of d, the chains still spread out in flat directions."""
+    """In equilibrium pull + spread = d. If the sum is below four fifths of d, the chains are still spreading out in flat directions."""
     if not (e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params):
         return None
     return (
-        f"the chains still spread out in flat directions, which changes the LLC (pull + spread is {e.filled:.0%} of its equilibrium "
+        f"the chains are still spreading out in flat directions, which changes the LLC (pull + spread is {e.filled:.0%} of its equilibrium "
         "value d): lengthen the burn-in (3 / (lr localization) moves reach 95%)"
     )
 
 
 @rule(
-    "suspect", source="pull is the effective number of parameters (MacKay 1992); the limits 0.5 and d / 1000 are ours"
+    "suspect",
+    source="pull is the effective number of parameters (MacKay 1992); the limits 0.5 and d / 1000 are our choice",
 )
 def prior_dominated(e: Evidence) -> str | None:
     """The data must determine at least some directions."""
@@ -214,7 +217,9 @@ def improper(e: Evidence) -> str | None:
     )
 
 
-@rule("note", source="as `localization_outweighs`; at a ratio of 1/3, localization has half the weight of the data")
+@rule(
+    "note", source="same as `localization_outweighs`; at a ratio of 1/3, localization has half the weight of the data"
+)
 def localization_counts(e: Evidence) -> str | None:
     """A localization that is about as strong as the data changes the LLC."""
     ratio = e.sensitivity / max(e.llc, 1e-300)
@@ -234,7 +239,7 @@ def localization_outweighs(e: Evidence) -> str | None:
     )
 
 
-@rule("note", source="as `prior_dominated`")
+@rule("note", source="same as `prior_dominated`")
 def mostly_flat(e: Evidence) -> str | None:
     """If most directions are flat, the LLC depends on the localization."""
     if not (e.spread > 0.5 * e.num_params and e.pull >= _least_pull(e)):
@@ -245,13 +250,13 @@ def mostly_flat(e: Evidence) -> str | None:
     return f"note: the data determine only {e.pull:.3g} of {e.num_params} directions, so the LLC {fall}"
 
 
-@rule("note", source="as `not_spread_out`")
+@rule("note", source="same as `not_spread_out`")
 def hardly_spread_out(e: Evidence) -> str | None:
     """In equilibrium pull + spread = d. The sum should be at least 95 % of d."""
     full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
     if not (e.localization > 0 and e.filled < 0.95 and not full):
         return None
     return (
-        f"note: the chains still spread out in flat directions (pull + spread is {e.filled:.0%} of its equilibrium value d): "
+        f"note: the chains are still spreading out in flat directions (pull + spread is {e.filled:.0%} of its equilibrium value d): "
         "a longer burn-in may change the LLC"
     )

@@ -9,9 +9,9 @@ flat directions, and is harmless. `bias_bound` is half of the last term without 
 some directions are not in equilibrium.
 
 On quadratics, `baoab` with friction c has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of the amount
-that the noise adds to pull + spread in directions of small curvature. This is lr / 8 (1 + c) / (1 - c) times the variance of nbeta grad L
-over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds 1 / (1 - lr a / 4) times as much. We measure the
-variance from gradients at the same position on two minibatches.
+that the noise adds to pull + spread in directions of small curvature. This is lr (1 + c) / (8 (1 - c)) times the variance of nbeta grad L
+over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds more, by the factor 1 / (1 - lr a / 4). We measure
+the variance from gradients at the same position on two minibatches.
 
 For SGLD on quadratics, the bound is one to two times the bias from the step size. In a direction with a_i = nbeta h_i + localization, the
 bound is 1 + localization / a_i times the bias from the step size (`known.quadratic_llc`). For minibatch noise, the bound is a_i / (nbeta
@@ -67,7 +67,7 @@ def some_chains_masked(e: Evidence) -> str | None:
     return f"{e.num_diverged} of {e.num_chains} chains are masked, because they diverged or became non-finite: lower lr"
 
 
-@rule("suspect", source="fixed outcome: the other batches are averaged")
+@rule("suspect", source="fixed outcome: `init_loss` is the mean over the other batches")
 def bad_minibatches(e: Evidence) -> str | None:
     """The checkpoint's own loss must be finite on all minibatches; otherwise the data may be wrong."""
     if not e.num_bad_batches or math.isnan(e.init_loss):
@@ -103,7 +103,7 @@ def r_hat(e: Evidence) -> str | None:
     return f"the chains disagree (R-hat {e.rhat:.3f}, above 1.05): run them longer"
 
 
-@rule("suspect", source="simulated coverage of the intervals of estimates that are just `ok` (`tools.coverage`)")
+@rule("suspect", source="simulated coverage of the intervals of estimates that barely pass as `ok` (`tools.coverage`)")
 def effective_sample_size(e: Evidence) -> str | None:
     """The effective sample size must be large enough (`convergence.needed_ess`).
 
@@ -115,7 +115,7 @@ def effective_sample_size(e: Evidence) -> str | None:
     return f"the effective sample size is {e.ess:.0f}, below {needed}: take more draws or chains"
 
 
-@rule("suspect", source="Geweke 1992, halves compared; the share of the LLC is ours")
+@rule("suspect", source="Geweke 1992, halves compared; the share of the LLC is our choice")
 def drift(e: Evidence) -> str | None:
     """The two halves of the draws must have the same mean.
 
@@ -142,7 +142,7 @@ def not_significant(e: Evidence) -> str | None:
     )
 
 
-@rule("suspect", source="an LLC at a minimum is at most d/2 (Watanabe 2009); the tolerance of a tenth is ours")
+@rule("suspect", source="an LLC at a minimum is at most d/2 (Watanabe 2009); the tolerance of a tenth is our choice")
 def above_half_of_d(e: Evidence) -> str | None:
     """No minimum has an LLC above d/2."""
     if not e.llc - 3 * e.stderr > 1.1 * e.num_params / 2:
@@ -150,7 +150,7 @@ def above_half_of_d(e: Evidence) -> str | None:
     return f"the LLC is above d/2 = {e.num_params / 2:g}, the largest possible at a minimum: {_SMALLER_STEPS}"
 
 
-@rule("suspect", source="stationarity (this module); the share of the LLC is ours")
+@rule("suspect", source="stationarity (this module); the share of the LLC is our choice")
 def step_size_bias(e: Evidence) -> str | None:
     """The bias from the step size must be small compared with the LLC, whatever the standard error is."""
     if not (e.bias_bound > 3 * e.bias_bound_stderr and e.bias_bound > 0.1 * abs(e.llc)):
@@ -159,7 +159,8 @@ def step_size_bias(e: Evidence) -> str | None:
 
 
 @rule(
-    "suspect", source="0.574 is the best acceptance rate for MALA (Roberts and Rosenthal 1998); the threshold is ours"
+    "suspect",
+    source="0.574 is the best acceptance rate for MALA (Roberts and Rosenthal 1998); the threshold is our choice",
 )
 def mala_acceptance(e: Evidence) -> str | None:
     """A Metropolis test, which SGLD leaves out, would have to accept at least half of the moves."""
@@ -176,7 +177,7 @@ def target_not_reached(e: Evidence) -> str | None:
     return f"note: the standard error {e.stderr:.2g} is above `target_stderr` {e.target_stderr:g}: raise num_draws"
 
 
-@rule("note", source="as `step_size_bias`; standard errors")
+@rule("note", source="same as `step_size_bias`, with a threshold in standard errors")
 def slight_step_size_bias(e: Evidence) -> str | None:
     """A bias bound that is small compared with the LLC is noted if it exceeds two standard errors."""
     if not (e.bias_bound > 3 * e.bias_bound_stderr and 2 * e.error < e.bias_bound <= 0.1 * abs(e.llc)):

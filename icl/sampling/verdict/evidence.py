@@ -50,7 +50,7 @@ class Evidence:
     init_loss: float
     init_loss_stderr: float
     mean_loss: float
-    """Mean sampled loss on the minibatches of `init_loss`: init_loss + llc / nbeta."""
+    """Mean sampled loss, computed as init_loss + llc / nbeta, so that it refers to the minibatches of `init_loss`."""
     num_bad_batches: int
     """Number of batches on which the checkpoint's own loss is not finite; `init_loss` is the mean over the others."""
     trivial_loss: float | None
@@ -110,7 +110,7 @@ class Evidence:
 
     @property
     def headroom(self) -> float:
-        """Height of the trivial predictor's loss above the checkpoint's loss: 0 if it is not above, NaN if it is unknown."""
+        """Height of the trivial predictor's loss above the checkpoint's loss: 0 instead of a negative height, NaN if it is unknown."""
         return math.nan if self.trivial_loss is None else max(self.trivial_loss - self.init_loss, 0.0)
 
     @property
@@ -130,7 +130,7 @@ class Evidence:
 
     @property
     def num_diverged(self) -> int:
-        """Number of chains that are masked because they diverged upwards, or became non-finite on good minibatches."""
+        """Number of chains that are masked because they diverged upwards, or became non-finite although their data are good."""
         return self.num_masked - self.num_diverged_down - self.num_bad_data
 
     @property
@@ -150,14 +150,14 @@ class Evidence:
         return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
 
     def columns(self) -> dict[str, Any]:
-        """Return the diagnostics among these numbers, as columns of `llc.csv`."""
+        """Return the numbers that are columns of `llc.csv`, keyed by column."""
         low, high = self.interval
         return {name: getattr(self, name) for name in _COLUMNS} | {"interval_low": low, "interval_high": high}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the verdict: a test of the evidence, and the level if the evidence breaks the rule."""
+    """A rule of the verdict: a test of the evidence, and the verdict if the evidence breaks the rule."""
 
     name: str
     level: Level
@@ -165,7 +165,7 @@ class Rule:
     source: str
     """Source of the rule and of its threshold. A `fixed outcome` follows from counts or missing numbers, without a statistical test."""
     reason: Callable[[Evidence], str | None]
-    """Function that returns the reason, a text for the user, if the evidence breaks the rule, else None."""
+    """Function that returns the reason as a phrase for the user if the evidence breaks the rule, and None otherwise."""
 
 
 def rule(level: Level, *, source: str) -> Callable[[Callable[[Evidence], str | None]], Rule]:
@@ -185,7 +185,7 @@ def evidence_of(
     trivial_loss: float | None,
     num_params: int,
 ) -> Evidence:
-    """Compute the evidence on one checkpoint from its K chains. `num_params` is the number of parameters that move."""
+    """Compute the evidence about one checkpoint from its K chains. `num_params` is the number of parameters that move."""
     used, nbeta, drop = traces.alive, settings.inverse_temperature, traces.drop_at_mean
     finite = checkpoint.losses.isfinite().all(1)
     init_losses = checkpoint.losses[finite].mean(1)
