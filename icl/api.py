@@ -51,7 +51,7 @@ _MAX_PROMPTS = 2**31
 
 @dataclass
 class ICRegConfig:
-    """Settings of the task and the model, with their older names. Other settings are arguments of `train_ic_regression`."""
+    """Settings of the task and the model, with the names of an older code base. Other settings are arguments of `train_ic_regression`."""
 
     D: int = 8
     """Input dimension."""
@@ -236,7 +236,7 @@ def evaluate_ood_score(
         model: A trained model. Predictions are computed in its dtype.
         cfg: Settings of the task. By default `ICRegConfig()`.
         n_samples: Number of prompts.
-        batch_size: Number of prompts that are computed at a time.
+        batch_size: Number of prompts in one forward pass.
 
     Raises:
         ConfigError: If a size is not a positive whole number, D or K of the model and `cfg` differ, or predictions are not finite.

@@ -47,7 +47,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a file determines, by dotted key.
+    """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
         ContentError: If the file contains no model of this code base, or its config and its weights contradict each other.
@@ -130,7 +130,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     rows, size, count = table.get("max_M"), config.task.task_size, int(config.task.num_tasks)
     if not is_count(rows) or rows < count:
         raise ConfigError(
-            f"The tasks cannot be drawn again, because the file does not contain `max_M` (at least {count:,}). Give the tasks with "
+            f"The tasks cannot be drawn again, because the file does not contain `max_M`, which is at least {count:,}. Give the tasks with "
             "--tasks FILE, or write --tasks unknown."
         )
     generator = torch.Generator().manual_seed(config.seeds.tasks)

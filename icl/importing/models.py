@@ -186,7 +186,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
 
 
 def _needed(known: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the settings that must be known, each with a description. For a language model, only the activation is not in the weights."""
+    """Return the settings that must be known, each with a description. For a language model this is at most the activation of its MLPs."""
     if known.get("model.family") != "language":
         return _NEEDED
     return {"model.activation": "relu, gelu or gelu_tanh"} if known["model.mlp_size"] else {}
@@ -210,7 +210,7 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
 
 
 def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None:
-    """Refuse a file that belongs to another run than the first file.
+    """Refuse a file that does not belong to the same run as the first file.
 
     Raises:
         OlderFileError: If settings differ. The message names the first difference.

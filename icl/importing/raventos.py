@@ -75,7 +75,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def folder_facts(path: Path) -> dict[str, Any]:
-    """Return the settings in the `config.json` of the run's folder, by dotted key. The dict is empty if there is no such file.
+    """Return the settings in the `config.json` of the run's folder, keyed by dotted name. The dict is empty if there is no such file.
 
     Raises:
         OlderFileError: If `config.json` cannot be read, or scales inputs or tasks.
@@ -113,7 +113,7 @@ def folder_facts(path: Path) -> dict[str, Any]:
 
 
 def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a file determines, by dotted key.
+    """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
         ContentError: If the file contains no model of this code base.

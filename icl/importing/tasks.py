@@ -21,7 +21,7 @@ from icl.runs.tasks_file import MAX_TASKS_FILE
 
 WORDS = ("recompute", "unknown")
 _KEYS = ("tasks", "task_pool")
-"""Names that the table may have in a file."""
+"""Names under which a file may contain the table of tasks."""
 
 
 def choose_tasks(

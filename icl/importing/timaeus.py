@@ -40,7 +40,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def folder_facts(name: str) -> dict[str, Any]:
-    """Return the settings in the name of a run's folder, by dotted key. For any other name, the dict is empty."""
+    """Return the settings in the name of a run's folder, keyed by dotted name. For any other name, the dict is empty."""
     match = _RUN.fullmatch(name)
     if match is None:
         return {}
@@ -49,7 +49,7 @@ def folder_facts(name: str) -> dict[str, Any]:
 
 
 def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a file determines, by dotted key.
+    """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
         ContentError: If the file contains no model of this code base.
@@ -133,7 +133,7 @@ def _own(tree: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the learning-rate schedule that the file contains, by dotted key."""
+    """Return the settings of the learning-rate schedule that the file contains, keyed by dotted name."""
     found: dict[str, Any] = {}
     groups = as_table(tree.get("optimizer")).get("param_groups")
     rate = as_table(groups[0]).get("max_lr") if isinstance(groups, list) and groups else None

@@ -179,7 +179,7 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
 
 
 def _script(words: Sequence[str]) -> str | None:
-    """Return the script among the arguments of `python`, or None if Python runs a module, a text or its standard input."""
+    """Return the script among the arguments of `python`, or None if Python runs a module, the code after `-c`, or its standard input."""
     remaining = list(words)
     while remaining and remaining[0].startswith("-"):
         option = remaining.pop(0)

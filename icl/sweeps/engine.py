@@ -43,7 +43,7 @@ class SweepResult(NamedTuple):
     states: dict[int, PointState]
     """The state of each point, by its number."""
     received: signal.Signals | None = None
-    """The signal that stopped the engine; None if no signal did."""
+    """The signal that stopped the engine, or None if no signal stopped it."""
     has_progressed: bool = False
     """Whether a program of this engine has finished a point, or has made progress on one."""
     num_failed: int = 0

@@ -38,7 +38,7 @@ class Point:
     number: int
     """Number in the sweep's order, from 1."""
     settings: Settings
-    """Settings that the sweep chooses, with nested groups as in its file."""
+    """Settings that the sweep chooses, with nested groups as in the sweep file."""
     config: RunConfig
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""

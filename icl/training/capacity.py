@@ -30,7 +30,8 @@ _ROWS = 7
 _CPU_ROWS = 3
 """Number of arrays per member on a CPU: parameters and two moments."""
 _RESUMED_ROWS = 9
-"""Number of arrays per resumed member on a CPU: the three above, three that are read from the resume file, and three joined ones."""
+"""Number of arrays per resumed member on a CPU: parameters and two moments, each of them in the member, in the data read from the resume
+file, and in the joined arrays."""
 _DRAWN_BYTES = 128
 """Number of bytes for each number in a batch of prompts while the batch is drawn from counters (measured)."""
 _EVALUATED_ARRAYS = 48

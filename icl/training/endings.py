@@ -1,8 +1,8 @@
 """Record how a member's training ends, in its status, its log and its W&B run.
 
 If one member of several fails, `isolate_failure` ends that member with the reason, and the others continue. The failure of a
-single run is raised as an error. With several processes, any failure is raised, because the processes could not agree on the
-remaining members.
+single run is raised as an error. With several processes, any failure is raised, because the processes could not agree on
+which members remain.
 """
 
 import contextlib

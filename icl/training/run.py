@@ -56,7 +56,7 @@ class TrainResult(NamedTuple):
     """Message about missing rows or a missing last checkpoint of an ended run; None if nothing is missing. A run with such a message does
     not count as a success."""
     lacking: str | None = None
-    """Message about missing checkpoints before the last one, and about altered rows, of an ended run. `icl checkpoints RUN verify`
+    """Message that says which earlier checkpoints of an ended run are missing, and whether its rows were altered. `icl checkpoints RUN verify`
     reports both as damage."""
 
 
@@ -204,7 +204,7 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members at the lowest step until they reach the step of the next members, then both together, and so on to the end.
+    """Train the members at the lowest step until they reach the step of the next members. Then train both together, and so on to the end.
 
     Returns:
         The signal that stopped training, if any.

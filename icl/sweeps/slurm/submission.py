@@ -1,6 +1,6 @@
 """Write the script of a job array, and submit it.
 
-Every submission has a folder of its own, `$LOCAL_ROOT/.slurm/<name>/<time>/`, with the script, a copy of the sweep file, the
+Every submission has its own folder, `$LOCAL_ROOT/.slurm/<name>/<time>/`, with the script, a copy of the sweep file, the
 records of the jobs and their logs. So a sweep file can be edited while its jobs wait in the queue.
 """
 
@@ -193,7 +193,7 @@ def _option_name(word: str) -> str:
 
 
 def _quote(word: str) -> str:
-    r"""Quote a word for a line that begins with #SBATCH. Unlike a shell, Slurm replaces `\` between single quotes by `\`."""
+    r"""Quote a word for a line that begins with #SBATCH. Unlike a shell, Slurm replaces `\\` between single quotes by `\`."""
     return shlex.quote(word).replace("\\", "\\\\")
 
 
