@@ -75,7 +75,7 @@ class ICRegConfig:
     """Largest number of tasks in the older code. It has no effect, and is accepted only so that old scripts still work."""
 
     def to_run_config(self) -> RunConfig:
-        """Return a configuration with these values. All other settings are those of the preset `icr`.
+        """Return a configuration with these values. All other settings come from the preset `icr`.
 
         Raises:
             ConfigError: If a value cannot be used.
@@ -198,7 +198,7 @@ def load_checkpoint(
 
 
 def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None) -> Any:
-    """Load a trained model in evaluation mode. Arguments and errors are those of `load_checkpoint`."""
+    """Load a trained model in evaluation mode. The arguments and errors are the same as in `load_checkpoint`."""
     return load_checkpoint(path, cfg, step=step)[0].eval()
 
 

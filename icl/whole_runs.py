@@ -87,7 +87,7 @@ class RunEvaluator:
         self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))
 
     def __call__(self, path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Evaluate one run or checkpoint. The result is the same as that of `evaluate_run`."""
+        """Evaluate one run or checkpoint. Return the same two tables as `evaluate_run`."""
         files = checkpoint_files(path)
         first = load_checkpoint_file(files[0])
         config = first.config

@@ -146,7 +146,9 @@ class _Reader:
 
 def _array(extension: _Extension) -> np.ndarray:
     if extension.code not in (_ARRAY, _SCALAR):
-        raise ContentError(f"it contains a value of the extension type {extension.code}, and only arrays are read")
+        raise ContentError(
+            f"it contains a value of the extension type {extension.code}, but `icl` reads only arrays and numbers"
+        )
     parts = _Reader(extension.data, is_array=True).value(MAX_DEPTH - 2)
     if not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], list) and isinstance(parts[2], bytes)):
         raise ContentError("it contains an array without shape, type and data")

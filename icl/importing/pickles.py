@@ -150,15 +150,15 @@ def _require_uncompressed(path: Path, data: bytes) -> None:
 
 
 def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-    """Return the content of a file, or the error of PyTorch's reader."""
+    """Return the content of a file and None, or if PyTorch cannot read the file, None and the error."""
     try:
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(value, name) for name, value in stand_ins.items()]),
         ):
-            warnings.simplefilter("ignore")  # about other protocols of pickle, which are refused below
+            warnings.simplefilter("ignore")  # warnings about pickle protocols that are refused below
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), None
-    except Exception as error:  # damaged files make torch raise a dozen kinds
+    except Exception as error:  # damaged files make torch raise a dozen kinds of errors
         return None, error
 
 

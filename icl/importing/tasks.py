@@ -113,7 +113,7 @@ def _read_numpy(path: Path) -> Tensor:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (
         Exception
-    ) as error:  # damaged headers make NumPy raise many kinds, such as MemoryError and tokenize.TokenError
+    ) as error:  # damaged headers make NumPy raise many kinds of errors, such as MemoryError and tokenize.TokenError
         raise ContentError(first_line(error)) from None
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 

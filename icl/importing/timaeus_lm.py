@@ -159,7 +159,7 @@ def fetch(address: str) -> Path:
     try:
         patterns = [*PATTERNS, *_SETTINGS]
         return Path(snapshot_download(address.removeprefix("hf://"), allow_patterns=patterns))
-    except Exception as error:  # a dozen kinds: no network, no such repository, no access
+    except Exception as error:  # a dozen kinds of errors: no network, no such repository, no access
         raise OlderFileError(
             f"{address} cannot be fetched from the Hugging Face Hub ({first_line(error)[:150].rstrip('.')}). Without a network, copy the "
             "repository's files to a folder and import that folder."

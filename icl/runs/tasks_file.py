@@ -59,7 +59,7 @@ def remember_tasks(folder: Path, config: RunConfig) -> None:
     Runs that `icl` trained have no table. A missing file is not an error here; only work that needs the tasks fails later.
 
     Raises:
-        TasksError: If the file is damaged, or its digest is not the one in the run's settings.
+        TasksError: If the file is damaged, or its digest differs from the one in the run's settings.
     """
     digest = config.task.imported_tasks
     if digest in (None, "unknown") or is_known(str(digest)):

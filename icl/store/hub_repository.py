@@ -121,7 +121,7 @@ class Repository:
 
 
 def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, Exception | None]:
-    """Return the result of a call, or its error."""
+    """Make a call. Return its result and None, or if it fails, None and the error."""
     try:
         return waiting.await_result(act, seconds=CALL_SECONDS, awaited=endpoint), None
     except waiting.StalledError:
@@ -129,7 +129,7 @@ def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, E
             f"{endpoint} is busy: there was no progress for {CALL_SECONDS:.0f} s. Files that have arrived stay; run the same command again "
             "later."
         )
-    except Exception as error:  # the client and its libraries raise a dozen kinds
+    except Exception as error:  # the client and its libraries raise a dozen kinds of errors
         return None, error
 
 

@@ -45,7 +45,7 @@ class SweepResult(NamedTuple):
     received: signal.Signals | None = None
     """The signal that stopped the engine, or None if no signal stopped it."""
     has_progressed: bool = False
-    """Whether a program of this engine has finished a point, or has made progress on one."""
+    """Whether any program of this engine has finished a point or made progress on a point."""
     num_failed: int = 0
     """Number of points that failed in this engine."""
 

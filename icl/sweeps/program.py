@@ -108,7 +108,7 @@ class Program:
         claim.finish(outcome, exit_status=code, reason=reason)
 
     def _reason_of_failure(self, claim: Claim, status: Status | None, code: int) -> str:
-        """Return the reason in the status of the run, or the exit status and the last line of the log."""
+        """Return the reason in the run's status if the run has failed. Otherwise return the exit status and the last line of the log."""
         if status is not None and status.state == "failed":
             return status.reason or "failed"
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

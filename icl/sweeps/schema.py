@@ -193,7 +193,9 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
             extremes(parameter)
     except OverflowError:
         hint = f" Its bounds are exponents of e; {EXPONENTS[kind]} takes the values." if kind in EXPONENTS else ""
-        raise SweepFileError(f"`{name}` ({kind}) has values that are too large for a number.{hint}") from None
+        raise SweepFileError(
+            f"`{name}` ({kind}) has values that are too large for a number in floating point.{hint}"
+        ) from None
     return parameter
 
 

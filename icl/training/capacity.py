@@ -94,7 +94,7 @@ def _require_language_room(config: RunConfig, device: torch.device | str) -> Non
 
 
 def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
-    """Return the bytes per member on a CPU without activations. `row_bytes` is the size of a member's parameters."""
+    """Return the number of bytes per member on a CPU, not counting activations. `row_bytes` is the size of a member's parameters in bytes."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
     if configs[0].model.is_language:  # activations have their own bound, `MAX_NUMBERS`
         return float(
@@ -111,7 +111,7 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
 
 
 def activation_bytes(config: RunConfig, params: Params) -> int:
-    """Return the bytes of activations that autograd keeps for the backward pass, per prompt and member.
+    """Return the number of bytes of activations that autograd keeps for the backward pass, per prompt and member.
 
     A population of one needs fewer bytes per member than a larger population. A language model keeps at most `MAX_NUMBERS` numbers for
     a whole batch.
@@ -122,7 +122,7 @@ def activation_bytes(config: RunConfig, params: Params) -> int:
 
 
 def _saved_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
-    """Return the bytes that autograd saves in a forward pass, without the parameters."""
+    """Return the number of bytes that autograd saves in a forward pass, not counting the parameters."""
     saved: dict[int, int] = {}  # bytes by storage, because several tensors can share one
 
     def note(tensor: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def describe_jobs(submissions: Sequence[Path]) -> list[str]:
     for folder, submission in known:
         for task, record in enumerate(records[folder]):
             if record is None and not submission.array:
-                continue  # the number of the array is not known
+                continue  # the ID of the array is not known
             id = record.job if record is not None else f"{submission.array}_{task}"
             state, text = _describe_job(record, queue, id, folder / f"{id}.log")
             if folder == known[-1][0] or state in ("waiting", "running"):

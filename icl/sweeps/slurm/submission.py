@@ -130,7 +130,10 @@ def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
     limit = largest_array()
     number = min(num_programs, num_jobs or num_programs, limit or sys.maxsize)
     if limit is not None and number == limit < min(num_programs, num_jobs or num_programs):
-        return number, f"This site allows only {limit:,} jobs in an array; they share all {num_programs:,} points."
+        return (
+            number,
+            f"This site allows only {limit:,} jobs in an array, although there is work for {num_programs:,}; they share all points.",
+        )
     if num_jobs is not None and number < num_jobs:
         return number, f"{number:,} of {num_jobs:,} jobs are submitted, because the others would find nothing to do."
     return number, ""

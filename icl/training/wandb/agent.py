@@ -46,7 +46,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
 
     Raises:
         SweepError: If this run cannot join the sweep.
-        UserError: Any error of the two functions.
+        UserError: Any error that the two functions raise.
     """
     # If `wandb.init` is interrupted, W&B considers the run finished. So signals are handled only after it has returned.
     with handling({signal.SIGTERM: defer, signal.SIGINT: defer}):
