@@ -1,8 +1,8 @@
 """Files of the code base with `ICRegConfig` (`ic_regression.py`): layout, settings and tasks.
 
-A file is a dict of `model_state_dict`, `step`, `cfg` (an ICRegConfig), `M` and the state of the optimiser. The model is a GPT-like
-transformer on `nn.MultiheadAttention`, with exact GELU and a final layer norm. The setting `use_prenorm` says whether layer norm
-comes before or after attention and MLP.
+A file contains a dict with the keys `model_state_dict`, `step`, `cfg` (an ICRegConfig) and `M`, and with the state of the optimiser. The
+model is a GPT-like transformer on `nn.MultiheadAttention`, with exact GELU and a final layer norm. The setting `use_prenorm` says
+whether layer norm comes before or after attention and MLP.
 
 The training tasks are not saved. The code draws them on the CPU as `torch.randn(max_M, D)` with a generator of seed 0, and the
 first M of them are the pool.

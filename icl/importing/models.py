@@ -94,7 +94,7 @@ def find_files(path: Path, source: Format) -> list[Path]:
         hint = f"; {inner} has some" if inner else ""
         if any(path.glob("**/.zarray")) or any(path.glob("**/ocdbt.process_*")):
             hint = (
-                ". It has arrays of Orbax in many files, which are not read: in the environment of the older code, restore them and "
+                ". Orbax saved its arrays in many files, which `icl` does not read: in the environment of the older code, restore them and "
                 "save them in one file with flax.serialization.to_bytes"
             )
         raise OlderFileError(f"{path} has no files {' or '.join(source.patterns)} of {source.about}{hint}.")
@@ -271,7 +271,7 @@ def _number(file: Path) -> int | None:
         match = _STEP.fullmatch(name)
         if match:
             return int(match[1])
-        if name != "checkpoint":  # only for a file of this name, the step is in the folder's name
+        if name != "checkpoint":  # only for a file named `checkpoint`, the folder's name contains the step
             return None
     return None
 

@@ -1,9 +1,9 @@
 """Files of mansheej/icl-task-diversity, the code of Raventos et al. (2023): layout, settings and tasks.
 
 A run's folder has `config.json` and one `checkpoint_<step>` for each saved step. `checkpoint_<step>` is a file, or a folder that
-contains the file `checkpoint`. The file is in the msgpack format of Flax. It contains a table of `step`, `params` and `opt_state`,
-or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight. The fused projection contains first all
-queries, then all keys, then all values.
+contains the file `checkpoint`. The file is in the msgpack format of Flax. It contains a table with the keys `step`, `params` and
+`opt_state`, or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight. The fused projection of
+attention contains first all queries, then all keys, then all values.
 
 The tasks are `jax.random.normal(fold_in(PRNGKey(task_seed), 0), (M, D, 1))`. JAX 0.5 changed this function, so the tasks are drawn again
 only if the user requests it.

@@ -1,8 +1,9 @@
 """Files of timaeus-research/icl, the code of Hoogland et al. (2024): layout, settings and tasks.
 
-A file contains a dict of `model`, `optimizer`, `scheduler` and, in later versions, `rng_state` and `metadata`, or only the state dict.
-The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts steps from 0 and
-saves after the update, so file t contains the state after t + 1 updates. We keep the number t, because the published data use it.
+A file contains either only the state dict, or a dict with the keys `model`, `optimizer`, `scheduler` and, in later versions, `rng_state`
+and `metadata`. The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts
+steps from 0 and saves after the update, so file t contains the state after t + 1 updates. We keep the number t, because the published
+data use it.
 
 The code adds each block's input twice (`model.double_residual`). The projection to queries, keys and values contains q, k and v of
 head 1, then of head 2, and so on, as in `icl`. A file does not contain the number of heads, the noise or the tasks. The tasks are drawn on

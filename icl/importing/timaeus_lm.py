@@ -1,8 +1,8 @@
 """Files of the language models of Hoogland et al. (2024) and their successors (Timaeus, on the Hugging Face Hub), in two formats.
 
-- Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict of `model_state_dict` and `optimizer_state_dict`.
-  There is no file of settings. The code saves after the update, so file 0 contains the state after one update. We keep the number in the
-  file's name.
+- Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict with the keys `model_state_dict` and
+  `optimizer_state_dict`. There is no file of settings. The code saves after the update, so file 0 contains the state after one update. We
+  keep the number in the file's name.
 - Format B (`timaeus/H8-dh64`): `model.safetensors`, with `config.json` and `model.yaml` beside it, and perhaps a folder `checkpoints`.
 
 The weights have TransformerLens's names, which `icl` also uses. Buffers (`attn.mask`, `attn.IGNORE`) are left out. All sizes are taken

@@ -244,7 +244,7 @@ class _Engine:
             return None
         has_failed_now = state.attempt > self._earlier_attempts[point.number] or (state.is_final and not self.retry)
         if state.state == "done" or (state.state == "failed" and has_failed_now):
-            if not self._storage.is_there(now=True):  # if so, the state was read from a missing or empty folder
+            if not self._storage.is_there(now=True):  # the state was read from a missing or empty folder
                 return None
             self._close(point, f"{state.state:8s} {point.name}: {state.reason}")
             return None

@@ -202,7 +202,7 @@ class MetricsLog(pl.Callback):
 
     @property
     def loss(self) -> float | None:
-        """Mean over the running members of the training loss in their last rows, or None if there are no rows."""
+        """Training loss averaged over the running members, from each member's last row, or None if there are no rows."""
         losses = [member.loss for member in self.members if member.is_running and member.loss is not None]
         return sum(losses) / len(losses) if losses else None
 

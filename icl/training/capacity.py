@@ -48,7 +48,7 @@ def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int
     member = dict(build_model(config).named_parameters())
     row_bytes = sum(tensor.nbytes for tensor in member.values())
     members = stack([member] if is_cpu else [member] * 2)
-    if not is_cpu:  # our attention kernel is for CPUs only; without it, autograd keeps more
+    if not is_cpu:  # our attention kernel is for CPUs only; without it, autograd keeps more tensors
         members = {name: tensor.to("meta") for name, tensor in members.items()}
     activations = activation_bytes(config, members) * config.trainer.batch_size
     available = _SHARE * device_bytes(device)

@@ -65,7 +65,7 @@ class PromptStream:
         while True:
             start = step - step % self.block
             prompts = self._sample(range(start, start + self.block))
-            # Unbind all steps at once: XLA would compile each index into a graph of its own.
+            # Unbind all steps at once: XLA would compile each index into a separate graph.
             for parts in list(zip(*(part.unbind() for part in prompts), strict=True))[step - start :]:
                 yield type(prompts)(*parts)
             step = start + self.block

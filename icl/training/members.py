@@ -55,7 +55,7 @@ class Member:
     num_checks: int = 0
     """Number of evaluations since the best value."""
     extra_step: int | None = None
-    """Step of the best checkpoint, if it is not on the schedule."""
+    """Step of the best checkpoint if this step is not on the schedule, else None."""
     state: State = "running"
     end_step: int | None = None
     reason: str | None = None
