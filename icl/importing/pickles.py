@@ -145,7 +145,7 @@ def _require_uncompressed(path: Path, data: bytes) -> None:
         return
     if size > len(data):
         raise OlderFileError(
-            f"{path} is compressed or damaged: it claims to contain {size:,} bytes and has {len(data):,}. Save it again with torch.save."
+            f"{path} is compressed or damaged: it claims to contain {size:,} bytes, but has only {len(data):,}. Save it again with torch.save."
         )
 
 

@@ -205,7 +205,7 @@ class Requests:
         for number, page in enumerate(pages, 1):
             _require_listing(page)
             if operation == "list_objects_v2" and page.get("IsTruncated") and not page.get("NextContinuationToken"):
-                # The server answered in the older request's format. botocore would stop after this page.
+                # The server answered in the format of the older listing request. botocore would stop after this page.
                 raise _UnusableAnswerError
             keys = {entry["Key"] for entry in page.get("Contents", [])}
             if number > MAX_PAGES or (keys and keys <= seen):

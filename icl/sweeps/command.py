@@ -1,6 +1,6 @@
 """Make the command and environment of a point from the command of a sweep, by replacing its macros.
 
-The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
+The macros are W&B's: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
 are separate words. We differ from W&B in two ways:
 

@@ -74,7 +74,7 @@ def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Record an exception of the body in the status and the W&B run of every unfinished member. Failed writes of the record are ignored."""
+    """Record an exception of the body in the status and the W&B run of every unfinished member. If the record cannot be written, it is left out."""
     try:
         yield
     except SystemExit as stop:  # Lightning raises it after a second Ctrl-C
