@@ -10,7 +10,7 @@ import sys
 
 
 def _working_folder() -> str:
-    """Return the working folder as it appears in `sys.path`, or an empty text if the folder was deleted (`icl.cli` reports this later)."""
+    """Return the working folder as it appears in `sys.path`, or an empty string if the folder was deleted (`icl.cli` reports this later)."""
     try:
         return os.getcwd()  # noqa: PTH109
     except OSError:

@@ -51,7 +51,7 @@ _MAX_PROMPTS = 2**31
 
 @dataclass
 class ICRegConfig:
-    """Settings of the task and the model, with their older names. Other settings are arguments of `train_ic_regression`."""
+    """Settings of the task and the model, with the names of an older code base. Other settings are arguments of `train_ic_regression`."""
 
     D: int = 8
     """Input dimension."""
@@ -75,7 +75,7 @@ class ICRegConfig:
     """Largest number of tasks in the older code. It has no effect, and is accepted only so that old scripts still work."""
 
     def to_run_config(self) -> RunConfig:
-        """Return a configuration with these values. All other settings are those of the preset `icr`.
+        """Return a configuration with these values. All other settings come from the preset `icr`.
 
         Raises:
             ConfigError: If a value cannot be used.
@@ -198,7 +198,7 @@ def load_checkpoint(
 
 
 def load_model(path: str | Path, cfg: ICRegConfig | RunConfig | None = None, *, step: int | None = None) -> Any:
-    """Load a trained model in evaluation mode. Arguments and errors are those of `load_checkpoint`."""
+    """Load a trained model in evaluation mode. The arguments and errors are the same as in `load_checkpoint`."""
     return load_checkpoint(path, cfg, step=step)[0].eval()
 
 
@@ -236,7 +236,7 @@ def evaluate_ood_score(
         model: A trained model. Predictions are computed in its dtype.
         cfg: Settings of the task. By default `ICRegConfig()`.
         n_samples: Number of prompts.
-        batch_size: Number of prompts that are computed at a time.
+        batch_size: Number of prompts in one forward pass.
 
     Raises:
         ConfigError: If a size is not a positive whole number, D or K of the model and `cfg` differ, or predictions are not finite.

@@ -67,7 +67,7 @@ def build_evaluation_sets(
 ) -> list[EvaluationSet]:
     """Return the run's evaluation sets: `pretrain`, `true` and `shifts`, or `test` for a language run.
 
-    The other arguments are those of `evaluation_set`.
+    The other arguments are the same as in `evaluation_set`.
     """
     make = partial(
         evaluation_set,

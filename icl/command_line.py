@@ -1,7 +1,7 @@
 """Parser for all commands: options, and for some commands also the settings of a run.
 
 A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole section can be given as a table, because W&B writes
-nested parameters in this way: `--task={'num_tasks': 2}`. This module keeps the values of settings as text. `icl.resolve` converts
+nested parameters in this way: `--task={'num_tasks': 2}`. This module keeps the values of settings as strings. `icl.resolve` converts
 them, together with the values from files.
 
 The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain such
@@ -41,7 +41,7 @@ class CommandParser(argparse.ArgumentParser):
         description: What the command does.
         examples: Examples of command lines, one per line.
         settings: Whether the command also takes the settings of a run.
-        help_of: The settings that the help describes: a section, or `all`. By default none.
+        help_of: The section of settings that the help describes, or `all`. By default, the help describes no settings.
         options: Further arguments of argparse's parser.
     """
 
@@ -98,7 +98,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # of overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse the options. The result has the attribute `settings`: a dict of the settings of the run as text, by dotted key.
+        """Parse the options. The result's attribute `settings` is a dict of the run's settings as strings, keyed by dotted name.
 
         Raises:
             ConfigError: For a word that is neither an option nor a setting, or for a value that an option does not accept.
@@ -116,7 +116,7 @@ class CommandParser(argparse.ArgumentParser):
         if self.help_of is None:
             return super().format_help()
         below = "defaults < preset" if self.help_of == "all" else "the run's own settings"
-        layers = f"a later source overrides an earlier one: {below} < --config files in their order < command line"
+        layers = f"a later source overrides an earlier one: {below} < --config files in the given order < command line"
         return f"{super().format_help()}\nsettings ({layers}):\n\n{_describe_settings(self.help_of)}"
 
     def _refuse(self, word: str) -> NoReturn:
@@ -150,10 +150,11 @@ class _StoreOnce(argparse.Action):
 def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Split a command line into the settings of a run and all other words. If a key is given twice, the later value counts.
 
-    If a setting is true or false, `--key` without a value means true.
+    For a setting that is true or false, `--key` without a value means true.
 
     Returns:
-        The settings by dotted key, and all other words in their order. Values are text, except that values from a table keep their types.
+        The settings, keyed by dotted name, and a list of all other words in order. Values are strings, but values from a table keep their
+        types.
 
     Raises:
         ConfigError: For a setting without a value, or a section without a table.
@@ -182,7 +183,7 @@ def split_settings(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question that suggests the nearest known word, or an empty text if no known word is similar."""
+    """Return a question that suggests the nearest known word, or an empty string if no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean `{near[0]}`?" if near else ""
 
@@ -214,7 +215,7 @@ def _read_section(section: str, text: str) -> dict[str, Any]:
 
 
 def _describe_settings(section: str) -> str:
-    """Return the help of a section's settings, or of all settings: their types, defaults and descriptions."""
+    """Return the types, defaults and descriptions of a section's settings, or of all settings."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -150,7 +150,7 @@ ICR = RunConfig(
 # Our own preset, which shows transient ridge (Carroll et al. 2025) on a laptop. The loss on new tasks is smallest at about step 700. There it
 # has fallen by 71 % of the difference between the loss of predicting zero and ridge's loss. It then rises while the model learns its ten
 # tasks. (docs/reproduction.md lists the settings that we tried.) With batches of 256 prompts and a constant rate, the scatter between steps is
-# less than a tenth of the rise. The sampler is that of the quickstart. We have not checked it for this model.
+# less than a tenth of the rise. The preset uses the quickstart's sampler. We have not checked the sampler for this model.
 TRANSIENCE = RunConfig(
     preset="transience",
     task=TaskConfig(num_tasks=10, task_size=3, max_examples=8, noise_variance=0.1),

@@ -84,7 +84,7 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting of a member if the source that defines the population, or a later source, also sets it.
+    """Refuse a setting such as `seeds.model` that a population sets for each member, if the population's source or a later one also sets it.
 
     Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
 
@@ -130,7 +130,7 @@ def refuse_unknown(keys: Iterable[Any]) -> None:
     known = known_keys()
     for key in keys:
         if key not in known:
-            text = " ".join(str(key).split())  # a key in YAML need not be text
+            text = " ".join(str(key).split())  # a key in YAML need not be a string
             if text in SECTIONS:
                 raise ConfigError(f"`{text}` is a section; write `{text}: {{key: value}}` or `--{text}.key VALUE`.")
             raise ConfigError(f"There is no setting `{text}`. {_suggestion(text, known)}")

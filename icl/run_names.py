@@ -38,8 +38,8 @@ def run_name(config: RunConfig) -> str:
 def varying_names(configs: Sequence[RunConfig]) -> list[str]:
     """Return a name for each of several runs, made from the settings that differ among the runs.
 
-    If, in every run, the seeds for model, data and noise are equal, as in a population, they appear as one setting `seed`. The number
-    of tasks appears as `M`. If all runs have equal settings, the names are empty. Runs with equal settings have equal names.
+    If each run has a single seed for its model, data and noise, as in a population, this seed appears as `seed`. The number of tasks
+    appears as `M`. If all runs have equal settings, the names are empty. Runs with equal settings have equal names.
 
     Examples:
         >>> from icl.config import TaskConfig

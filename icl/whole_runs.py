@@ -87,7 +87,7 @@ class RunEvaluator:
         self._set = lru_cache(maxsize=_SETS_KEPT)(partial(_make_set, torch_device()))
 
     def __call__(self, path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Evaluate one run or checkpoint. The result is the same as that of `evaluate_run`."""
+        """Evaluate one run or checkpoint. Return the same two tables as `evaluate_run`."""
         files = checkpoint_files(path)
         first = load_checkpoint_file(files[0])
         config = first.config
@@ -125,7 +125,7 @@ class RunEvaluator:
         return numbers.assign(prompts=PROMPTS), references.assign(prompts=PROMPTS)
 
     def _predictor(self, first: Checkpoint, sets: Sequence[EvaluationSet], *, num_checkpoints: int) -> Predict:
-        """Return the function that computes the predictions of a run's checkpoints. By default it is compiled if this saves time in this run."""
+        """Return the function that computes the predictions of a run's checkpoints. By default it is compiled if this saves time."""
         model, compiled = first.config.model, self.compiled
         if compiled is None:
             num_params = sum(tensor.numel() for tensor in first.params.values())
@@ -228,7 +228,7 @@ def save_evaluation(
 
 
 def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame, seeds: pd.DataFrame | None = None) -> Path:
-    """Write the first table from `evaluate_run` as .csv, or both tables as .json. The JSON file also contains `seeds`, if this has rows.
+    """Write the first table from `evaluate_run` as .csv, or both tables as .json. The JSON file also contains `seeds`, if `seeds` has rows.
 
     Raises:
         StorageError: If `out` has a suffix other than .csv or .json, or cannot be written.
@@ -289,7 +289,7 @@ def evaluation_over_seeds(
 
 
 def seeds_headline(pooled: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with one row per group of runs in `pooled`, the result of `evaluation_over_seeds` with `only_last`: main numbers as text."""
+    """Return the main numbers as strings, with one row per group of runs. `pooled` is the result of `evaluation_over_seeds` with `only_last`."""
     rows = pooled[(pooled["position"] == "mean") & pooled["distribution"].isin(["pretrain", "true"])]
     rows = rows[rows["quantity"].isin(_HEADLINES)]
     texts = [pooled_text(row) for row in rows.to_dict("records")]

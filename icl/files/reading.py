@@ -4,7 +4,7 @@ Python's parsers raise a dozen kinds of errors for damaged or malicious text, an
 that cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a
 float, and dates. This module raises the same error, `ContentError`, in all these cases. The error's message completes a sentence
 such as "status.json cannot be used: ...". PyYAML also reads clock times as numbers: 1:30 becomes 90. This module reads clock times
-as text.
+as strings.
 """
 
 import datetime
@@ -65,14 +65,14 @@ def read_bytes(path: Path, *, limit: int | None = MAX_SMALL_FILE) -> bytes:
 
 
 def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
-    """Return the content of a JSON text.
+    """Return the content of a JSON document.
 
     Args:
-        data: The text, in UTF-8 if it is bytes.
+        data: The document, in UTF-8 if it is bytes.
         limit: Largest number of values. The default is no limit.
 
     Raises:
-        ContentError: If the text is not JSON, repeats a key, is nested too deeply, or contains a number that is too large.
+        ContentError: If the document is not JSON, repeats a key, is nested too deeply, or contains a number that is too large.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -88,10 +88,10 @@ def parse_json(data: bytes | str, *, limit: int | None = None) -> Any:
 
 
 def parse_yaml(data: bytes | str) -> Any:
-    """Return the content of a YAML text. The content has only plain types. A class that the text names is never loaded.
+    """Return the content of a YAML document. The content has only plain types. A class that the document names is never loaded.
 
     Raises:
-        ContentError: If the text is not YAML, repeats a key, is too long or nested too deeply, or has aliases that expand to too
+        ContentError: If the document is not YAML, repeats a key, is too long or nested too deeply, or has aliases that expand to too
             many values.
     """
     if len(data) > MAX_YAML:
@@ -109,7 +109,7 @@ def parse_yaml(data: bytes | str) -> Any:
 
 
 def is_table(rows: Any) -> bool:
-    """Return whether a value from JSON is a list of rows. Each row is a dict of texts, numbers, truth values and nulls."""
+    """Return whether a value from JSON is a list of rows. Each row is a dict of strings, numbers, booleans and nulls."""
     return isinstance(rows, list) and all(
         isinstance(row, dict) and all(value is None or isinstance(value, (str, int, float)) for value in row.values())
         for row in rows
@@ -128,7 +128,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Return whether Python's `float` accepts a text as a number."""
+    """Return whether Python's `float` accepts a string as a number."""
     try:
         float(text)
     except ValueError:
@@ -148,7 +148,7 @@ class _Loader(yaml.SafeLoader):
 
     - PyYAML keeps only the last value of a repeated key. This loader refuses repeated keys.
     - PyYAML makes numbers beyond the range of a float infinite or zero. This loader refuses them.
-    - PyYAML reads 1:30 as 90. This loader reads it as text.
+    - PyYAML reads 1:30 as 90. This loader reads it as a string.
     """
 
     def construct_yaml_float(self, node: Any) -> float:
@@ -203,7 +203,7 @@ def _real_number(digits: str) -> float:
 
 
 def _require_bounded(tree: Any, limit: int | None) -> None:
-    """Refuse deep nesting, large numbers, broken text and too many values, which would cause failures later.
+    """Refuse deep nesting, large numbers, invalid Unicode and too many values, which would cause failures later.
 
     The walk keeps its own stack of iterators, so deep nesting cannot exhaust Python's stack. A value with aliases counts once for
     each alias.
@@ -224,7 +224,7 @@ def _require_bounded(tree: Any, limit: int | None) -> None:
             what = f"the {_TYPES[type(value)]} {value}" if isinstance(value, datetime.date) else _TYPES[type(value)]
             raise ContentError(f"it contains {what}{_where(tree, value)}; write a number, or text in quotes")
         if isinstance(value, str) and not value.isascii() and not _is_unicode(value):
-            raise ContentError("it contains text that is not Unicode")
+            raise ContentError("it contains text that is not valid Unicode")
         if isinstance(value, (dict, list)):
             if len(stack) > MAX_DEPTH:
                 raise ContentError(f"it is nested more than {MAX_DEPTH} levels deep")

@@ -17,10 +17,10 @@ _LEAST = 6
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return a text without the credentials in its URLs and without the values of secret variables.
+    """Return a string without the credentials in its URLs and without the values of secret variables.
 
     A variable is secret if its name is `SECRET`, `TOKEN`, `PASSWORD` or a similar word, or ends in such a word after an underscore.
-    The variable may be set in the environment or in the text itself.
+    The variable may be set in the environment or in the string itself.
 
     Examples:
         >>> redact("no answer from https://me:word@host:9000/bucket")

@@ -110,7 +110,7 @@ def link_or_create(temporary: Path, path: Path) -> None:
 
 
 def warn_of_limits(folder: Path, refusal: OSError) -> None:
-    """Warn about the operations that a file system refuses and the risks, once for each file system."""
+    """Warn once for each file system about the operations that it does not support, and about the risks."""
     device = _device(folder)
     if device in _WARNED:
         return

@@ -94,4 +94,4 @@ def require_numbers(table: pd.DataFrame) -> None:
             raise ContentError(f"its column `{name}` contains a number with a magnitude above {_LARGEST:g}")
     steps = table["step"].dropna().astype(float) if "step" in table else pd.Series(dtype=float)
     if not ((steps >= 0) & (steps < 2**63) & (steps % 1 == 0)).all():
-        raise ContentError("its column `step` contains something other than whole numbers from 0")
+        raise ContentError("its column `step` contains a value that is not a whole number of at least 0")

@@ -28,12 +28,12 @@ class Format(NamedTuple):
     is_mine: Callable[[Any], bool]
     step_of: Callable[[Any], int | None]
     facts: Callable[[Any], dict[str, Any]]
-    """Settings that a file determines, by dotted key."""
+    """Function that returns the settings that a file determines, keyed by dotted name."""
     folder_facts: Callable[[Path], dict[str, Any]]
-    """Settings that are determined by the name of a file's folder, or by another file in or above this folder."""
+    """Function that returns the settings that are determined by the name of a file's folder, or by another file in or above this folder."""
     params: Callable[[Any, RunConfig], Params]
     draw_tasks: Callable[[Any, RunConfig], Float[Tensor, "M D"]]
-    """Draw the training tasks again, as the older code did from its seed."""
+    """Function that draws the training tasks again, as the older code did from its seed."""
     tasks_seed: int | None
     """The seed of the tasks if the code always uses the same seed, else None."""
     is_first_pattern: bool = False

@@ -1,8 +1,8 @@
 """Files of the code base with `ICRegConfig` (`ic_regression.py`): layout, settings and tasks.
 
-A file is a dict of `model_state_dict`, `step`, `cfg` (an ICRegConfig), `M` and the state of the optimiser. The model is a GPT-like
-transformer on `nn.MultiheadAttention`, with exact GELU and a final layer norm. The setting `use_prenorm` says whether layer norm
-comes before or after attention and MLP.
+A file contains a dict with the keys `model_state_dict`, `step`, `cfg` (an ICRegConfig) and `M`, and with the state of the optimiser. The
+model is a GPT-like transformer on `nn.MultiheadAttention`, with exact GELU and a final layer norm. The setting `use_prenorm` says
+whether layer norm comes before or after attention and MLP.
 
 The training tasks are not saved. The code draws them on the CPU as `torch.randn(max_M, D)` with a generator of seed 0, and the
 first M of them are the pool.
@@ -47,7 +47,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a file determines, by dotted key.
+    """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
         ContentError: If the file contains no model of this code base, or its config and its weights contradict each other.
@@ -130,7 +130,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     rows, size, count = table.get("max_M"), config.task.task_size, int(config.task.num_tasks)
     if not is_count(rows) or rows < count:
         raise ConfigError(
-            f"The tasks cannot be drawn again, because the file does not contain `max_M` (at least {count:,}). Give the tasks with "
+            f"The tasks cannot be drawn again, because the file does not contain `max_M`, which is at least {count:,}. Give the tasks with "
             "--tasks FILE, or write --tasks unknown."
         )
     generator = torch.Generator().manual_seed(config.seeds.tasks)

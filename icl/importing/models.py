@@ -94,7 +94,7 @@ def find_files(path: Path, source: Format) -> list[Path]:
         hint = f"; {inner} has some" if inner else ""
         if any(path.glob("**/.zarray")) or any(path.glob("**/ocdbt.process_*")):
             hint = (
-                ". It has arrays of Orbax in many files, which are not read: in the environment of the older code, restore them and "
+                ". Orbax saved its arrays in many files, which `icl` does not read: in the environment of the older code, restore them and "
                 "save them in one file with flax.serialization.to_bytes"
             )
         raise OlderFileError(f"{path} has no files {' or '.join(source.patterns)} of {source.about}{hint}.")
@@ -186,7 +186,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
 
 
 def _needed(known: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the settings that must be known, each with a description. For a language model, only the activation is not in the weights."""
+    """Return the settings that must be known, each with a description. For a language model this is at most the activation of its MLPs."""
     if known.get("model.family") != "language":
         return _NEEDED
     return {"model.activation": "relu, gelu or gelu_tanh"} if known["model.mlp_size"] else {}
@@ -210,7 +210,7 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
 
 
 def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None:
-    """Refuse a file that belongs to another run than the first file.
+    """Refuse a file that does not belong to the same run as the first file.
 
     Raises:
         OlderFileError: If settings differ. The message names the first difference.
@@ -271,7 +271,7 @@ def _number(file: Path) -> int | None:
         match = _STEP.fullmatch(name)
         if match:
             return int(match[1])
-        if name != "checkpoint":  # only for a file of this name, the step is in the folder's name
+        if name != "checkpoint":  # only for a file named `checkpoint`, the folder's name contains the step
             return None
     return None
 

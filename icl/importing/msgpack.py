@@ -1,4 +1,4 @@
-"""Read files in the msgpack format of Flax: nested tables of arrays, numbers and text. Nothing is unpickled.
+"""Read files in the msgpack format of Flax: nested tables of arrays, numbers and strings. Nothing is unpickled.
 
 The format is described at https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as extension type 1. The data of
 this type is again msgpack: shape, name of the number type, bytes. A NumPy scalar is saved as extension type 3, in the same form. An
@@ -61,7 +61,7 @@ class _Extension(NamedTuple):
 
 
 def parse_msgpack(data: bytes) -> Any:
-    """Return the content of a file: dicts with text as keys, lists, numbers, text, and NumPy arrays.
+    """Return the content of a file: dicts with string keys, lists, numbers, strings and NumPy arrays.
 
     Raises:
         ContentError: If the file is not msgpack of Flax, or was cut short.
@@ -89,7 +89,7 @@ class _Reader:
         return self.data[self.position - size : self.position]
 
     def number(self, form: str) -> Any:
-        """Return the next number of a struct format."""
+        """Return the next number. `form` is its format in Python's module `struct`."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def value(self, depth: int) -> Any:
@@ -127,7 +127,7 @@ class _Reader:
         return int(length)
 
     def text(self, length: int) -> str:
-        """Return the next text."""
+        """Return the next string."""
         try:
             return bytes(self.take(length)).decode("utf-8")
         except UnicodeDecodeError:
@@ -139,14 +139,16 @@ class _Reader:
         for _ in range(self.bounded(length)):
             key = self.value(depth + 1)
             if not isinstance(key, str) or key in table:
-                raise ContentError("it contains a table with a key that is not text or that appears twice")
+                raise ContentError("it contains a table with a key that is not a string or that appears twice")
             table[key] = self.value(depth + 1)
         return table
 
 
 def _array(extension: _Extension) -> np.ndarray:
     if extension.code not in (_ARRAY, _SCALAR):
-        raise ContentError(f"it contains a value of the extension type {extension.code}, and only arrays are read")
+        raise ContentError(
+            f"it contains a value of the extension type {extension.code}, but `icl` reads only arrays and numbers"
+        )
     parts = _Reader(extension.data, is_array=True).value(MAX_DEPTH - 2)
     if not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], list) and isinstance(parts[2], bytes)):
         raise ContentError("it contains an array without shape, type and data")

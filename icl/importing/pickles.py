@@ -1,6 +1,6 @@
 """Read files of `torch.save` without unpickling them.
 
-A pickle can run any code. So we read these files with `weights_only=True`. PyTorch's reader then accepts tensors, numbers, text and
+A pickle can run any code. So we read these files with `weights_only=True`. PyTorch's reader then accepts tensors, numbers, strings and
 containers, and refuses every other Python object by its name. Older code bases also saved a few harmless objects. This module
 has a list of their names, and replaces each object by a stand-in that only stores data. No module of the older code is imported.
 """
@@ -70,7 +70,7 @@ def _number(*args: Any) -> Any:
 
 
 def _bytes(*args: Any) -> Any:
-    """Return the bytes that a pickle contains as text in Latin-1."""
+    """Return bytes that a pickle contains as a string in Latin-1."""
     is_latin = (
         len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1" and all(c < "\u0100" for c in args[0])
     )
@@ -128,7 +128,7 @@ def as_table(value: Any) -> dict[str, Any]:
 
 
 def as_settings(value: Any) -> dict[str, bool | int | float | str]:
-    """Return the numbers and texts of a config, keyed by name. A tensor with one element counts as a number. Other values are left out."""
+    """Return the numbers and strings of a config, keyed by name. A tensor with one element counts as a number. Other values are left out."""
     table = {
         key: entry.item() if isinstance(entry, Tensor) and entry.numel() == 1 else entry
         for key, entry in as_table(value).items()
@@ -145,20 +145,20 @@ def _require_uncompressed(path: Path, data: bytes) -> None:
         return
     if size > len(data):
         raise OlderFileError(
-            f"{path} is compressed or damaged: it claims to contain {size:,} bytes and has {len(data):,}. Save it again with torch.save."
+            f"{path} is compressed or damaged: it claims to contain {size:,} bytes, but has only {len(data):,}. Save it again with torch.save."
         )
 
 
 def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-    """Return the content of a file, or the error of PyTorch's reader."""
+    """Return the content of a file and None, or if PyTorch cannot read the file, None and the error."""
     try:
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(value, name) for name, value in stand_ins.items()]),
         ):
-            warnings.simplefilter("ignore")  # about other protocols of pickle, which are refused below
+            warnings.simplefilter("ignore")  # warnings about pickle protocols that are refused below
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), None
-    except Exception as error:  # damaged files make torch raise a dozen kinds
+    except Exception as error:  # damaged files make torch raise a dozen kinds of errors
         return None, error
 
 

@@ -1,9 +1,9 @@
 """Files of mansheej/icl-task-diversity, the code of Raventos et al. (2023): layout, settings and tasks.
 
 A run's folder has `config.json` and one `checkpoint_<step>` for each saved step. `checkpoint_<step>` is a file, or a folder that
-contains the file `checkpoint`. The file is in the msgpack format of Flax. It contains a table of `step`, `params` and `opt_state`,
-or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight. The fused projection contains first all
-queries, then all keys, then all values.
+contains the file `checkpoint`. The file is in the msgpack format of Flax. It contains a table with the keys `step`, `params` and
+`opt_state`, or only the parameters. The model is a GPT-2. A Flax kernel is the transpose of PyTorch's weight. The fused projection of
+attention contains first all queries, then all keys, then all values.
 
 The tasks are `jax.random.normal(fold_in(PRNGKey(task_seed), 0), (M, D, 1))`. JAX 0.5 changed this function, so the tasks are drawn again
 only if the user requests it.
@@ -75,7 +75,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def folder_facts(path: Path) -> dict[str, Any]:
-    """Return the settings in the `config.json` of the run's folder, by dotted key. The dict is empty if there is no such file.
+    """Return the settings in the `config.json` of the run's folder, keyed by dotted name. The dict is empty if there is no such file.
 
     Raises:
         OlderFileError: If `config.json` cannot be read, or scales inputs or tasks.
@@ -113,7 +113,7 @@ def folder_facts(path: Path) -> dict[str, Any]:
 
 
 def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a file determines, by dotted key.
+    """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
         ContentError: If the file contains no model of this code base.

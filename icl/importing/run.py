@@ -64,13 +64,13 @@ def import_run(
         path: A file, or a folder of files.
         source: The code base: a key of `FORMATS`.
         out: The new run's folder.
-        options: Settings that the files do not contain, by dotted key.
+        options: Settings that the files do not contain, keyed by dotted name.
         tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default, the tasks are those in the checkpoint, or
             those that the older code draws in every run.
         step: The step of a single file, if neither its name nor its content contains the step.
 
     Raises:
-        OlderFileError: If a file cannot be read safely, comes from another code base, or belongs to another run than the other files.
+        OlderFileError: If a file cannot be read safely, comes from another code base, or belongs to a different run.
         ConfigError: If a setting is missing or contradicts the files.
         RunError: If the folder already contains a run.
         StorageError: If the folder cannot be written.
@@ -121,7 +121,7 @@ def _require_new(run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def _no_half_run(run: RunFolder) -> Iterator[None]:
-    """If the body of the `with` statement fails, remove the files that it wrote. Otherwise a later import would mix its steps with them."""
+    """If the body of the `with` statement fails, remove the files that it wrote, so that a later import cannot mix its steps with them."""
     _require_new(run)  # checked again, because another import may have finished before we had the lock
     try:
         yield

@@ -21,7 +21,7 @@ from icl.runs.tasks_file import MAX_TASKS_FILE
 
 WORDS = ("recompute", "unknown")
 _KEYS = ("tasks", "task_pool")
-"""Names that the table may have in a file."""
+"""Names under which a file may contain the table of tasks."""
 
 
 def choose_tasks(
@@ -113,7 +113,7 @@ def _read_numpy(path: Path) -> Tensor:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (
         Exception
-    ) as error:  # damaged headers make NumPy raise many kinds, such as MemoryError and tokenize.TokenError
+    ) as error:  # damaged headers make NumPy raise many kinds of errors, such as MemoryError and tokenize.TokenError
         raise ContentError(first_line(error)) from None
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 

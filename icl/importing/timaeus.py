@@ -1,8 +1,9 @@
 """Files of timaeus-research/icl, the code of Hoogland et al. (2024): layout, settings and tasks.
 
-A file contains a dict of `model`, `optimizer`, `scheduler` and, in later versions, `rng_state` and `metadata`, or only the state dict.
-The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts steps from 0 and
-saves after the update, so file t contains the state after t + 1 updates. We keep the number t, because the published data use it.
+A file contains either only the state dict, or a dict with the keys `model`, `optimizer`, `scheduler` and, in later versions, `rng_state`
+and `metadata`. The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts
+steps from 0 and saves after the update, so file t contains the state after t + 1 updates. We keep the number t, because the published
+data use it.
 
 The code adds each block's input twice (`model.double_residual`). The projection to queries, keys and values contains q, k and v of
 head 1, then of head 2, and so on, as in `icl`. A file does not contain the number of heads, the noise or the tasks. The tasks are drawn on
@@ -40,7 +41,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def folder_facts(name: str) -> dict[str, Any]:
-    """Return the settings in the name of a run's folder, by dotted key. For any other name, the dict is empty."""
+    """Return the settings in the name of a run's folder, keyed by dotted name. For any other name, the dict is empty."""
     match = _RUN.fullmatch(name)
     if match is None:
         return {}
@@ -49,7 +50,7 @@ def folder_facts(name: str) -> dict[str, Any]:
 
 
 def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a file determines, by dotted key.
+    """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
         ContentError: If the file contains no model of this code base.
@@ -133,7 +134,7 @@ def _own(tree: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the learning-rate schedule that the file contains, by dotted key."""
+    """Return the settings of the learning-rate schedule that the file contains, keyed by dotted name."""
     found: dict[str, Any] = {}
     groups = as_table(tree.get("optimizer")).get("param_groups")
     rate = as_table(groups[0]).get("max_lr") if isinstance(groups, list) and groups else None

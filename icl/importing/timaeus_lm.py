@@ -1,13 +1,13 @@
 """Files of the language models of Hoogland et al. (2024) and their successors (Timaeus, on the Hugging Face Hub), in two formats.
 
-- Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict of `model_state_dict` and `optimizer_state_dict`.
-  There is no file of settings. The code saves after the update, so file 0 contains the state after one update. We keep the number in the
-  file's name.
+- Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict with the keys `model_state_dict` and
+  `optimizer_state_dict`. There is no file of settings. The code saves after the update, so file 0 contains the state after one update. We
+  keep the number in the file's name.
 - Format B (`timaeus/H8-dh64`): `model.safetensors`, with `config.json` and `model.yaml` beside it, and perhaps a folder `checkpoints`.
 
-The weights have TransformerLens's names, which `icl` also uses. Buffers (`attn.mask`, `attn.IGNORE`) are left out. All sizes are those of
-the weights. The kind of positions and the activation of MLPs are read from `config.json` or `model.yaml`. `model.yaml` begins with a
-Python object, so both files are read as text, and nothing in them is ever executed. Without such files, positions are `shortformer`, as in
+The weights have TransformerLens's names, which `icl` also uses. Buffers (`attn.mask`, `attn.IGNORE`) are left out. All sizes are taken
+from the weights. The kind of positions and the activation of MLPs are read from `config.json` or `model.yaml`. `model.yaml` begins with a
+Python object, so both files are read as plain text, and nothing in them is ever executed. Without such files, positions are `shortformer`, as in
 all published models of format A.
 """
 
@@ -67,7 +67,7 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 
 def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that the weights determine, by dotted key.
+    """Return the settings that the weights determine, keyed by dotted name.
 
     Raises:
         ContentError: If the file contains no model of this code base.
@@ -92,7 +92,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_facts(path: Path) -> dict[str, Any]:
-    """Return the settings in `config.json` or `model.yaml`, which are searched beside the file and in the folder above.
+    """Return the settings in `config.json` or `model.yaml`, which may be beside the file or in the folder above.
 
     Raises:
         OlderFileError: If `icl` has no model of this kind.
@@ -159,7 +159,7 @@ def fetch(address: str) -> Path:
     try:
         patterns = [*PATTERNS, *_SETTINGS]
         return Path(snapshot_download(address.removeprefix("hf://"), allow_patterns=patterns))
-    except Exception as error:  # a dozen kinds: no network, no such repository, no access
+    except Exception as error:  # a dozen kinds of errors: no network, no such repository, no access
         raise OlderFileError(
             f"{address} cannot be fetched from the Hugging Face Hub ({first_line(error)[:150].rstrip('.')}). Without a network, copy the "
             "repository's files to a folder and import that folder."

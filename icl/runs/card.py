@@ -93,7 +93,7 @@ def _settings(config: RunConfig) -> str:
 
 
 def _losses(run: RunFolder) -> str:
-    """Return `results/losses.csv` as a Markdown table, or an empty text if the file cannot be read."""
+    """Return `results/losses.csv` as a Markdown table, or an empty string if the file cannot be read."""
     try:
         text = read_bytes(run.results / "losses.csv").decode("utf-8")
         rows = list(csv.reader(io.StringIO(text)))
@@ -107,7 +107,7 @@ def _losses(run: RunFolder) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return the text of a cell: a number with four significant digits, or text without characters that have a meaning in Markdown."""
+    """Return the content of a cell: a number with four significant digits, or a string without characters that have a meaning in Markdown."""
     try:
         return f"{float(text):.4g}"
     except ValueError:

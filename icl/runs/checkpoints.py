@@ -289,7 +289,7 @@ def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict
 
 
 def _require_shapes(tensors: Mapping[str, _TensorEntry], config: RunConfig) -> None:
-    """Check that a file's tensors are all parameters of the configured model, or the moments of all its parameters.
+    """Check that a file's tensors are all the parameters of the configured model, or Adam's moments of all these parameters.
 
     Raises:
         ContentError: If they are not. The message names the first difference.
@@ -322,5 +322,7 @@ def _entry(about: Any, before: int) -> _TensorEntry:
     if not all(is_count(number) for number in numbers):
         raise ContentError("its header does not describe every tensor")
     if math.prod(shape) * np.dtype(_TYPES[dtype]).itemsize != stop - start:
-        raise ContentError(f"a tensor of shape {tuple(shape)} has {stop - start:,} bytes")
+        raise ContentError(
+            f"a tensor of shape {tuple(shape)} has {stop - start:,} bytes, which does not match its shape and type"
+        )
     return _TensorEntry(dtype, tuple(shape), before + start, before + stop)

@@ -68,7 +68,7 @@ def require_whole(name: str, data: bytes, where: str) -> None:
 
 
 def require_no_links_out(*stores: Store) -> None:
-    """Refuse to copy from or to a folder that contains a symbolic link to a place outside it.
+    """Refuse to copy from or to a folder that contains a symbolic link out of this folder.
 
     The target of such a link is not part of the run.
 

@@ -83,7 +83,7 @@ def require_place(word: str | Path) -> Path:
 
 
 def name_of(word: str | Path) -> str:
-    """Return a run's name: the path of its folder relative to `local_root()`, or the word itself."""
+    """Return a run's name: the path of its folder relative to `local_root()`, or the word itself if it is not a path in `local_root()`."""
     path, root = Path(word), local_root()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 

@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Entries of consecutive steps that became available together."""
+    """Entries of consecutive steps that were measured together, or read from the cache together."""
 
     entries: list[Entry]
     is_new: bool

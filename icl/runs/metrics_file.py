@@ -45,7 +45,7 @@ def metric_columns(config: RunConfig) -> list[str]:
 
 
 class MetricsFile:
-    """A table of fixed columns to which rows are appended."""
+    """A table with fixed columns, to which rows are appended."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)

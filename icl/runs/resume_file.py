@@ -91,7 +91,8 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
     """Read the newest undamaged resume file of a run.
 
     Returns:
-        The content of the file, or None if the run has no resume file, and a message if `last.ckpt` could not be used, else None.
+        Two values. The first is the content of the file, or None if the run has no resume file. The second is a message if `last.ckpt`
+        could not be used, else None.
 
     Raises:
         ResumeFileError: If the run has resume files, but all of them are damaged.

@@ -31,7 +31,7 @@ class Status:
     loss: float | None = None
     """Mean training loss in the last row of `metrics.csv`."""
     best_step: int | None = None
-    """Evaluated step with the best value of `early_stopping.monitor`. The checkpoint of this step is kept if `patience` is set."""
+    """Evaluated step at which `early_stopping.monitor` had its best value. The checkpoint of this step is kept if `patience` is set."""
     reason: str | None = None
     """The reason why the run stopped, failed or was preempted."""
     steps_per_second: float | None = None

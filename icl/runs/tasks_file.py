@@ -59,7 +59,7 @@ def remember_tasks(folder: Path, config: RunConfig) -> None:
     Runs that `icl` trained have no table. A missing file is not an error here; only work that needs the tasks fails later.
 
     Raises:
-        TasksError: If the file is damaged, or its digest is not the one in the run's settings.
+        TasksError: If the file is damaged, or its digest differs from the one in the run's settings.
     """
     digest = config.task.imported_tasks
     if digest in (None, "unknown") or is_known(str(digest)):
@@ -73,7 +73,7 @@ def remember_tasks(folder: Path, config: RunConfig) -> None:
         raise TasksError(f"The table of tasks {file} cannot be read: {first_line(error)}.") from None
     if table_digest(table) != digest:
         raise TasksError(
-            f"{file} was altered or belongs to another run: its digest is not `task.imported_tasks` in the run's settings. "
+            f"{file} was altered or belongs to another run: its digest differs from `task.imported_tasks` in the run's settings. "
             "Import the run again with `icl import`."
         )
     keep_table(table)

@@ -4,9 +4,9 @@ The package `huggingface_hub` sends all requests. It also finds the token (`HF_T
 reads the token, so it is never logged or saved. The server is `HF_ENDPOINT`, or huggingface.co.
 
 Every change is a commit, and the Hub limits commits to 128 per hour. So `write_many` puts up to `FILES_PER_COMMIT` files into one
-commit, which arrives completely or not at all. A commit names its parent commit. If another program has committed since then, the Hub
-refuses our commit, and we try again on top of the other commit. But if the other commit changed the folder of this store, we raise an
-error.
+commit, which arrives completely or not at all. A commit names its parent commit. If the parent is no longer the newest commit, because
+another program has committed, the Hub refuses our commit, and we try again on top of the newest commit. But if the other program changed
+the folder of this store, we raise an error.
 """
 
 import functools
@@ -34,7 +34,7 @@ _MAX_CONFLICTS = 20
 
 
 class HubStore:
-    """The files of a repository below a folder.
+    """The files in a repository, or in one folder of the repository.
 
     Args:
         repository: The repository and its revision.
@@ -110,7 +110,7 @@ class HubStore:
                 operation = _addition(self._path(key), data)
                 if self._try_commit([operation], self._path(key), listing.commit):
                     return True
-        raise StorageError(f"Other programs commit to {self} all the time; run the same command again later.")
+        raise StorageError(f"Other programs keep committing to {self}; run the same command again later.")
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return every key below the folder `prefix`, sorted."""
@@ -171,7 +171,7 @@ class HubStore:
                         f"Another program changed {changed[0]} in {self} at the same time, so this commit was not made. If that program works "
                         "on the same run, stop one of the two programs, and run the same command again."
                     )
-        raise StorageError(f"Other programs commit to {self} all the time; run the same command again later.")
+        raise StorageError(f"Other programs keep committing to {self}; run the same command again later.")
 
     def _try_commit(self, operations: Sequence[Any], message: str, parent: str | None) -> bool:
         """Commit on top of `parent`. Return False if `parent` is no longer the newest commit."""

@@ -79,7 +79,7 @@ def describe(error: BaseException, place: str, verb: str, key: str, endpoint: st
         asked = _asked_pause(error)
         wait = f" for {asked / 60:.0f} minutes" if asked is not None and asked > MAX_PAUSE else ""
         return StorageError(
-            f"Cannot {verb} {what}: the Hub accepts no more requests of this user{wait} (429). Files that have arrived stay; run the same "
+            f"Cannot {verb} {what}: the Hub accepts no more requests from this user{wait} (429). Files that have arrived stay; run the same "
             "command again later to send the rest."
         )
     if status is not None:

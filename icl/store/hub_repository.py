@@ -22,7 +22,7 @@ COMMIT_SECONDS = 600.0
 LISTING_SECONDS = 2.0
 """Seconds for which a listing of the repository is reused. After a commit of this process, the listing is no longer used."""
 CALL_SECONDS = 120.0
-"""Seconds without progress after which we give up on a request. Without this limit, the client would wait as long as the Hub asks."""
+"""Seconds without progress after which we give up on a request. Without this limit, the client would wait as long as the Hub asks it to."""
 _MAX_RETRIES = 6
 _NO_NEWS = ("not supported by Xet", "thrown while requesting", "Retrying in", "Error while downloading from")
 
@@ -54,7 +54,7 @@ class Repository:
             logging.getLogger(f"huggingface_hub.{module}").addFilter(_is_news)
 
     def listing(self, *, is_new: bool = False) -> Listing:
-        """Return the files at the revision's newest commit. A listing of the last two seconds is reused, unless `is_new` is true."""
+        """Return the files at the revision's newest commit. A listing made in the last two seconds is reused, unless `is_new` is true."""
         with self.lock:
             old = self._listing
             if is_new or old is None or time.monotonic() - old.at > LISTING_SECONDS:
@@ -121,7 +121,7 @@ class Repository:
 
 
 def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, Exception | None]:
-    """Return the result of a call, or its error."""
+    """Make a call. Return its result and None, or if it fails, None and the error."""
     try:
         return waiting.await_result(act, seconds=CALL_SECONDS, awaited=endpoint), None
     except waiting.StalledError:
@@ -129,7 +129,7 @@ def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, E
             f"{endpoint} is busy: there was no progress for {CALL_SECONDS:.0f} s. Files that have arrived stay; run the same command again "
             "later."
         )
-    except Exception as error:  # the client and its libraries raise a dozen kinds
+    except Exception as error:  # the client and its libraries raise a dozen kinds of errors
         return None, error
 
 

@@ -145,8 +145,8 @@ class S3Store(OneByOne):
         kept = _unless_absent(lambda: self._requests.about(self._full(key)))
         if kept is None or kept.length != len(data) or kept.digest not in (None, sha256(data)):
             raise self._lost(key)
-        # Without metadata, every value is read back. A tag that is not the expected MD5 is checked only once for each server, because
-        # some servers use other tags.
+        # A server that keeps no metadata gives no digest, so we read back every value. If a tag is not the expected MD5, we read back only the
+        # first such value of each server, because some servers use other tags.
         lack = "metadata" if kept.digest is None else "MD5 tags" if kept.tag not in (tag, "") else None
         if lack == "metadata" or (lack is not None and not self._requests.lacks(lack)):
             if self._get(key)[0] != data:
@@ -198,6 +198,6 @@ def _unless_absent(ask: Callable[[], Result]) -> Result | None:
 
 
 def _is_error_page(data: bytes) -> bool:
-    """Return whether the bytes are an error message that the server sent with the status of success, as if it were the object."""
+    """Return whether the bytes are an error message that the server sent with a success status, as if it were the object."""
     start = data[:200].lstrip()
     return start.startswith((b"<?xml", b"<Error")) and b"<Error>" in start

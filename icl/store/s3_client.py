@@ -19,7 +19,7 @@ NUM_ATTEMPTS = 8
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
 """Time limits of one try in seconds: for the connection, and for the answer."""
 _CHUNK = 2**16
-"""Size in bytes of a body above which its bytes count as progress while they are sent."""
+"""If a request's body has more than this number of bytes, its bytes count as progress while they are sent."""
 
 
 def make_session() -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from icl.files.redaction import redact
 
 _BUCKET = "the bucket does not exist; make it, or correct AWS_BUCKET_NAME or checkpoints.store"
-_NAME = "the server does not allow this name of a bucket (3 to 63 small letters, digits, dots and hyphens); correct it"
+_NAME = "the server does not allow this bucket name; correct it (3 to 63 lowercase letters, digits, dots and hyphens)"
 _RIGHTS = "these credentials do not allow this operation; grant them the right to list, read, write and delete below the prefix"
 _KEYS = "the server does not accept these credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine's clock"
 _EXPIRED = (
@@ -27,11 +27,11 @@ _ELSEWHERE = (
 _LATER = "the server is busy or out of order; run the same command again later"
 _ALTERED = "the bytes that arrived differ from the bytes that were sent; if this happens again, look for a proxy that alters them"
 _FULL = "the store is full, or its quota is used up; make room in it, or choose another store"
-_LARGE = "a file is larger than the server accepts; raise its limit, or choose another store"
+_LARGE = "a file is larger than the server accepts; raise the server's limit, or choose another store"
 _LONG = "the name is too long for the server; choose a shorter --run_name or prefix"
 _ARCHIVED = "the object is in an archive; restore it, or change the bucket's lifecycle rule"
 _LOCKED = "the bucket does not allow objects to be replaced or removed; choose a bucket without object lock"
-_ENCRYPTION = "the bucket's encryption key cannot be used; check its KMS key and the right to use it"
+_ENCRYPTION = "the bucket's encryption key cannot be used; check the KMS key, and whether these credentials may use it"
 _NOT_S3 = "the server does not understand a request that icl needs; check that AWS_ENDPOINT_URL is the address of its S3 service"
 _SIGNATURE = "the secret key does not match the access key; check AWS_SECRET_ACCESS_KEY"
 _UNKNOWN_KEY = "the server does not know this access key; check AWS_ACCESS_KEY_ID"
@@ -103,7 +103,7 @@ _BY_FAILURE = {
     "the server's certificate is not trusted; set AWS_CA_BUNDLE to the authority's certificate, or correct AWS_ENDPOINT_URL": "SSLError",
     "the proxy does not answer; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY": "ProxyConnectionError "
     "InvalidProxiesConfigError",
-    "the answer is not that of an S3 server; check that AWS_ENDPOINT_URL is the address of its S3 service": "ResponseParserError "
+    "the answer does not come from an S3 server; check that AWS_ENDPOINT_URL is the address of its S3 service": "ResponseParserError "
     "PaginationError",
     _ALTERED: "FlexibleChecksumError ChecksumError AwsChunkedWrapperError",
     _SETTING: "InvalidRetryConfigurationError InvalidMaxRetryAttemptsError InvalidRetryModeError InvalidDefaultsMode "
@@ -116,7 +116,7 @@ _BY_NAME = {name: advice for advice, names in _BY_FAILURE.items() for name in na
 
 
 def error_code(error: Any) -> str:
-    """Return the code of a server's error, or `unknown` if it is not a plain word."""
+    """Return the code of a server's error, or `unknown` if the code is not a plain word."""
     code = str(error.response.get("Error", {}).get("Code") or error_status(error) or "")
     return code if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", code) else "unknown"
 

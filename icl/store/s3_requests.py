@@ -37,7 +37,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""The features that each server has been found to lack in this process."""
+"""The features that each server lacks, as far as this process has noticed."""
 
 Result = TypeVar("Result")
 
@@ -68,7 +68,7 @@ class Requests:
         self._making = threading.Lock()
 
     def get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return the bytes of an object, and the digest that they should have, or None if no digest was saved. Stop soon after `limit` bytes.
+        """Return an object's bytes and the digest that was saved with them, or None for a missing digest. Stop soon after `limit` bytes.
 
         Raises:
             ClientError, BotoCoreError: If there is no such object, or the connection breaks off.
@@ -205,7 +205,7 @@ class Requests:
         for number, page in enumerate(pages, 1):
             _require_listing(page)
             if operation == "list_objects_v2" and page.get("IsTruncated") and not page.get("NextContinuationToken"):
-                # The server answered in the older request's format. botocore would stop after this page.
+                # The server answered in the format of the older listing request. botocore would stop after this page.
                 raise _UnusableAnswerError
             keys = {entry["Key"] for entry in page.get("Contents", [])}
             if number > MAX_PAGES or (keys and keys <= seen):

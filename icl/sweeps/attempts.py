@@ -50,7 +50,7 @@ class Attempt:
     exit_status: int | None = None
     host: str = ""
     kernel: str = ""
-    """Identifier of the machine since its last boot. Processes with the same identifier see each other's locks."""
+    """Identifier of the machine, which changes when the machine boots. Processes with the same identifier see each other's locks."""
     locked: bool = False
     """Whether the file system supports locks."""
     pid: int = 0
@@ -142,7 +142,7 @@ def is_alive(folder: Path, attempt: Attempt) -> bool:
 def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
     """Return the time at which the current session began.
 
-    A session is a series of attempts without pauses that lasts until now.
+    A session is a series of attempts that lasts until now, without a pause of more than `_PAUSE_SECONDS`.
 
     Args:
         live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.
@@ -181,7 +181,7 @@ def _encode(attempt: Attempt) -> bytes:
 
 
 def _kernel() -> str:
-    """Return an identifier of this machine since its last boot."""
+    """Return an identifier of this machine, which changes when the machine boots."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

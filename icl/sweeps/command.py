@@ -1,6 +1,6 @@
 """Make the command and environment of a point from the command of a sweep, by replacing its macros.
 
-The macros are those of W&B: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
+The macros are W&B's: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
 are separate words. We differ from W&B in two ways:
 
@@ -179,7 +179,7 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
 
 
 def _script(words: Sequence[str]) -> str | None:
-    """Return the script among the arguments of `python`, or None if Python runs a module, a text or its standard input."""
+    """Return the script among the arguments of `python`, or None if Python runs a module, the code after `-c`, or its standard input."""
     remaining = list(words)
     while remaining and remaining[0].startswith("-"):
         option = remaining.pop(0)

@@ -1,4 +1,4 @@
-"""The distributions of a sweep's parameters: those of W&B, defined by their quantile functions.
+"""The distributions of a sweep's parameters. They are W&B's distributions, defined by their quantile functions.
 
 Draw i of a parameter is quantile(u), where u is a hash of (seed, name, i) that is uniform on (0, 1). So a draw is the same
 after every restart and on every machine, and does not depend on the other parameters of the file. The distributions have the

@@ -43,9 +43,9 @@ class SweepResult(NamedTuple):
     states: dict[int, PointState]
     """The state of each point, by its number."""
     received: signal.Signals | None = None
-    """The signal that stopped the engine; None if no signal did."""
+    """The signal that stopped the engine, or None if no signal stopped it."""
     has_progressed: bool = False
-    """Whether a program of this engine has finished a point, or has made progress on one."""
+    """Whether any program of this engine has finished a point or made progress on a point."""
     num_failed: int = 0
     """Number of points that failed in this engine."""
 
@@ -244,7 +244,7 @@ class _Engine:
             return None
         has_failed_now = state.attempt > self._earlier_attempts[point.number] or (state.is_final and not self.retry)
         if state.state == "done" or (state.state == "failed" and has_failed_now):
-            if not self._storage.is_there(now=True):  # if so, the state was read from a missing or empty folder
+            if not self._storage.is_there(now=True):  # the state was read from a missing or empty folder
                 return None
             self._close(point, f"{state.state:8s} {point.name}: {state.reason}")
             return None

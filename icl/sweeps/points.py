@@ -36,9 +36,9 @@ class Point:
     """One run of a sweep."""
 
     number: int
-    """Number in the sweep's order, from 1."""
+    """The point's position in the sweep, counted from 1."""
     settings: Settings
-    """Settings that the sweep chooses, with nested groups as in its file."""
+    """Settings that the sweep chooses, with nested groups as in the sweep file."""
     config: RunConfig
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""
@@ -53,7 +53,7 @@ class InvalidPoint:
     """A point whose settings are invalid."""
 
     number: int
-    """Number in the sweep's order, from 1."""
+    """The point's position in the sweep, counted from 1."""
     name: str
     """The point's number, and the values of the settings that differ between points."""
     reason: str

@@ -108,7 +108,7 @@ class Program:
         claim.finish(outcome, exit_status=code, reason=reason)
 
     def _reason_of_failure(self, claim: Claim, status: Status | None, code: int) -> str:
-        """Return the reason in the status of the run, or the exit status and the last line of the log."""
+        """Return the reason in the run's status if the run has failed. Otherwise return the exit status and the last line of the log."""
         if status is not None and status.state == "failed":
             return status.reason or "failed"
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -116,7 +116,7 @@ class Program:
         return redact(f"{end}: {line}" if line else end)
 
     def _was_out_of_reach(self, claim: Claim, reason: str) -> bool:
-        """Return whether a program failed only because the folder of all runs could not be reached, and can be reached again."""
+        """Return whether the run's folder is there now, and the program failed only because it could not reach the folder for a while."""
         return claim.folder.is_dir() and (self.has_lost_storage or WAS_REMOVED in reason)
 
     def _last_line(self, prefix: str) -> str:
@@ -138,7 +138,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
     """Start the program of one or several points.
 
     The folder of the first point gets `point.json`, with the settings of all points, and `sweep.log`, with the output.
-    The logs of the other points refer to it.
+    The logs of the other points refer to `sweep.log`.
     """
     point, claim = work[0]
     point_file, log = claim.folder / "point.json", claim.folder / "sweep.log"

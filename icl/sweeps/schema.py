@@ -1,6 +1,6 @@
 """Read W&B sweep files strictly. Where W&B would ignore a part of the file, or guess what it means, an error says what to write instead.
 
-The schema is that of W&B: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and
+The schema is W&B's: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and
 `max`, a `distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and
 ignored.
 """
@@ -136,7 +136,7 @@ def _read_method(method: Any) -> Literal["grid", "random"]:
 def _read_command(command: Any, program: Any) -> tuple[tuple[str, ...], str | None]:
     if isinstance(command, str):
         raise SweepFileError(
-            "`command` is a single text, which W&B silently ignores. Write a list of words, such as "
+            "`command` is a single string, which W&B silently ignores. Write a list of words, such as "
             '`command: ["${env}", icl, train]`.'
         )
     if command is not None and not isinstance(command, list):
@@ -193,7 +193,9 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
             extremes(parameter)
     except OverflowError:
         hint = f" Its bounds are exponents of e; {EXPONENTS[kind]} takes the values." if kind in EXPONENTS else ""
-        raise SweepFileError(f"`{name}` ({kind}) has values that are too large for a number.{hint}") from None
+        raise SweepFileError(
+            f"`{name}` ({kind}) has values that are too large for a number in floating point.{hint}"
+        ) from None
     return parameter
 
 
@@ -251,7 +253,7 @@ def _check_probabilities(name: str, probabilities: Any, num_values: int) -> None
 def _require_numbers(name: str, options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if not _is_number(value):
-            hint = " YAML reads 1e-5 as text; write 1.0e-5." if isinstance(value, str) else ""
+            hint = " YAML reads 1e-5 as a string; write 1.0e-5." if isinstance(value, str) else ""
             raise SweepFileError(f"`{name}.{key}` must be a finite number, got {value!r}.{hint}")
 
 

@@ -19,7 +19,7 @@ class StorageWatch:
     """Check at intervals whether the folder of all runs can be reached.
 
     Args:
-        mark: A file or folder that exists if the folder can be reached; None turns the checks off.
+        mark: A file or folder that exists as long as the folder of all runs can be reached; None turns the checks off.
         say: Function that receives a line for each event.
     """
 

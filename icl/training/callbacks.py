@@ -30,8 +30,8 @@ Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
 """Two signals within this number of seconds count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent
-then signals this program again. In a sweep, all signals count as one: Slurm signals the engine and its programs, and the engine then
-signals the programs again, perhaps seconds later. To end a program at once, the engine uses SIGKILL."""
+then signals this program again. In a program that a sweep started, all signals count as one: Slurm signals the sweep's engine and
+its programs, and the engine then signals the programs again, perhaps seconds later. To end a program at once, the engine uses SIGKILL."""
 
 
 class NonFiniteGuard(pl.Callback):
@@ -202,7 +202,7 @@ class MetricsLog(pl.Callback):
 
     @property
     def loss(self) -> float | None:
-        """Training loss in the last rows of the running members, averaged over the members."""
+        """Training loss averaged over the running members, from each member's last row, or None if there are no rows."""
         losses = [member.loss for member in self.members if member.is_running and member.loss is not None]
         return sum(losses) / len(losses) if losses else None
 

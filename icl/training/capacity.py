@@ -30,7 +30,8 @@ _ROWS = 7
 _CPU_ROWS = 3
 """Number of arrays per member on a CPU: parameters and two moments."""
 _RESUMED_ROWS = 9
-"""Number of arrays per resumed member on a CPU: the three above, three that are read from the resume file, and three joined ones."""
+"""Number of arrays per resumed member on a CPU: parameters and two moments, each of them in the member, in the data read from the resume
+file, and in the joined arrays."""
 _DRAWN_BYTES = 128
 """Number of bytes for each number in a batch of prompts while the batch is drawn from counters (measured)."""
 _EVALUATED_ARRAYS = 48
@@ -47,7 +48,7 @@ def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int
     member = dict(build_model(config).named_parameters())
     row_bytes = sum(tensor.nbytes for tensor in member.values())
     members = stack([member] if is_cpu else [member] * 2)
-    if not is_cpu:  # our attention kernel is for CPUs only; without it, autograd keeps more
+    if not is_cpu:  # our attention kernel is for CPUs only; without it, autograd keeps more tensors
         members = {name: tensor.to("meta") for name, tensor in members.items()}
     activations = activation_bytes(config, members) * config.trainer.batch_size
     available = _SHARE * device_bytes(device)
@@ -93,7 +94,7 @@ def _require_language_room(config: RunConfig, device: torch.device | str) -> Non
 
 
 def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
-    """Return the bytes per member on a CPU without activations. `row_bytes` is the size of a member's parameters."""
+    """Return the number of bytes per member on a CPU, not counting activations. `row_bytes` is the size of a member's parameters in bytes."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
     if configs[0].model.is_language:  # activations have their own bound, `MAX_NUMBERS`
         return float(
@@ -110,7 +111,7 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
 
 
 def activation_bytes(config: RunConfig, params: Params) -> int:
-    """Return the bytes of activations that autograd keeps for the backward pass, per prompt and member.
+    """Return the number of bytes of activations that autograd keeps for the backward pass, per prompt and member.
 
     A population of one needs fewer bytes per member than a larger population. A language model keeps at most `MAX_NUMBERS` numbers for
     a whole batch.
@@ -121,7 +122,7 @@ def activation_bytes(config: RunConfig, params: Params) -> int:
 
 
 def _saved_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
-    """Return the bytes that autograd saves in a forward pass, without the parameters."""
+    """Return the number of bytes that autograd saves in a forward pass, not counting the parameters."""
     saved: dict[int, int] = {}  # bytes by storage, because several tensors can share one
 
     def note(tensor: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class PromptStream:
         while True:
             start = step - step % self.block
             prompts = self._sample(range(start, start + self.block))
-            # Unbind all steps at once: XLA would compile each index into a graph of its own.
+            # Unbind all steps at once: XLA would compile each index into a separate graph.
             for parts in list(zip(*(part.unbind() for part in prompts), strict=True))[step - start :]:
                 yield type(prompts)(*parts)
             step = start + self.block
@@ -77,7 +77,7 @@ class PromptStream:
 
 
 class Stretches:
-    """Batches that contain the prompts of several steps, up to the next step at which a callback has work to do.
+    """Batches for Lightning. Each batch contains the prompts of all steps up to the next step at which a callback has work to do.
 
     Lightning then runs once per batch (a stretch of steps) instead of once per step. The overhead of Lightning is about 2 ms per call
     on a slow core, which is as long as a step on a GPU.

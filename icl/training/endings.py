@@ -1,8 +1,8 @@
 """Record how a member's training ends, in its status, its log and its W&B run.
 
 If one member of several fails, `isolate_failure` ends that member with the reason, and the others continue. The failure of a
-single run is raised as an error. With several processes, any failure is raised, because the processes could not agree on the
-remaining members.
+single run is raised as an error. With several processes, any failure is raised, because the processes could not agree on
+which members remain.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Record an exception of the body in the status and the W&B run of every unfinished member. Failed writes of the record are ignored."""
+    """Record an exception of the body in the status and the W&B run of every unfinished member. If the record cannot be written, it is left out."""
     try:
         yield
     except SystemExit as stop:  # Lightning raises it after a second Ctrl-C

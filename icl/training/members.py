@@ -1,4 +1,4 @@
-"""The members of a population: the state of each run while it trains, without the step, which is the same for all runs.
+"""The members of a population: the state of each run during training, except for the step, which all members share.
 
 A member trains until it ends, for example because it stops early or its loss is no longer finite. Then its saved files are no longer
 changed. Its slice of the stacked parameters is still computed until the population is rebuilt, but its results are no longer
@@ -55,7 +55,7 @@ class Member:
     num_checks: int = 0
     """Number of evaluations since the best value."""
     extra_step: int | None = None
-    """Step of the best checkpoint, if it is not on the schedule."""
+    """Step of the best checkpoint if this step is not on the schedule, else None."""
     state: State = "running"
     end_step: int | None = None
     reason: str | None = None
@@ -80,7 +80,7 @@ class Member:
     """Message about a missing last checkpoint or missing rows of a run that had already ended; None if nothing is missing. A run with
     such a message does not count as a success."""
     told_lacking: str | None = None
-    """Message about missing checkpoints before the last one, and about altered rows, of a run that had already ended."""
+    """Message that says which earlier checkpoints of an already ended run are missing, and whether its rows were altered, or None if all is well."""
     notes: list[str] = field(default_factory=list)
     """Messages to print and log when training starts or resumes."""
     loggers: list[RowLogger] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Member:
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether results at this step are saved: as long as the member is running, and at the step of an early stop."""
+        """Return whether the member's results at this step are saved: the member is still running, or has just stopped early at this step."""
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:

@@ -147,7 +147,7 @@ class PopulationModule(pl.LightningModule):
         if settings.compile != "auto":
             return settings.compile == "true"
         if self.config.model.is_language and (self.device.type != "cpu" or not self._is_batch_whole()):
-            return False  # compiling was not measured on a GPU, and a batch in many parts would be one very long graph
+            return False  # on a GPU we have not measured compiling, and with a batch in many parts the graph would be very long
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
             num_tokens=self.config.num_tokens * settings.batch_size,
@@ -206,7 +206,8 @@ class PopulationAdam(torch.optim.Optimizer):
         super().__init__([rows], {"lr": settings.lr, "betas": betas, "eps": settings.eps})
         self.state[rows] = {"step": adam.count, "exp_avg": adam.exp_avg, "exp_avg_sq": adam.exp_avg_sq}
         self._adam, self._function = adam, function
-        self._rates = adam.rows.new_zeros(len(rows))  # N; a tensor, because a new number would recompile the step
+        # The rates are a tensor, because torch would recompile the step for a new Python number.
+        self._rates = adam.rows.new_zeros(len(rows))  # N
 
     def step(self, closure: Any = None, *, prompts: Prompts | TokenRows) -> StepInfo:  # type: ignore[override]
         """Update every member once on its prompts, with the learning rate of the parameter group.

@@ -85,8 +85,8 @@ def join_processes(config: RunConfig) -> RunConfig:
     elif num_processes == 1 and is_child_rank():
         ranks = ", ".join(f"{name}={os.environ[name]}" for name in RANK_VARIABLES if os.environ.get(name, "0") != "0")
         raise ConfigError(
-            f"According to {ranks}, this is one of several processes of a run, but {_ONE_PER_PROCESS} is 1; set them to the "
-            "number of processes, or unset the environment variable."
+            f"According to {ranks}, this is one of several processes of a run, but {_ONE_PER_PROCESS} is 1. Set these "
+            "settings so that their product is the number of processes, or unset the environment variable."
         )
     return config
 

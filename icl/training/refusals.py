@@ -34,7 +34,7 @@ def require_own_run(config: RunConfig) -> None:
     if config.checkpoints.imported_from is not None or config.task.imported_tasks is not None:
         raise ConfigError(
             f"The run was imported from {config.checkpoints.imported_from or 'older code'}, so it cannot be trained further. To train a "
-            "new run with the other settings, leave out `checkpoints.imported_from` and `task.imported_tasks`."
+            "new run, leave out `checkpoints.imported_from` and `task.imported_tasks`, and keep the other settings."
         )
 
 

@@ -19,7 +19,7 @@ def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bo
     """Return the current conditions, keyed by name.
 
     Args:
-        settings: Settings with the number of processes.
+        settings: Settings of the trainer. They contain the number of processes.
         device: Type of the device in torch, such as `cpu`.
         is_compiled: Whether the step is compiled.
     """

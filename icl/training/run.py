@@ -49,14 +49,14 @@ class TrainResult(NamedTuple):
     folder: RunFolder
     status: Status
     received: signal.Signals | None = None
-    """Signal that pre-empted the run, if any."""
+    """Signal that pre-empted the run, or None if no signal did."""
     was_done: bool = False
     """Whether the run was already finished."""
     incomplete: str | None = None
     """Message about missing rows or a missing last checkpoint of an ended run; None if nothing is missing. A run with such a message does
     not count as a success."""
     lacking: str | None = None
-    """Message about missing checkpoints before the last one, and about altered rows, of an ended run. `icl checkpoints RUN verify`
+    """Message that says which earlier checkpoints of an ended run are missing, and whether its rows were altered. `icl checkpoints RUN verify`
     reports both as damage."""
 
 
@@ -186,7 +186,7 @@ def _train(
 
 
 def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members in groups that fit on the device. Return the signal that stopped training, if any."""
+    """Train the members in groups that fit on the device. Return the signal that stopped training, or None if no signal did."""
     if len(members) <= 1:
         return _train_stages(members, steps)
     kind = choose_device(members[0].config.trainer.accelerator)
@@ -204,10 +204,10 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members at the lowest step until they reach the step of the next members, then both together, and so on to the end.
+    """Train the members at the lowest step until they reach the step of the next members. Then train both together, and so on to the end.
 
     Returns:
-        The signal that stopped training, if any.
+        The signal that stopped training, or None if training was not stopped.
     """
     sets = evaluation_sets([member.config for member in members])
     active: list[Member] = []

@@ -174,7 +174,7 @@ def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
-    """Combine trees of the same structure: apply `function` to the stacked tensors at each place, and copy the rest from the first tree.
+    """Combine trees of the same structure: apply `function` to the stacked tensors at the same position, and copy the rest from the first tree.
 
     A stacked tensor is one with at least one axis. These are the parameters and Adam's moments.
     """

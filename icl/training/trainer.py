@@ -124,7 +124,7 @@ _USES: dict[type[pl.Callback], tuple[type[pl.Callback], ...]] = {
     StatusFile: (MetricsLog,),
     ProgressBar: (MetricsLog,),
 }
-"""The callbacks whose results each callback uses at the same step. Each callback must run after the callbacks that it uses."""
+"""For each callback, the callbacks whose results it uses at the same step. A callback must run after the callbacks that it uses."""
 
 
 def require_order(callbacks: Sequence[pl.Callback]) -> None:
@@ -170,7 +170,8 @@ def sets_at(
 ) -> Sequence[Sequence[EvaluationSet]]:
     """Return the evaluation sets of every member at a step.
 
-    They are those of `evaluation_sets`, except that members whose pool changes get sets with the pool of this step.
+    If a member's pool of tasks changes during training, its sets use the pool of this step. All other members have the sets of
+    `evaluation_sets`.
     """
     if not sets or not any(config.task.has_moving_pool for config in configs):
         return sets

@@ -1,4 +1,4 @@
-"""Copy a run to a second store in the background, so that training never waits for the network.
+"""Copy a run's folder to the run's store in the background, so that training never waits for the network.
 
 A thread checks the run's folder every few seconds and sends new files (`icl.training.sender`). A file that cannot be sent is tried
 again at every check. At the end of training the remaining files are sent, as long as there is progress. If some files cannot be

@@ -36,7 +36,7 @@ class HostXLAAccelerator(XLAAccelerator):
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """Return the one device."""
+        """Return a list with XLA's CPU device, the only one."""
         return [torch.device("xla", 0)]
 
 

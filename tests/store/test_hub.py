@@ -164,7 +164,7 @@ def test_a_long_throttle_ends_the_command_and_the_next_one_sends_the_rest(hub: H
     began = time.monotonic()
     assert push() == 1
     assert time.monotonic() - began < 60
-    assert "no more requests of this user for 50 minutes (429)" in capsys.readouterr().err
+    assert "no more requests from this user for 50 minutes (429)" in capsys.readouterr().err
     num_uploads = len(hub.uploads)
     hub.refuse = lambda method, path: None
     assert push() == 0

@@ -25,7 +25,7 @@ def refusal(code: str, status: int) -> str:
         ("InvalidRequest", 400, "AWS_ENDPOINT_URL"),
         ("NotImplemented", 501, "AWS_ENDPOINT_URL"),
         ("MethodNotAllowed", 405, "AWS_ENDPOINT_URL"),
-        ("InvalidBucketName", 400, "does not allow this name of a bucket"),
+        ("InvalidBucketName", 400, "does not allow this bucket name"),
         ("NoSuchBucket", 404, "does not exist"),
         ("404", 404, "does not exist"),
         ("AccessDenied", 403, "grant them the right to"),

@@ -25,7 +25,7 @@ class QueuedJob(NamedTuple):
     """A job in Slurm's queue."""
 
     id: str
-    """Identifier, such as `12_0`."""
+    """Slurm's identifier of the job, such as `12_0`."""
     state: str
     """Slurm's word for the job's state, in small letters: `pending`, `running`, `completing` and so on."""
     place: str
@@ -75,7 +75,7 @@ def seconds_left(job: str) -> float | None:
 
 
 def is_preempted(job: str) -> bool:
-    """Return whether Slurm is preempting a job whose programs still run: it has announced this, or has just sent SIGTERM."""
+    """Return whether Slurm is preempting a job whose programs still run: Slurm has announced it, or has just sent SIGTERM."""
     try:
         text = _run("scontrol", "show", "job", job, timeout=_JOB_TIMEOUT_SECONDS)
     except SlurmError:
@@ -86,7 +86,7 @@ def is_preempted(job: str) -> bool:
 
 
 def queued_jobs(arrays: Iterable[str]) -> dict[str, QueuedJob] | None:
-    """Return the waiting and running jobs of some arrays, by identifier, or None if Slurm does not answer."""
+    """Return the waiting and running jobs of some arrays, keyed by identifier, or None if Slurm does not answer."""
     jobs = {}
     for array in arrays:  # one call for each array, because a call with an unknown array fails as a whole
         try:

@@ -55,7 +55,7 @@ class SlurmJob:
         self.folder, self.say = folder, say
         self.id = f"{array}_{task}"
         self.since = submission.submitted
-        """Unix time of the submission. This job does not try a point again that has failed since then."""
+        """Unix time of the submission. This job does not retry points that have failed since this time."""
         self.mark = folder / SUBMISSION
         """A file that exists as long as the file system of the runs can be reached."""
         self._is_warned = False
@@ -68,11 +68,11 @@ class SlurmJob:
             old, job=self.id, state="running", reason="", host=platform.node(), num_starts=old.num_starts + 1
         )
         self._write(self._record)
-        if hasattr(signal, "SIGUSR1"):  # the script ignores the signal until now
+        if hasattr(signal, "SIGUSR1"):  # until now, the script has ignored the signal
             signal.signal(signal.SIGUSR1, self._warn)
 
     def stop_reason(self) -> str | None:
-        """Return the reason why the job must save its points now, or None if it need not."""
+        """Return the reason why the job must save its points and stop now, or None if it can continue."""
         if self._reason is None and (self._is_warned or (self._stop_at or time.monotonic() + 1) <= time.monotonic()):
             left = seconds_left(self.id)  # ask again, because the time limit may have changed
             # A signal with much time left announces a preemption, so the job stops at once.

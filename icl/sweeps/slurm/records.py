@@ -18,7 +18,7 @@ from icl.files.writing import write_atomically
 from icl.sweeps.slurm.commands import QueuedJob, queued_jobs
 
 SUBMISSION = "submission.json"
-"""File with the number of the array, in the folder of a submission."""
+"""File in a submission's folder that records the ID of its Slurm job array."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Submission:
     """The content of `submission.json`."""
 
     submitted: float
-    """Unix time of the submission. The jobs do not try points again that have failed since then."""
+    """Unix time of the submission. The jobs do not retry points that have failed since this time."""
     num_jobs: int
     array: str = ""
-    """Slurm's number of the array. It is empty until Slurm has accepted the array."""
+    """Slurm's ID of the job array. It is empty until Slurm has accepted the array."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class JobRecord:
     """A job's record of itself. A job that continues after its time limit keeps its record."""
 
     task: int
-    """Index in the array."""
+    """The job's index in the job array."""
     job: str
     """Slurm's identifier of the job, such as `12_0`, or of its successor if it has submitted one."""
     state: Literal["running", "ended", "waiting", "failed"]
-    """`waiting` means that the job is in the queue again."""
+    """State of the job. `waiting` means that the job is in the queue again."""
     reason: str = ""
     host: str = ""
     num_starts: int = 0
@@ -94,7 +94,7 @@ def describe_jobs(submissions: Sequence[Path]) -> list[str]:
     for folder, submission in known:
         for task, record in enumerate(records[folder]):
             if record is None and not submission.array:
-                continue  # the number of the array is not known
+                continue  # the ID of the array is not known
             id = record.job if record is not None else f"{submission.array}_{task}"
             state, text = _describe_job(record, queue, id, folder / f"{id}.log")
             if folder == known[-1][0] or state in ("waiting", "running"):
@@ -126,7 +126,7 @@ def _describe_job(record: JobRecord | None, queue: dict[str, QueuedJob] | None, 
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of a job's log, or an empty text if the job has no log or has written nothing."""
+    """Return the last line of a job's log, or an empty string if the job has no log or has written nothing."""
     try:
         lines = read_bytes(log).decode(errors="replace").split("\n")
     except (ContentError, OSError):

@@ -1,6 +1,6 @@
 """Write the script of a job array, and submit it.
 
-Every submission has a folder of its own, `$LOCAL_ROOT/.slurm/<name>/<time>/`, with the script, a copy of the sweep file, the
+Every submission has its own folder, `$LOCAL_ROOT/.slurm/<name>/<time>/`, with the script, a copy of the sweep file, the
 records of the jobs and their logs. So a sweep file can be edited while its jobs wait in the queue.
 """
 
@@ -130,7 +130,10 @@ def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
     limit = largest_array()
     number = min(num_programs, num_jobs or num_programs, limit or sys.maxsize)
     if limit is not None and number == limit < min(num_programs, num_jobs or num_programs):
-        return number, f"This site allows only {limit:,} jobs in an array; they share all {num_programs:,} points."
+        return (
+            number,
+            f"This site allows only {limit:,} jobs in an array, although there is work for {num_programs:,}; they share all points.",
+        )
     if num_jobs is not None and number < num_jobs:
         return number, f"{number:,} of {num_jobs:,} jobs are submitted, because the others would find nothing to do."
     return number, ""
@@ -193,7 +196,7 @@ def _option_name(word: str) -> str:
 
 
 def _quote(word: str) -> str:
-    r"""Quote a word for a line that begins with #SBATCH. Unlike a shell, Slurm replaces `\` between single quotes by `\`."""
+    r"""Quote a word for a line that begins with #SBATCH. Unlike a shell, Slurm replaces `\\` between single quotes by `\`."""
     return shlex.quote(word).replace("\\", "\\\\")
 
 

@@ -45,8 +45,8 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
         work: Function of the W&B run and of the settings of the point. It returns the exit status.
 
     Raises:
-        SweepError: See `join_sweep`.
-        UserError: Any error of the two functions.
+        SweepError: If this run cannot join the sweep.
+        UserError: Any error that the two functions raise.
     """
     # If `wandb.init` is interrupted, W&B considers the run finished. So signals are handled only after it has returned.
     with handling({signal.SIGTERM: defer, signal.SIGINT: defer}):
@@ -93,7 +93,7 @@ def join_sweep(base: Mapping[str, Any]) -> Any:
 
 
 def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
-    """Return the settings of the point, by dotted key.
+    """Return the settings of the point, keyed by dotted name such as `optim.lr`.
 
     The agent writes the swept keys to a file. Without that file, the settings of the point are those in `wandb.config`
     that differ from the base settings.

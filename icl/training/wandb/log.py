@@ -86,7 +86,7 @@ class WandbLog:
 
 
 def sent_step(run: Any) -> int:
-    """Return the step of the last row of a run that W&B has; -1 if W&B has no row."""
+    """Return the step of the last row that W&B has received from a run, or -1 if W&B has no row."""
     step = run.summary.get("step")
     return -1 if step is None else int(step)
 
