@@ -118,7 +118,7 @@ TABLES: dict[str, Table] = {
             "distribution": _DISTRIBUTION,
             "quantity": Column(
                 "text",
-                "`loss`; `bayes_excess` (in tables made after version 0.1.0): loss minus that of the Bayes predictor, on the same prompts; "
+                "`loss`; `bayes_excess` (in tables made after version 0.1.0): the model's loss minus the loss of the Bayes predictor, on the same prompts; "
                 "`delta_ridge`, `delta_dmmse`: mean squared distance to the predictions of ridge and of dMMSE; "
                 "`prior_zero`, `prior_task_mean`: mean squared distance to predicting 0 and to predicting with the mean task; "
                 "`icl_score`: loss(k2) - loss(k1), negative is good",
@@ -175,7 +175,9 @@ TABLES: dict[str, Table] = {
             "bias_bound": _number(
                 "upper bound on the bias from the step size and minibatch noise, in nats", may_miss=True
             ),
-            "sensitivity": _number("fall of the LLC if the localization grows by a factor e, in nats", may_miss=True),
+            "sensitivity": _number(
+                "decrease of the LLC if the localization grows by a factor e, in nats", may_miss=True
+            ),
             "drop_at_mean": _number(
                 "checkpoint's loss minus the loss at the mean of the draws, in nats; if positive, the LLC is too low by about "
                 "this amount",
@@ -394,7 +396,7 @@ TABLES: dict[str, Table] = {
         "stages",
     ),
     "moving-pool": Table(
-        "runs on pools of tasks that stand still or walk (`docs/priors.md`): losses and gaps at every saved step",
+        "runs on pools of tasks that are fixed or change during training (`docs/priors.md`): losses and gaps at every saved step",
         {
             "num_tasks": Column("integer", "task diversity M"),
             "pool": Column("text", "`fixed` or `walk`"),
