@@ -54,7 +54,7 @@ def load_env_file(path: Path = Path(".env")) -> None:
         if value is None or name in os.environ or not may_be_set(name):
             continue
         if "\0" in value:
-            raise ConfigError(f"{path.absolute()} sets {name} to a text with a null character; write the value again.")
+            raise ConfigError(f"{path.absolute()} sets {name} to a value with a null character; write the value again.")
         os.environ[name] = re.sub(r"^\$HOME(?=/|$)", "~", value) if name == "LOCAL_ROOT" else value
     ignored = [name for name, value in variables.items() if value is not None and not may_be_set(name)]
     if ignored:

@@ -28,11 +28,11 @@ class LanguageConfig:
     """Source of the text: `synthetic`, a file of tokens (.npy), a folder or file of text (.txt, .jsonl), or a dataset of the Hugging Face
     Hub (hf://USER/NAME)."""
     next_source: str | None = None
-    """Source of the training rows from step `change_step` on. All other rows, such as test rows, still come from `source`."""
+    """Source of the training rows at step `change_step` and later. All other rows, such as test rows, still come from `source`."""
     change_step: int | None = None
     """First step whose training rows come from `next_source`; 25,000 in Hoogland et al. 2024."""
     tokenizer: str | None = None
-    """Tokenizer of text: a file tokenizer.json, or hf://USER/NAME. A source of tokens needs none."""
+    """Tokenizer of text: a file tokenizer.json, or hf://USER/NAME. A source that consists of tokens needs no tokenizer."""
     column: str = "text"
     """Name of the field of each JSONL record, or of the dataset's column, that contains the text."""
     vocab_size: int = 64
@@ -84,7 +84,7 @@ class LanguageConfig:
 
 
 def require_regression(family: str, what: str) -> None:
-    """Refuse a language run where only regression runs are served.
+    """Refuse a language run for a command or option that accepts only regression runs.
 
     Args:
         family: `model.family` of the run.
@@ -95,5 +95,5 @@ def require_regression(family: str, what: str) -> None:
     """
     if family == "language":
         raise ConfigError(
-            f"{what} serves regression runs only, and this is a language run (`model.family` is `language`)."
+            f"{what} accepts only regression runs, but this is a language run (`model.family` is `language`)."
         )
