@@ -60,7 +60,7 @@ def load_env_file(path: Path = Path(".env")) -> None:
     if ignored:
         names = ", ".join(map(_shown, ignored[:8])) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
         print(
-            f"icl: {path} sets {names}, which `icl` ignores in this file; if you need it, export it in the shell.",
+            f"icl: {path} sets {names}, which `icl` ignores in this file; to set a variable anyway, export it in the shell.",
             file=sys.stderr,
         )
 

@@ -22,7 +22,7 @@ MAX_VOCAB_SIZE = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """Text of a language run: token rows, their source, and the statistics of the synthetic language."""
+    """Text of a language run: its source, the size of its rows of tokens, and the statistics of the synthetic language."""
 
     source: str = SYNTHETIC
     """Source of the text: `synthetic`, a file of tokens (.npy), a folder or file of text (.txt, .jsonl), or a dataset of the Hugging Face
@@ -79,7 +79,7 @@ class LanguageConfig:
 
     @property
     def num_predictions(self) -> int:
-        """Number of predictions of a row."""
+        """Number of tokens of a row that the model predicts: all tokens except the first."""
         return self.context_size - 1
 
 

@@ -1,6 +1,6 @@
 """Read the values of settings as people, YAML 1.1 and W&B write them: `inf`, `None`, `1e-5`, `10_000`, `0,1,2`.
 
-Each value is converted to the declared type of its setting, and a value of another type is refused. W&B's `${args}` passes
+Each value is converted to the declared type of its setting. A value that cannot be converted is refused. W&B's `${args}` passes
 a nested group of parameters as one argument, the Python `str` of a dict: `--task={'num_tasks': 2}` (`read_table`).
 """
 
