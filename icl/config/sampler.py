@@ -72,7 +72,7 @@ class ChainsConfig:
         prefix = f"{self.section}." if self.section else ""
         require(
             self.nbeta is not None or self.num_samples is not None,
-            "`nbeta` is None, which means n / ln n, but `num_samples` (n) is missing; give one of them.",
+            "`nbeta` is None, which means n / ln n, but `num_samples` (n) is not set. Set `nbeta` or `num_samples`.",
         )
         if self.nbeta is not None:
             repair = f". Write none for n / ln n with n = `{prefix}num_samples`"

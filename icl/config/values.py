@@ -185,7 +185,7 @@ def _read_scalar(key: str, text: str) -> Any:
 
 
 def _read_steps(value: Any) -> Any:
-    """Return a choice of steps as text: `all`, 1,2,3 or 0:1000:100. In YAML it may also be a number or a list of numbers."""
+    """Return a choice of steps as text: `all`, 1,2,3 or 0:1000:100. The value may also be a number or a list of numbers, as in YAML."""
     steps = value if isinstance(value, list) else [value]
     if all(isinstance(step, int) and not isinstance(step, bool) for step in steps):
         value = ",".join(map(str, steps))
