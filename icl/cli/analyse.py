@@ -76,7 +76,7 @@ def that_apply(names: list[str], path: Path) -> list[str]:
     family = family_of(path) or "regression"
     others = [name for name in names if family not in ANALYSES[name].families]
     if family != "regression" and others:
-        print(f"icl: {', '.join(others)} are left out, because they serve regression runs only.", file=sys.stderr)
+        print(f"icl: {', '.join(others)} are left out, because they accept only regression runs.", file=sys.stderr)
     return [name for name in names if name not in others]
 
 
@@ -102,7 +102,9 @@ def _what(words: list[str]) -> list[str]:
         hint = "" if name is None else nearest(name, [*ANALYSES, "all"])
         raise ConfigError(f"`--what` must be one of {', '.join(ANALYSES)} or all, got {got}.{hint}")
     if name == "all" and {word.partition("=")[0] for word in words} & {"--out", "--output_file", "--output_plot"}:
-        raise ConfigError("`--what all` writes each analysis to the run's results/ and figures/; leave out --out.")
+        raise ConfigError(
+            "`--what all` writes each analysis to the run's results/ and figures/; leave out --out and --output_plot."
+        )
     return runs if name == "all" else [name]
 
 

@@ -1,4 +1,4 @@
-"""The parts of `icl diversity` for Slurm: submit its jobs, work as one of them, and show runs and jobs."""
+"""The parts of `icl diversity` for Slurm: submit jobs, train runs inside a job, and show the states of runs and jobs."""
 
 import argparse
 from collections.abc import Callable, Sequence

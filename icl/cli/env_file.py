@@ -54,13 +54,13 @@ def load_env_file(path: Path = Path(".env")) -> None:
         if value is None or name in os.environ or not may_be_set(name):
             continue
         if "\0" in value:
-            raise ConfigError(f"{path.absolute()} sets {name} to a text with a null character; write the value again.")
+            raise ConfigError(f"{path.absolute()} sets {name} to a value with a null character; write the value again.")
         os.environ[name] = re.sub(r"^\$HOME(?=/|$)", "~", value) if name == "LOCAL_ROOT" else value
     ignored = [name for name, value in variables.items() if value is not None and not may_be_set(name)]
     if ignored:
         names = ", ".join(map(_shown, ignored[:8])) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
         print(
-            f"icl: {path} sets {names}, which `icl` ignores in this file; if you need it, export it in the shell.",
+            f"icl: {path} sets {names}, which `icl` ignores in this file; to set a variable anyway, export it in the shell.",
             file=sys.stderr,
         )
 

@@ -53,8 +53,11 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     paths = "a run's folder or name, a folder with runs below it, or one checkpoint file"
     parser.add("paths RUN|CHECKPOINT", paths, nargs="*", type=Path)
-    text = "folder of an experiment of `icl diversity`; all its runs are evaluated. Several experiments that differ only in their seeds are "
-    parser.add("--checkpoint_base_dir DIR[,DIR2,...]", text + "separated by commas; they are also pooled over seeds")
+    text = "folder of an experiment of `icl diversity`; all its runs are evaluated. To also pool results over seeds, give several "
+    parser.add(
+        "--checkpoint_base_dir DIR[,DIR2,...]",
+        text + "experiments that differ only in their seeds, separated by commas",
+    )
     parser.add(
         "--out --output_file FILE",
         "also write the numbers to FILE (.csv or .json). Several runs share one table with a column `run`. "
@@ -119,7 +122,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
 
 
 def _predictor_losses(baselines: "pd.DataFrame") -> str:
-    """Return a text with the losses of other predictors. It is empty if ridge is the Bayes predictor for new tasks."""
+    """Return a table of the losses of other predictors, as a string. It is empty if ridge is the Bayes predictor for new tasks."""
     means = baselines[baselines["position"] == "mean"].pivot(index="distribution", columns="quantity", values="value")
     if "bayes" not in means:
         return ""

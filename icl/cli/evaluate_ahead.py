@@ -24,14 +24,14 @@ class _Group(NamedTuple):
 
 
 def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:
-    """Return a text with the numbers of runs and checkpoints, and with an estimate of the time.
+    """Return a sentence with the numbers of runs and checkpoints, and with an estimate of the time.
 
     The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
 
     Args:
         checkpoints: The files to evaluate, for each run. The estimate of the time ignores a run whose first file cannot be read.
-        num_prompts: See `RunEvaluator`.
-        num_ood_prompts: See `RunEvaluator`.
+        num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
+        num_ood_prompts: Number of prompts per set, except for the set of training tasks; None uses `num_prompts`.
     """
     runs = list(checkpoints)
     seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)

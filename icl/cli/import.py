@@ -20,7 +20,7 @@ Convert checkpoints that older code saved into a run's folder, without unpicklin
 `icl train` then work on this run. --from names the code that saved the checkpoints:
   icr       ic_regression.py with ICRegConfig: checkpoint_step_N.pt, checkpoint_final.pt
   timaeus   timaeus-research/icl: N.pt, copied from its bucket or its folder
-  raventos  mansheej/icl-task-diversity: the folder of checkpoint_N and config.json
+  raventos  mansheej/icl-task-diversity: a folder with checkpoint_N and config.json
   timaeus-lm  language models of Timaeus: a folder with checkpoints/checkpoint_N.pth or model.safetensors, or hf://USER/NAME
 If the files do not contain a setting, give it as an option, such as --task.noise_variance 0.125 --model.num_heads 4.""",
         """icl import checkpoints/checkpoints_M64 --from icr --out runs/M64
@@ -93,5 +93,7 @@ def _folder(out: str | None, source: Path) -> Path:
     name = source.resolve().name if source.is_dir() else source.stem
     slug = re.sub(r"[^\w.,=+-]", "-", name).lstrip("-.")
     if not slug:
-        raise ConfigError("Give the new run a name with --out RUN.")
+        raise ConfigError(
+            "No run name can be made from the name of this file or folder; give the new run a name with --out RUN."
+        )
     return local_root() / slug

@@ -26,7 +26,7 @@ _LOGGED_COLUMNS = (
 def describe_work(
     path: Path, sampler: SamplerConfig, *, mode: str, rescale: float = 1.0, components: Sequence[str] = ("",)
 ) -> str:
-    """Return a text that says how many steps are still to be estimated, and with which chains.
+    """Return a sentence that says how many steps are still to be estimated, and with which chains.
 
     Raises:
         ConfigError: If a requested step is not saved.
@@ -89,7 +89,7 @@ def describe_verdicts(table: "pd.DataFrame") -> str:
 
 
 def count_verdicts(table: "pd.DataFrame") -> str:
-    """Return a text with the number of estimates that have each verdict."""
+    """Return a sentence with the number of estimates that have each verdict."""
     counts = table["verdict"].value_counts()
     return (
         f"Verdicts: {', '.join(f'{counts[name]} {name}' for name in ('ok', 'suspect', 'invalid') if name in counts)}."
@@ -97,7 +97,7 @@ def count_verdicts(table: "pd.DataFrame") -> str:
 
 
 def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
-    """Return a text that says whether estimates measure the geometry of a basin, or only depend on the loss of the checkpoints."""
+    """Return sentences that say whether estimates measure the geometry of a basin, or only depend on the loss of the checkpoints."""
     import numpy as np
 
     from icl.sampling.records import trivial_predictor
@@ -135,7 +135,10 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
 
 
 def describe_bug(table: "pd.DataFrame") -> str:
-    """Return a text with the estimate that the published code gives for the last step of a language run, or nothing if there is none."""
+    """Return sentences with the estimate that the published code gives for the last step of a language run.
+
+    Return an empty string if the table has no such estimates.
+    """
     from icl.sampling.records import WITH_BUG
 
     if WITH_BUG not in table:
@@ -176,7 +179,7 @@ def write_rows(out: Path, table: "pd.DataFrame") -> Path:
     """Write a table as CSV or JSON, chosen by the suffix of the file.
 
     Raises:
-        StorageError: If it cannot be written.
+        StorageError: If the file cannot be written.
     """
     if table_format(out) == "csv":
         text = table.to_csv(index=False)

@@ -83,7 +83,7 @@ def _until_precise(config: RunConfig, stderr: float, *layers: Mapping[str, Any])
 
 
 def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
-    """Return the file of --out. Check that it can be written, and that the command does not read it."""
+    """Return the file that `--out` names, or None if the option is not given. Refuse a file that cannot be written, or that the command reads."""
     if "out" not in options:
         return None
     if not options["out"].strip():

@@ -56,7 +56,7 @@ def require_output(path: Path, *inputs: Path | str | None) -> None:
 
 
 def _owner(path: Path) -> str | None:
-    """Return a text that names the run or experiment to which a file belongs, or None."""
+    """Return a phrase that names the run or experiment to which a file belongs, or None if it belongs to neither."""
     real = _real(path)
     for folder in real.parents:
         parts = real.relative_to(folder).parts

@@ -45,7 +45,7 @@ def add_slurm_options(parser: CommandParser) -> None:
     parser.add("--slurm", "submit the work to Slurm as a job array whose jobs share it, and return")
     text = "with --slurm: number of jobs (default: one for each program that is left to run)"
     parser.add("--jobs N", text, type=whole_number(1, _MAX_JOBS))
-    text = 'with --slurm: further options of sbatch in one word, such as "--time=4:00:00 --gpus=1 --partition=long"'
+    text = 'with --slurm: further options of sbatch, all in one pair of quotes, such as "--time=4:00:00 --gpus=1 --partition=long"'
     parser.add("--sbatch OPTIONS", text)
     text = "for the script that --slurm submits: work as one of the jobs of the submission in FOLDER"
     parser.add("--in-job FOLDER", text, type=Path)

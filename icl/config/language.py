@@ -22,17 +22,17 @@ MAX_VOCAB_SIZE = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """Text of a language run: token rows, their source, and the statistics of the synthetic language."""
+    """Text of a language run: its source, the size of its rows of tokens, and the statistics of the synthetic language."""
 
     source: str = SYNTHETIC
     """Source of the text: `synthetic`, a file of tokens (.npy), a folder or file of text (.txt, .jsonl), or a dataset of the Hugging Face
     Hub (hf://USER/NAME)."""
     next_source: str | None = None
-    """Source of the training rows from step `change_step` on. All other rows, such as test rows, still come from `source`."""
+    """Source of the training rows at step `change_step` and later. All other rows, such as test rows, still come from `source`."""
     change_step: int | None = None
     """First step whose training rows come from `next_source`; 25,000 in Hoogland et al. 2024."""
     tokenizer: str | None = None
-    """Tokenizer of text: a file tokenizer.json, or hf://USER/NAME. A source of tokens needs none."""
+    """Tokenizer of text: a file tokenizer.json, or hf://USER/NAME. A source that consists of tokens needs no tokenizer."""
     column: str = "text"
     """Name of the field of each JSONL record, or of the dataset's column, that contains the text."""
     vocab_size: int = 64
@@ -79,12 +79,12 @@ class LanguageConfig:
 
     @property
     def num_predictions(self) -> int:
-        """Number of predictions of a row."""
+        """Number of tokens of a row that the model predicts: all tokens except the first."""
         return self.context_size - 1
 
 
 def require_regression(family: str, what: str) -> None:
-    """Refuse a language run where only regression runs are served.
+    """Refuse a language run for a command or option that accepts only regression runs.
 
     Args:
         family: `model.family` of the run.
@@ -95,5 +95,5 @@ def require_regression(family: str, what: str) -> None:
     """
     if family == "language":
         raise ConfigError(
-            f"{what} serves regression runs only, and this is a language run (`model.family` is `language`)."
+            f"{what} accepts only regression runs, but this is a language run (`model.family` is `language`)."
         )

@@ -1,4 +1,4 @@
-"""The section `model`: the architecture and initial weights of both families of models.
+"""The section `model`: the architecture and initial weights of regression models and language models.
 
 Language models have TransformerLens's architecture, so some settings have a fixed value in every language model.
 """
@@ -25,7 +25,7 @@ _OF_EVERY_LANGUAGE_MODEL = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Decoder-only transformer: over vector tokens (`icl/model/transformer.py`), or over the tokens of a text (`icl/model/language.py`)."""
+    """A decoder-only transformer that reads vectors (`icl/model/transformer.py`) or the tokens of a text (`icl/model/language.py`)."""
 
     family: Literal["regression", "language"] = "regression"
     """Family of the model: `regression` reads the prompts of `task`, `language` reads the text of `language`."""
@@ -40,8 +40,8 @@ class ModelConfig:
     mlp_size: int = 64
     """Hidden width of the MLP. In a language model, 0 leaves the MLPs out."""
     positions: Literal["standard", "shortformer"] = "standard"
-    """Where position embeddings are added: to the token embeddings (`standard`), or, in a language model, only to the inputs of queries
-    and keys (`shortformer`; Press et al. 2021)."""
+    """Where position embeddings are added. `standard`: to the token embeddings. `shortformer` (only in language models; Press et al.
+    2021): to the inputs of queries and keys."""
     layer_norm: Literal["pre", "post", "none"] = "pre"
     """Place of the layer norms: before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""
     attention_output: bool = True
@@ -57,14 +57,14 @@ class ModelConfig:
     unembedding_bias: bool = True
     """Whether the unembedding has a bias."""
     output: Literal["scalar", "token", "gaussian", "mixture"] = "token"
-    """Output of the model: the prediction alone (`scalar`), D + 1 numbers, the first of which is the prediction (`token`), or a
-    predictive distribution of y, which is one Gaussian (`gaussian`) or a mixture of Gaussians (`mixture`). With a predictive
-    distribution, training minimises the negative log-likelihood, and the prediction is the mean of the distribution."""
+    """Output of the model. `scalar`: the prediction alone. `token`: D + 1 numbers, the first of which is the prediction. `gaussian` or
+    `mixture`: a predictive distribution of y, which is one Gaussian or a mixture of Gaussians. With a predictive distribution, training
+    minimises the negative log-likelihood, and the prediction is the mean of the distribution."""
     num_components: int = 4
     """Number J of Gaussians of the output `mixture`. With any other output, it has no effect and must keep its default."""
     init: Literal["pytorch", "gpt2", "normal"] = "pytorch"
-    """Distribution of the initial weights: nn.Linear's uniform distribution (`pytorch`), N(0, 0.02^2) with scaled residual
-    projections (`gpt2`), or, for language models, N(0, 0.05^2) for every matrix (`normal`)."""
+    """Distribution of the initial weights. `pytorch`: nn.Linear's uniform distribution. `gpt2`: N(0, 0.02^2), with scaled residual
+    projections. `normal` (only language models): N(0, 0.05^2) for every matrix."""
     double_residual: bool = False
     """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to match their numbers."""
 

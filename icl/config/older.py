@@ -75,7 +75,8 @@ OLDER_SETTINGS = {
     "restoring_force": "sampler.localization",
     "num_burn_in": "sampler.num_burnin_steps",
 }
-"""The setting that replaces each older flag or setting; empty if none is needed. Keys are older names in lower case, without section."""
+"""The setting that replaces each older flag or setting, or an empty string if it has no replacement. Keys are older names in lower case,
+without section."""
 
 _SUFFIXES = (".py", ".sh", ".ipynb")
 _LAUNCHERS = ("python", "python3", "-m", "nohup", "wandb")
@@ -91,7 +92,7 @@ def modern_command(words: list[str]) -> str | None:
 
 
 def modern_setting(key: str) -> str | None:
-    """Return a sentence that names the new setting for an older flag or setting, or None if the key is not an older one."""
+    """Return a sentence that names the new setting for an older flag or setting, or None if the key is not an older name."""
     name = key.rpartition(".")[2].lower().replace("-", "_")
     if name not in OLDER_SETTINGS:
         return None

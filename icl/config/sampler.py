@@ -72,7 +72,7 @@ class ChainsConfig:
         prefix = f"{self.section}." if self.section else ""
         require(
             self.nbeta is not None or self.num_samples is not None,
-            "`nbeta` is None, which means n / ln n, but `num_samples` (n) is missing; give one of them.",
+            "`nbeta` is None, which means n / ln n, but `num_samples` (n) is not set. Set `nbeta` or `num_samples`.",
         )
         if self.nbeta is not None:
             repair = f". Write none for n / ln n with n = `{prefix}num_samples`"
@@ -107,9 +107,9 @@ class SamplerConfig(ChainsConfig):
     minibatches: Literal["fixed", "fresh"] = "fixed"
     """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
-    """Loss: the mean squared error per target over all positions (`mse`), or over the first K' positions, with K' uniform on
-    1..K (`subsequence`). If `model.output` is `gaussian` or `mixture`, the negative log-likelihood is used instead of the squared error,
-    as in training."""
+    """Loss whose LLC is estimated. `mse`: the mean squared error per target over all positions. `subsequence`: the same over the first
+    K' positions, where K' is uniform on 1..K. If `model.output` is `gaussian` or `mixture`, the negative log-likelihood is used instead
+    of the squared error, as in training."""
     steps: str = "all"
     """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range such as 0:1000:100 (first step, last
     step, spacing)."""

@@ -1,7 +1,7 @@
 """The sections of a run's settings that describe training, evaluation and saving. Each section checks its values.
 
-The sections `task`, `model`, `language` and `sampler` are in separate modules. Settings have their usual names, and the descriptions add
-the symbols of the papers (M, D, K, sigma^2).
+The sections `task`, `model`, `language` and `sampler` are in separate modules. The description of a setting gives the symbol that
+the papers use for it (M, D, K, sigma^2).
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ class OptimConfig:
     lr: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["constant", "warmup", "triangle"] = "triangle"
-    """Schedule of the rate: `constant`, `warmup` (linear rise, then constant) or `triangle` (linear rise, then linear fall). The
-    last update of a triangle has rate zero, so a triangle needs at least 2 steps."""
+    """Schedule of the learning rate: `constant`, `warmup` (a linear rise, then constant) or `triangle` (a linear rise, then a linear
+    fall). The last update of a `triangle` has rate zero, so a `triangle` needs at least 2 steps."""
     warmup_steps: int | None = None
     """Number of steps over which the rate rises linearly. The default for `triangle` is half of `schedule_steps`. The schedule `warmup`
     has no default, and `constant` does not allow this setting."""
@@ -79,7 +79,7 @@ class OptimConfig:
         )
         require(
             self.schedule == "triangle" or self.schedule_steps is None,
-            f"`optim.schedule_steps` has no effect on the schedule `{self.schedule}`; only `triangle` has an end.",
+            f"`optim.schedule_steps` has no effect on the schedule `{self.schedule}`; only `triangle` uses this setting. Leave it out.",
         )
         require(
             self.schedule != "warmup" or self.warmup_steps is not None,
@@ -113,8 +113,8 @@ class TrainerConfig:
     precision: str = "32-true"
     """Lightning's precision, such as `32-true` or `bf16-mixed`."""
     loggers: str = "auto"
-    """Loggers besides `metrics.csv`, which is always written: `csv`, `tensorboard` and `wandb`, separated by commas; `auto` uses W&B if
-    it is set up."""
+    """Names of loggers, separated by commas: `csv`, `tensorboard`, `wandb`. `auto` uses W&B if it is set up. `metrics.csv` is always
+    written."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Whether to compile the training step with `torch.compile`, which takes 10 to 30 s. `auto` compiles if the run is long enough. It
     compiles a language run only on a CPU, and only if each batch is computed in one part."""
@@ -130,7 +130,7 @@ class TrainerConfig:
         require(
             self.batch_size % self.num_processes == 0,
             "`trainer.batch_size` must be a multiple of the number of processes, got "
-            f"{self.batch_size} for {self.num_processes}.",
+            f"{self.batch_size} for {self.num_processes} processes.",
         )
 
     @property
@@ -164,8 +164,8 @@ class EarlyStoppingConfig:
     """Early stopping of training when a metric no longer falls."""
 
     monitor: str = "eval/pretrain/loss"
-    """Metric that must keep falling: an `eval/...` column of `metrics.csv`. `eval/pretrain/nll` exists if `model.output` is `gaussian` or
-    `mixture`."""
+    """Metric that must keep falling: an `eval/...` column of `metrics.csv`. The column `eval/pretrain/nll` exists only if `model.output`
+    is `gaussian` or `mixture`."""
     patience: int | None = None
     """Number of evaluations (not steps) without improvement after which training stops; None means that training never stops early."""
     min_delta: float = 0.0

@@ -19,7 +19,7 @@ MAX_POOL_STEPS = 2**40
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """In-context linear regression: y_k = w . x_k + noise, with w from a pool of M tasks, or a new task from the prior."""
+    """In-context linear regression: y_k = w . x_k + noise, where w is one of the M tasks of a pool, or a new task from the prior."""
 
     num_tasks: int | float = 64
     """Task diversity M, the number of tasks in the pool; `inf` means that every prompt has a new task from the prior."""
@@ -30,11 +30,12 @@ class TaskConfig:
     noise_variance: float = 0.25
     """Noise variance sigma^2 of the targets (not the standard deviation)."""
     imported_tasks: str | None = None
-    """Digest of the table of training tasks of an imported run, or `unknown`. `icl import` sets it. By default the tasks are drawn with
-    the seed `seeds.tasks`."""
+    """Digest of the table of training tasks of an imported run, or `unknown` if the run was imported without its tasks. `icl import`
+    sets this. By default the tasks are drawn with the seed `seeds.tasks`."""
     prior: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
-    """Prior of the tasks, from which the pool is drawn: N(0, I) (`gaussian`), heavy-tailed coordinates (`student_t`, `laplace`), mostly
-    zero coordinates (`sparse`), vectors in a random subspace (`low_rank`), or a mixture of Gaussians (`mixture`)."""
+    """Prior of the tasks, from which the pool is drawn. `gaussian`: N(0, I). `student_t` or `laplace`: heavy-tailed coordinates.
+    `sparse`: each coordinate is zero with probability 1 - `prior_density`. `low_rank`: vectors in a random subspace. `mixture`: a
+    mixture of Gaussians."""
     prior_df: float | None = None
     """Degrees of freedom of the prior `student_t`, above 2."""
     prior_density: float | None = None
@@ -50,15 +51,15 @@ class TaskConfig:
     noise_df: float | None = None
     """Degrees of freedom of the noise `student_t`, above 2."""
     inputs: Literal["gaussian", "student_t", "ar1"] = "gaussian"
-    """Distribution of the inputs: N(0, I) (`gaussian`), heavy-tailed coordinates (`student_t`), or Gaussian inputs, each correlated with
-    the previous one (`ar1`)."""
+    """Distribution of the inputs. `gaussian`: N(0, I). `student_t`: heavy-tailed coordinates. `ar1`: Gaussian inputs, each of which is
+    correlated with the previous input."""
     input_df: float | None = None
     """Degrees of freedom of the inputs `student_t`, above 2."""
     input_correlation: float | None = None
     """Correlation between consecutive inputs of `ar1`, between -1 and 1."""
     pool: Literal["fixed", "resampled", "walk"] = "fixed"
-    """How the pool changes during training: not at all (`fixed`), new tasks every `pool_steps` steps (`resampled`), or a gradual random
-    change of every task (`walk`)."""
+    """How the pool changes during training. `fixed`: not at all. `resampled`: new tasks every `pool_steps` steps. `walk`: every task
+    changes gradually and at random."""
     pool_steps: int | None = None
     """Number of steps after which the pool is replaced (`resampled`), or after which the correlation of a task with its earlier value
     has fallen to 1 / e (`walk`)."""
@@ -96,7 +97,7 @@ class TaskConfig:
 
     @property
     def world(self) -> str:
-        """Text with the settings that differ from the usual world, such as `prior laplace, pool walk, pool_steps 30`. Empty if none do."""
+        """The settings that differ from the usual world, such as `prior laplace, pool walk, pool_steps 30`. An empty string if none differ."""
         changed = {name: getattr(self, name) for name in WORLD_SETTINGS}
         changed = {name: value for name, value in changed.items() if value != WORLD_SETTINGS[name]}
         return ", ".join(f"{name} {value}" for name, value in changed.items())
@@ -175,4 +176,4 @@ WORLD_SETTINGS = {
     for field in dataclasses.fields(TaskConfig)
     if field.name.startswith(("prior", "noise_df", "input", "pool")) or field.name == "noise"
 }
-"""Settings that define a world, with their defaults, which are those of the usual world."""
+"""Settings that define a world, with their defaults. The defaults define the usual world."""

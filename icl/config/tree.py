@@ -128,7 +128,7 @@ class RunConfig:
         return self.optim.schedule_steps or self.trainer.max_steps
 
     def members(self) -> list["RunConfig"]:
-        """Return the configuration of each run in the population. It is the same as if the run were trained alone.
+        """Return the configuration of each run in the population. Each one is the same as if this run were trained alone.
 
         Without a population, the result is this configuration alone. If the population has a `run_name`, its runs are in subfolders of
         the folder of that name.
@@ -150,7 +150,7 @@ class RunConfig:
         )
 
     def shared_settings(self) -> dict[str, Any]:
-        """Return all settings, by dotted key, that runs must share to be trained as one population."""
+        """Return the settings that runs must share to be trained as one population. The keys are dotted names, such as `optim.lr`."""
         return {
             key: value
             for key, value in flatten(_plain(dataclasses.asdict(self))).items()
@@ -158,7 +158,7 @@ class RunConfig:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the tree as nested dicts of plain values. Infinity becomes the text `inf`.
+        """Return the tree as nested dicts of plain values. Infinity becomes the string `inf`.
 
         Settings of `LATER_SETTINGS` are left out if they have their defaults, and a regression run has no section `language`. For a
         language run, all settings that were added with language models are included.
@@ -172,7 +172,10 @@ class RunConfig:
         return tree
 
     def all_settings(self) -> dict[str, Any]:
-        """Return all settings by dotted key as plain values, including those that `to_dict` leaves out. A regression run has no `language`."""
+        """Return all settings as plain values, including those that `to_dict` leaves out. The keys are dotted names, such as `optim.lr`.
+
+        For a regression run, the section `language` is left out.
+        """
         return flatten(self._tree())
 
     def _tree(self) -> dict[str, Any]:
@@ -203,7 +206,9 @@ class RunConfig:
         for name, value in tree.items():
             kind = sections.get(name)
             if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
-                raise ConfigError(f"The section `{name}` must be a table of settings by name, got {value!r}.")
+                raise ConfigError(
+                    f"The section `{name}` must be a table of names and values of settings, got {value!r}."
+                )
             if name == "sampler":
                 value = _with_usable_steps(value)
             try:
@@ -228,7 +233,7 @@ def _with_usable_steps(sampler: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert to values that YAML and JSON can represent."""
+    """Convert a value to dicts, lists, numbers and text, which YAML and JSON can represent."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, tuple):
@@ -248,7 +253,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return a phrase for each difference that affects training. The names of run and preset, and `FREE_ON_RESUME`, are not compared."""
+    """Return a phrase for each setting that affects training and differs. `run_name` and `preset` are not compared."""
     before, after = (flatten(dataclasses.asdict(config)) for config in (old, new))
     return [
         f"`{key}` was {_plain(before[key])!r} and is now {_plain(after[key])!r}"

@@ -1,7 +1,7 @@
 """Read the values of settings as people, YAML 1.1 and W&B write them: `inf`, `None`, `1e-5`, `10_000`, `0,1,2`.
 
-Each value is converted to the declared type of its setting, and a value of another type is refused. W&B's `${args}` passes
-a nested group of parameters as one word, the Python `str` of a dict: `--task={'num_tasks': 2}` (`read_table`).
+Each value is converted to the declared type of its setting. A value that cannot be converted is refused. W&B's `${args}` passes
+a nested group of parameters as one argument, the Python `str` of a dict: `--task={'num_tasks': 2}` (`read_table`).
 """
 
 import argparse
@@ -113,7 +113,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def read_table(text: str) -> dict[Any, Any] | None:
-    """Parse a word as a table of settings in JSON, Python or YAML. Return None if it is not a table."""
+    """Parse a string as a table of settings in JSON, Python or YAML. Return None if it is not a table."""
     if not text.strip().startswith("{"):
         return None
     readers: tuple[Callable[[str], Any], ...] = (parse_json, _python_literal, parse_yaml)
@@ -159,7 +159,7 @@ def read_number(text: str) -> float:
 
 
 def read_path(text: str) -> Path:
-    """Return a path. Refuse the empty text, which pathlib reads as the working directory."""
+    """Convert the text of an option to a path. Refuse an empty string, which pathlib reads as the working directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a file or folder, got nothing")
     return Path(text)
@@ -170,7 +170,7 @@ def _wrong_type(key: str, value: Any) -> ConfigError:
 
 
 def _read_scalar(key: str, text: str) -> Any:
-    """Read the value of a setting that is not text."""
+    """Convert text to the value of a setting that does not accept text: a number, a truth value or None."""
     value = parse_scalar(text)
     if not isinstance(value, str):
         return value
@@ -185,7 +185,7 @@ def _read_scalar(key: str, text: str) -> Any:
 
 
 def _read_steps(value: Any) -> Any:
-    """Return a choice of steps as text: `all`, 1,2,3 or 0:1000:100. In YAML it may also be a number or a list of numbers."""
+    """Return a choice of steps as text: `all`, 1,2,3 or 0:1000:100. The value may also be a number or a list of numbers, as in YAML."""
     steps = value if isinstance(value, list) else [value]
     if all(isinstance(step, int) and not isinstance(step, bool) for step in steps):
         value = ",".join(map(str, steps))
@@ -198,7 +198,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _read_list(key: str, value: Any) -> list[Any] | None:
-    """Convert `0,1,2`, `[0, 1, 2]`, a YAML list or a single value to a list. Return None for null."""
+    """Convert `0,1,2`, `[0, 1, 2]`, a YAML list or a single value to a list. Return None if the value is null."""
     given = value
     if isinstance(value, str):
         text = value.strip()

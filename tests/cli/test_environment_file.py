@@ -129,7 +129,7 @@ def test_only_names_of_the_closed_list_are_taken_and_the_others_are_named(clean,
         told = capsys.readouterr().err
         assert (
             told
-            == f"icl: .env sets {name}, which `icl` ignores in this file; if you need it, export it in the shell.\n"
+            == f"icl: .env sets {name}, which `icl` ignores in this file; to set a variable anyway, export it in the shell.\n"
         )
     (clean / ".env").write_text("".join(f"{name}=value-of-{name}\n" for name in TAKEN))
     load_env_file()

@@ -380,7 +380,7 @@ def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
 def test_all_analyses_of_a_language_run_are_those_that_serve_it_and_the_others_are_named(folder, capsys, monkeypatch):
     names = ["gradients", "essential-dynamics", "attention", "language-behaviour", "stages"]
     assert that_apply(names, folder.path) == ["essential-dynamics", "language-behaviour", "stages"]
-    told = "icl: gradients, attention are left out, because they serve regression runs only.\n"
+    told = "icl: gradients, attention are left out, because they accept only regression runs.\n"
     assert capsys.readouterr().err == told
     assert that_apply(names[:3], folder.path / "nothing") == names[:3]
     assert not capsys.readouterr().err
@@ -410,10 +410,10 @@ def test_next_tokens_are_those_of_the_definition(folder, tmp_path, capsys):
         ),
         (
             ["llc", "RUN", "--components", "heads"],
-            "`--components` serves regression runs only, and this is a language run",
+            "`--components` accepts only regression runs, but this is a language run",
         ),
-        (["llc", "RUN", "--rescale", "2"], "`--rescale` serves regression runs only, and this is a language run"),
-        (["diversity", "--preset", "language-quickstart"], "`icl diversity` serves regression runs only"),
+        (["llc", "RUN", "--rescale", "2"], "`--rescale` accepts only regression runs, but this is a language run"),
+        (["diversity", "--preset", "language-quickstart"], "`icl diversity` accepts only regression runs"),
         (["predict", "RUN", "--prompt", "README.md"], "README.md must be JSON"),
         (
             ["train", "--preset", "language-quickstart", "--task.num_tasks", "3"],
