@@ -35,7 +35,7 @@ stationary variance on U = a w^2 / 2 is (our derivation; tests compare it with c
 
     (1 + lr s (1 + c) / ((1 - c) (4 - lr a))) / a
 
-At c = 0 and small lr a, this is the variance of SGLD. The control variates of `icl.sampling.at_checkpoint` reduce s.
+If c = 0 and the product lr * a is small, this equals the stationary variance of SGLD. The control variates of `icl.sampling.at_checkpoint` reduce s.
 """
 
 from collections.abc import Callable

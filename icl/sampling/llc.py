@@ -261,7 +261,7 @@ def _require_checkpoints(checkpoints: Any) -> list[Mapping[str, Tensor]]:
                     "and leave out integer and complex tensors."
                 )
     if not checkpoints or not all(checkpoints):
-        raise ConfigError("There are no parameters to sample; give a dict from names to tensors that is not empty.")
+        raise ConfigError("There are no parameters to sample; give a non-empty dict from names to tensors.")
     return checkpoints
 
 
