@@ -9,6 +9,8 @@ set -euo pipefail
 export LOCAL_ROOT=${LOCAL_ROOT:-runs} RUNS=${LOCAL_ROOT:-runs}
 # The steps of the LLCs: four in stage LR1, eight in LR2, four in LR3, five in LR4 and four in LR5.
 STEPS=0,118,661,1465,2843,5517,9375,13954,20202,27072,35290,40292,60606,80808,101010,126262,161616,202020,242424,282828,318181,363636,409090,454545,500000
+BAOAB="--sampler.kernel baoab --sampler.lr 5e-6 --sampler.friction 0.7 --sampler.num_samples 131072 --sampler.batch_size 512
+    --sampler.num_chains 8 --sampler.num_burnin_steps 100 --sampler.num_draws 200"
 
 ## train L2H4, seeds 0 and 1
 icl train --preset L2H4 --model.double_residual true --trainer.compile true --checkpoints.moments true --run_name L2H4 \
@@ -18,8 +20,8 @@ icl train --preset L2H4 --model.double_residual true --trainer.compile true --ch
 icl evaluate "$RUNS/L2H4/seed=0" --num_prompts 8192 --num_ood_prompts 512
 
 ## LLCs of L2H4, seed 0, with the kernel baoab
-# The preset has minibatches of 1,024 prompts and more draws: 8 chains of 120 + 400 moves.
-icl llc "$RUNS/L2H4/seed=0" --steps "$STEPS" --sampler.batch_size 512 --sampler.num_burnin_steps 100 --sampler.num_draws 220
+# The preset has minibatches of 1,024 prompts and more draws: 8 chains of 120 + 400 moves. Runs of version 0.1.0 have other settings.
+icl llc "$RUNS/L2H4/seed=0" --steps "$STEPS" $BAOAB
 
 ## LLCs of L2H4, seed 0, with the published sampler
 # Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 means that all estimates are invalid, which is a result.
@@ -48,7 +50,7 @@ icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
 
 ## LLCs of L2H4, seed 1, with the kernel baoab
 icl llc "$RUNS/L2H4/seed=1" --steps 1465,5517,9375,20202,40292,80808,126262,202020,318181,500000 \
-    --sampler.batch_size 512 --sampler.num_burnin_steps 100 --sampler.num_draws 220
+    $BAOAB
 
 ## LLCs of L2H4, seed 1, with the published sampler
 icl llc "$RUNS/L2H4/seed=1" --published --steps 1465,5517,9375,20202,40292,80808,126262,202020,318181,500000 \
