@@ -33,12 +33,12 @@ from icl.tasks.corpus import Corpus, open_corpus
 
 _WORD = 2**32
 _START, _LENGTH, _FROM, _SUCCESSOR = range(4)
-"""Indices of the four random words at each position. They decide whether a copy begins, its length, the position
-that is copied, and the successor."""
+"""Indices of the four random 32-bit words at each position. The words decide whether a copy begins, the length of the copy, the
+position from which it is copied, and the successor."""
 TEST = "test"
 """Stream of the rows that no training step sees."""
 _NUM_TEST_SETS = 2
-"""Number of held-out sets of rows of a text. Each set is one step of the stream `test`."""
+"""Number of sets of rows that are held out from a text. Each set is one step of the stream `test`."""
 
 
 class TokenRows(NamedTuple):
@@ -49,7 +49,7 @@ class TokenRows(NamedTuple):
 
 
 class RowSource(NamedTuple):
-    """Everything that determines a stream's rows: the settings of the text, the keys of its draws, and the corpus if there is one."""
+    """Everything that determines a stream's rows: the settings of the text, the keys of the random streams, and the corpus if there is one."""
 
     language: LanguageConfig
     key: rng.Stream
@@ -88,8 +88,8 @@ class RowSource(NamedTuple):
         shortest = max(1, text.copy_length // 2)
         lengths = shortest + _below(words[..., _LENGTH], text.copy_length - shortest + 1)
         rows = torch.full(words.shape[:-1], text.bos, dtype=torch.int64, device=step.device)  # S B T
-        left = rows.new_zeros(rows.shape[:-1])  # S B, tokens that the copy still has
-        source = left.clone()  # S B, the next position that the copy reads
+        left = rows.new_zeros(rows.shape[:-1])  # S B, number of tokens that are left to copy
+        source = left.clone()  # S B, position of the next token to copy
         for t in range(1, text.context_size):
             if t > 2:
                 begins = (left == 0) & starts[..., t]
@@ -127,7 +127,7 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
     """Return the source of one stream of a language run.
 
     Raises:
-        ConfigError: If the text cannot be read, or is too short to hold out the rows of the evaluation.
+        ConfigError: If the text cannot be read, or is too short to hold out the rows for evaluation.
     """
     text, num_held_out = config.language, config.evaluation.num_prompts
     corpus = None if text.is_synthetic else open_corpus(text)
@@ -182,7 +182,10 @@ def _successors(key: rng.Stream, vocab_size: int, num_successors: int) -> Int64[
 
 @lru_cache(maxsize=8)
 def _cumulative(num_successors: int) -> Int64[Tensor, " F"]:
-    """Return the limits below which a random word chooses each successor. Successor j has a probability proportional to 1 / j."""
+    """Return limits for a random 32-bit word w: the first limit above w chooses the successor.
+
+    Successor j has a probability proportional to 1 / j.
+    """
     weights = 1 / torch.arange(1, num_successors + 1, dtype=torch.float64)
     limits = (weights.cumsum(0) / weights.sum() * _WORD).long()
     limits[-1] = _WORD

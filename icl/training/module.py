@@ -48,7 +48,7 @@ class PopulationModule(pl.LightningModule):
 
     def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.automatic_optimization = False  # a step computes its own gradients
+        self.automatic_optimization = False  # our step function computes the gradients
         self.members, self.config = members, members[0].config
         optim = self.config.optim
         self.layout = layout_of(params)
@@ -134,7 +134,7 @@ class PopulationModule(pl.LightningModule):
         """Restore the state of every member."""
         for member, saved in zip(self.members, checkpoint["members"], strict=True):
             member.load_state_dict(saved)
-            self._saved_conditions[member] = saved.get("conditions", {})  # version 0.1.0 saved none
+            self._saved_conditions[member] = saved.get("conditions", {})  # files of version 0.1.0 contain no conditions
 
     def _is_batch_whole(self) -> bool:
         """Return whether a language model computes a member's batch in one part. This depends only on settings."""
@@ -147,7 +147,7 @@ class PopulationModule(pl.LightningModule):
         if settings.compile != "auto":
             return settings.compile == "true"
         if self.config.model.is_language and (self.device.type != "cpu" or not self._is_batch_whole()):
-            return False  # on a GPU we have not measured compiling, and with a batch in many parts the graph would be very long
+            return False  # not measured on a GPU; with a batch in many parts, the compiled graph would be very long
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
             num_tokens=self.config.num_tokens * settings.batch_size,

@@ -33,7 +33,7 @@ _MANY_TASKS = 2**16
 
 
 def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps: int | None = None) -> pl.Trainer:
-    """Build Lightning's Trainer, without Lightning's callbacks. It saves to the files of each member, and loads from them.
+    """Build Lightning's Trainer, without Lightning's callbacks. The Trainer saves to the files of each member, and loads from them.
 
     Args:
         config: Settings that the members share.
@@ -83,7 +83,10 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
 
 
 class PopulationDDP(DDPStrategy):
-    """Strategy for processes that divide every batch. The step itself averages the gradients (`PopulationModule._average`)."""
+    """Lightning strategy for several processes, each of which takes a part of every batch.
+
+    The step itself averages the gradients (`PopulationModule._average`).
+    """
 
     def configure_ddp(self) -> None:
         """Do not wrap the module in `DistributedDataParallel`."""
@@ -150,7 +153,8 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
     if settings.every is None or is_child_rank():
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
-    device = "cpu" if kind == "tpu" else kind  # an XLA device would compile the small evaluation for every shape
+    # An XLA device would compile this small computation again for every shape.
+    device = "cpu" if kind == "tpu" else kind
     by_key: dict[_SetsKey, list[EvaluationSet]] = {}
     by_member = []
     for config in configs:

@@ -48,7 +48,7 @@ def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str,
     """Return the arguments of Lightning's Trainer for an XLA device.
 
     Raises:
-        ConfigError: If there is no XLA device, or the settings ask for several devices or for another precision than 32-true.
+        ConfigError: If there is no XLA device, or the settings ask for several devices or for a precision other than 32-true.
     """
     if settings.num_processes > 1:
         raise ConfigError(
