@@ -78,7 +78,7 @@ def one_graph(
     """Return the function compiled to one graph. On CUDA this is a CUDA graph.
 
     Results of the compiler are cached in a private folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, we
-    try once more without it. If this fails too, a warning says so, and calls use the function itself.
+    try once more without it. If this fails too, a warning says so, and calls run the function without compilation.
 
     Args:
         function: Function of tensors, or trees of tensors, that returns tensors.

@@ -84,10 +84,10 @@ def make_step(
     In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers equal, bit for bit, the
     numbers of a population with only this member.
 
-    In compiled mode, the members of a packed population are updated in parallel, each on one core. This is faster, but a few sums round
-    differently. Only the biases of keys then differ by more than rounding. No prediction depends on these biases, so their gradients are
-    only rounding errors, which Adam scales up to steps of ordinary size. A single member can also use several cores: each core computes
-    the gradient on a part of the prompts, and the step uses the mean of these gradients.
+    In compiled mode, the members of a packed population (one that began with several members) are updated in parallel, each on one core.
+    This is faster, but a few sums round differently. Only the biases of keys then differ by more than rounding. No prediction depends on
+    these biases, so their gradients are only rounding errors, which Adam scales up to steps of ordinary size. A single member can also use
+    several cores: each core computes the gradient on a part of the prompts, and the step uses the mean of these gradients.
 
     Args:
         model: The architecture.
@@ -172,7 +172,7 @@ def losses_and_grads(
 
     def combine(losses: Tensor) -> tuple[Tensor, Tensor]:
         means = losses.mean(dim=(1, 2))  # N
-        # A row affects only its own loss, so the gradient of the sum is the gradient of each loss.
+        # A row affects only its own loss, so each row of the sum's gradient is the gradient of its loss.
         return means.sum(), means
 
     grads, losses = grads_in_parts(model, layout.to_params, combine, rows, (xs, ys))

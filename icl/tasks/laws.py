@@ -10,7 +10,7 @@ Scalar laws (`Law`), for noise and for the coordinates of tasks and inputs:
 
 Task priors (`TaskLaw`), of vectors w with D coordinates:
 
-- `gaussian`, `student_t`, `laplace`: independent coordinates.
+- `gaussian`, `student_t`, `laplace`: the coordinates are independent, each with the scalar law of this name.
 - `sparse`: with probability p, a coordinate is drawn from N(0, 1 / p); otherwise it is 0.
 - `low_rank`: w = sqrt(D / r) A u with u ~ N(0, I_r). The r columns of A are orthonormal and span a uniformly random subspace, which is the
   same for all tasks of a run. The variances of the coordinates differ, but their mean is 1, so E|w|^2 = D. (If every coordinate had
@@ -64,7 +64,7 @@ class TaskLaw(NamedTuple):
 
     @property
     def coordinates(self) -> Law | None:
-        """The law of the coordinates, if they are independent with one of the scalar laws; otherwise None."""
+        """Law of each coordinate, if the coordinates are independent and have one of the scalar laws; otherwise None."""
         return Law(self.name, self.df) if self.name in ("gaussian", "student_t", "laplace") else None
 
 

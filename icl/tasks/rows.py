@@ -6,8 +6,8 @@ run reads the same rows as an uninterrupted run. The stream `train` uses `seeds.
 Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). Let E = `evaluation.num_prompts`. The last 2 E rows of the corpus
 are held out for the stream `test`, and are in no other stream. Step 0 of this stream has the last E rows, and step 1 the E rows before
 them. `icl.evaluation.sets` uses step 0 during training and step 1 for reports. The text may change at a step (`language.change_step`). At
-this and all later steps, the rows of the stream `train` are drawn from the whole second text. Which of the two texts a row
-comes from depends only on the step, so resumed training reads the same rows.
+this and all later steps, the rows of the stream `train` are drawn from the whole second text. The step alone decides from
+which of the two texts a row comes, so resumed training reads the same rows.
 
 Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`. The next token is successor j
 with probability proportional to 1 / j. At each position outside a copy, a copy begins with probability `copy_rate`. Then an earlier

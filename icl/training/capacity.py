@@ -9,7 +9,7 @@ On a CPU at most one member per core is updated at a time, so activations count 
 - Its parameters and moments. While members are resumed, they need three times as much memory, because the arrays are read from the
   resume files and then copied into joined arrays.
 - The prompts of one training step while they are drawn, or the arrays of the member's evaluation, whichever is larger.
-- Its evaluation prompts with their baselines. Members that differ only in their training seeds share these prompts.
+- Its evaluation prompts, with the baselines' predictions. Members that differ only in their training seeds share these prompts.
 """
 
 from collections.abc import Sequence

@@ -40,9 +40,9 @@ class PopulationModule(pl.LightningModule):
     loss_sum: Tensor
     """Sum of the losses since the last row of `metrics.csv` (N)."""
     num_clipped: Tensor
-    """Number of clipped steps since the last row (N)."""
+    """Number of clipped steps since the last row of `metrics.csv` (N)."""
     num_summed: Tensor
-    """Number of steps since the last row (N)."""
+    """Number of steps since the last row of `metrics.csv` (N)."""
     first_bad_step: Tensor
     """First step with a non-finite loss (N); -1 if there is none."""
 
@@ -194,7 +194,7 @@ class PopulationAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, rows: Tensor, adam: AdamState, function: Step, settings: OptimConfig) -> None:
-        """Wrap a function that makes one step.
+        """Give a step function the interface of an optimiser.
 
         Args:
             rows: The parameters (N, P), a leaf tensor.

@@ -20,7 +20,7 @@ def has_ended(member: Member) -> bool:
     """Return whether the run has already ended.
 
     Raises:
-        ConfigError: If its folder contains a run with other settings.
+        ConfigError: If the member's folder contains a run with other settings.
     """
     if not member.folder.config_file.exists():
         return False

@@ -131,9 +131,9 @@ class MemberFiles(CheckpointIO):
 
 
 def read_resume_file(member: Member) -> int:
-    """Restore a member's state from its resume file. Return the step from which it continues, or 0 without a file.
+    """Restore a member's state from its resume file. Return the step from which the member continues, or 0 if there is no file.
 
-    If `last.ckpt` is damaged or missing, the save before it is used, and a message about this is added to `member.notes`.
+    If `last.ckpt` is damaged or missing, the previous save is used, and a message about this is added to `member.notes`.
 
     Raises:
         ConfigError: If the file belongs to a run with other settings.

@@ -38,7 +38,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
     Args:
         config: Settings that the members share.
         members: Runs to train.
-        max_steps: Step at which to stop; None means the end of the runs.
+        max_steps: Step at which to stop; None means the last step of the runs.
 
     Raises:
         ConfigError: If Lightning refuses the devices, the strategy or the precision.
@@ -144,7 +144,7 @@ def require_order(callbacks: Sequence[pl.Callback]) -> None:
 
 
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
-    """Return the fixed prompts of every member, with their baselines. Members that differ only in training seeds share the same sets.
+    """Return the fixed prompts of every member, with the baselines' predictions. Members that differ only in training seeds share the same sets.
 
     Only rank 0 evaluates, so other ranks receive empty lists. Sets of other ranks would need memory on the device of rank 0, because
     these ranks have not chosen their own devices yet.

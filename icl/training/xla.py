@@ -1,6 +1,6 @@
 """Train on an XLA device: one core of a TPU, or XLA's CPU backend (`PJRT_DEVICE=CPU`).
 
-XLA traces a step into a graph and compiles the graph, which is the same for all backends. So a test on the CPU backend, without a TPU,
+XLA traces a step into a graph and compiles the graph. The graph is the same for all backends. So a test on the CPU backend, without a TPU,
 shows that a step is compiled only once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
 """
 
