@@ -13,7 +13,7 @@ each probe:
 - Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, where R = I - Q'Q. This is Hutch++ with a Krylov space as its
   sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman 2023,
   "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside the Krylov space is random, and this part is small.
-- Density: the Ritz values are nodes, and the squared first components of the Ritz vectors (in the basis Q) are weights. This is stochastic
+- Density: the Ritz values are nodes, and the squared first components of the Ritz vectors (in the basis Q) are their weights. This is stochastic
   Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
 
@@ -111,7 +111,7 @@ def ritz(krylov: Krylov) -> Ritz:
     by_batch = torch.einsum("nam,njab,nbm->njm", vectors, krylov.projected, vectors)
     residuals = krylov.remainder.unsqueeze(-1) * vectors[:, -1].abs()  # N m
     distances, infinity = values.diff(dim=-1), torch.full_like(values[:, :1], torch.inf)
-    # Lower bounds for the distances to the next eigenvalues, because a neighbouring Ritz value may be wrong by its own residual.
+    # Lower bounds for the distances to the next eigenvalues: a neighbouring Ritz value may be wrong by its residual, so we subtract this.
     below = torch.cat((infinity, distances - residuals[:, :-1]), dim=-1)
     above = torch.cat((distances - residuals[:, 1:], infinity), dim=-1)
     gaps = torch.minimum(below, above).clamp(min=torch.finfo(torch.float64).tiny)

@@ -4,7 +4,7 @@ A row is a pure function of (seed, stream, step, index), as a prompt is. So data
 run reads the same rows as an uninterrupted run. The stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
 
 Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). Let E = `evaluation.num_prompts`. The last 2 E rows of the corpus
-are held out for the stream `test`, and are in no other stream. Step 0 of this stream has the last E rows, and step 1 the E rows before
+are held out for the stream `test`, and are in no other stream. Step 0 of this stream consists of the last E rows, and step 1 of the E rows before
 them. `icl.evaluation.sets` uses step 0 during training and step 1 for reports. The text may change at a step (`language.change_step`). At
 this and all later steps, the rows of the stream `train` are drawn from the whole second text. The step alone decides from
 which of the two texts a row comes, so resumed training reads the same rows.

@@ -74,7 +74,7 @@ def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Record an exception in the body of the `with` statement in the status and the W&B run of every unfinished member.
+    """If the body of the `with` statement raises an exception, record it in the status and the W&B run of every unfinished member.
 
     If the status cannot be written, no further error is raised for this.
     """

@@ -250,7 +250,7 @@ def _fit(
 
 
 def _initial_params(configs: Sequence[RunConfig]) -> Params:
-    """Return the parameters before training. They have the precision of training, so that loading a resume file does not round."""
+    """Return the parameters before training. They have the dtype that training uses, so that loading a resume file does not round."""
     is_double = configs[0].trainer.precision == "64-true"
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])

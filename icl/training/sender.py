@@ -151,7 +151,7 @@ class Sender:
         return True
 
     def _signature(self, name: str) -> Signature | None:
-        """Return modification time, size and inode of a file. They change when the file is written again."""
+        """Return modification time, size and inode of a file. These values change when the file is written again."""
         try:
             stat = (self.mirror.run.path / name).stat()
         except FileNotFoundError:
