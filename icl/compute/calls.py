@@ -1,4 +1,4 @@
-"""Make repeated calls of a function of tensors fast: its gradient, its compilation, parallel calls, and memory.
+"""Tools for functions of tensors that are called many times: gradients, compilation, parallel calls, and reuse of memory.
 
 `torch.compile` compiles a function to one graph at its first call, which takes 10 to 30 seconds. The results of the eager and the compiled
 function differ by rounding. We compile only if the whole training or sampling is long enough (`compiling_pays`).
@@ -78,15 +78,15 @@ def one_graph(
     """Return the function compiled to one graph. On CUDA this is a CUDA graph.
 
     Results of the compiler are cached in a private folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, we
-    try once more without it. If this fails too, a warning says so, and calls use the function itself.
+    try once more without it. If this fails too, a warning says so, and calls run the function without compilation.
 
     Args:
         function: Function of tensors, or trees of tensors, that returns tensors.
-        work: Name of the work, for the warning.
+        work: Name of the work that the warning mentions, such as "Training".
         changed: Function of the same inputs that returns the tensors that `function` changes in place.
-        options: Options of the compiler on a CPU.
+        options: Options of `torch.compile` for CPUs.
     """
-    use_private_cache()  # must come before torch chooses a folder
+    use_private_cache()  # call this before torch chooses a folder
     # Imported here, because this import is slow and no other function needs it.
     from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
 
@@ -136,7 +136,7 @@ def _cuda_options() -> dict[str, Any]:
     from torch._inductor import config
 
     options: dict[str, Any] = {"triton.cudagraphs": True, "triton.autotune_pointwise": False, "shape_padding": False}
-    if hasattr(config, "deterministic"):  # only in later versions
+    if hasattr(config, "deterministic"):  # only later versions of torch have this option
         options["deterministic"] = True
     return options
 

@@ -1,7 +1,7 @@
 """Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
 
-By default, torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. It executes the
-files that it finds there, even if another user wrote them. We use the folder `icl/torch-<version>` in the user's cache instead
+By default, torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. Torch executes
+the files that it finds there, even if another user wrote them. We use the folder `icl/torch-<version>` in the user's cache instead
 ($XDG_CACHE_HOME or `~/.cache`), or a folder in $TORCHINDUCTOR_CACHE_DIR if the user has set this variable. Only the user may write to this
 folder.
 
@@ -40,7 +40,7 @@ _held: Any = None
 
 
 class UnusableError(Exception):
-    """A folder that cannot be used as the cache. The message says why."""
+    """Raised if a folder cannot be used as the cache. The message says why."""
 
 
 def use_private_cache() -> Path:
@@ -65,7 +65,7 @@ def use_private_cache() -> Path:
 
 
 def start_afresh() -> bool:
-    """Switch to an empty temporary folder. Return False, and change nothing, if this process already uses one."""
+    """Switch to an empty temporary folder. Return False, and change nothing, if this process already uses a temporary folder."""
     global _folder, _held
     from torch._inductor.utils import clear_caches
 
@@ -75,7 +75,7 @@ def start_afresh() -> bool:
         _held.close()
         _held, _folder = None, _temporary_folder()
         _make_torch_use(_folder)
-        clear_caches()  # caches in memory, which refer to files of the previous folder
+        clear_caches()  # clear the caches in memory, because they refer to files of the previous folder
         return True
 
 
@@ -159,7 +159,8 @@ def require_private(folder: Path) -> None:
             raise UnusableError(
                 f"{path} belongs to another user; remove it, or set XDG_CACHE_HOME to a folder of your own"
             )
-        is_sticky = bool(mode & stat.S_ISVTX) and path != resolved  # others may write to it, but not replace our folder
+        # Others may write to a sticky folder above ours, but cannot replace our folder in it.
+        is_sticky = bool(mode & stat.S_ISVTX) and path != resolved
         is_group_open = bool(mode & stat.S_IWGRP) and (path == resolved or status.st_gid not in (0, os.getgid()))
         if not is_sticky and (mode & stat.S_IWOTH or is_group_open):
             raise UnusableError(
@@ -185,7 +186,7 @@ def _remove_damaged(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """List the files that torch has written to the folder, without its locks."""
+    """List the files that torch has written to the folder, except torch's lock files."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [name for name in names if not (name.startswith(".") or name == _DIGESTS or name.endswith(".lock"))]
 
@@ -217,7 +218,7 @@ def _write_digests(folder: Path, digests: dict[str, str]) -> None:
 
 
 def _temporary_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="icl-torch-"))  # with mode 0700
+    folder = Path(tempfile.mkdtemp(prefix="icl-torch-"))  # `mkdtemp` makes it with mode 0700
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

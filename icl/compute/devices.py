@@ -74,7 +74,7 @@ def device_bytes(device: torch.device | str) -> int:
 
 
 def bytes_made_by(work: Callable[[], object]) -> int:
-    """Do some work, and return the number of bytes of all tensors that it makes. Views of the same storage count once."""
+    """Call `work`, and return the number of bytes of all tensors that it makes. Views of the same storage count once."""
     with _Allocations() as allocations:
         work()
     return sum(allocations.sizes.values())
@@ -121,7 +121,7 @@ def _group_bytes() -> list[int]:
     except OSError:
         return []
     for _, controllers, group in groups:
-        if controllers == "memory":  # version 1 of control groups; version 2 names no controller
+        if controllers == "memory":  # version 1 of control groups; in version 2, this field is empty
             root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         elif not controllers:
             root, limit, used = _CGROUPS, "memory.max", "memory.current"
@@ -141,7 +141,8 @@ def _free_group_bytes(folder: Path, limit: str, used: str) -> list[int]:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # without a limit, the file contains the word `max`
         return []
-    cached_bytes = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # the system can drop these
+    # The system can free these bytes of file cache.
+    cached_bytes = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
     return [max(0, limit_bytes - used_bytes + cached_bytes)]
 
 

@@ -2,8 +2,8 @@
 
 The matrix A is the mean of A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ..., A_J v.
 Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All results are
-computed from Q and the projections Q A_j Q' (m, m). The projections need no further products. The trace needs one more product for each
-probe:
+computed from Q and the projections Q A_j Q' (m, m). The projections need no further matrix-vector products. The trace needs one more product for
+each probe:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
   with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound improves
@@ -13,7 +13,7 @@ probe:
 - Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, where R = I - Q'Q. This is Hutch++ with a Krylov space as its
   sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman 2023,
   "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside the Krylov space is random, and this part is small.
-- Density: the Ritz values are nodes, and the squared first components of their vectors are weights. This is stochastic
+- Density: the Ritz values are nodes, and the squared first components of the Ritz vectors (in the basis Q) are their weights. This is stochastic
   Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
 
@@ -51,7 +51,7 @@ class Ritz(NamedTuple):
 
     values: Float[Tensor, "N m"]
     stderr: Float[Tensor, "N m"]
-    """Standard error over draws of the J batches, to first order; NaN for one batch."""
+    """First-order standard error due to the random choice of the J batches; NaN if there is only one batch."""
     errors: Float[Tensor, "N m"]
     """Estimated distance to the nearest eigenvalue of A."""
     weights: Float[Tensor, "N m"]
@@ -70,7 +70,7 @@ class Trace(NamedTuple):
 def lanczos(products: Products, start: Float[Tensor, "N P"], num_steps: int) -> Krylov:
     """Build the Krylov space of A and a start vector, with min(`num_steps`, P) dimensions.
 
-    If A maps the space into itself, the search continues from a new direction outside the space.
+    If A maps the space into itself, the space is extended by a new direction outside it.
 
     Raises:
         ValueError: If the matrix has no rows, or `num_steps` is below 1.
@@ -111,7 +111,7 @@ def ritz(krylov: Krylov) -> Ritz:
     by_batch = torch.einsum("nam,njab,nbm->njm", vectors, krylov.projected, vectors)
     residuals = krylov.remainder.unsqueeze(-1) * vectors[:, -1].abs()  # N m
     distances, infinity = values.diff(dim=-1), torch.full_like(values[:, :1], torch.inf)
-    # Lower bounds for the distances to the next eigenvalues, because a neighbouring Ritz value may be wrong by its own residual.
+    # Lower bounds for the distances to the next eigenvalues: a neighbouring Ritz value may be wrong by its residual, so we subtract this.
     below = torch.cat((infinity, distances - residuals[:, :-1]), dim=-1)
     above = torch.cat((distances - residuals[:, 1:], infinity), dim=-1)
     gaps = torch.minimum(below, above).clamp(min=torch.finfo(torch.float64).tiny)
@@ -141,7 +141,7 @@ def trace(products: Products, krylov: Krylov, probes: Iterable[Float[Tensor, "N 
 
 def _outside(vectors: Float[Tensor, "N P"], basis: Float[Tensor, "N m P"]) -> Float[Tensor, "N P"]:
     """Return the part of the vectors that is orthogonal to the basis."""
-    for _ in range(2):  # twice, because rounding errors of the first pass leave a part in the space
+    for _ in range(2):  # project twice, because rounding errors of the first pass leave a part inside the space
         vectors = vectors - ((vectors.unsqueeze(1) @ basis.mT) @ basis).squeeze(1)
     return vectors
 

@@ -84,10 +84,10 @@ def make_step(
     In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers equal, bit for bit, the
     numbers of a population with only this member.
 
-    In compiled mode, the members of a packed population are updated in parallel, each on one core. This is faster, but a few sums round
-    differently. Only the biases of keys then differ by more than rounding. No prediction depends on these biases, so their gradients are
-    only rounding errors, which Adam scales up to steps of ordinary size. A single member can also use several cores: each core computes
-    the gradient on a part of the prompts, and the step uses the mean of these gradients.
+    In compiled mode, the members of a packed population (one that began with several members) are updated in parallel, each on one core.
+    This is faster, but a few sums round differently. Only the biases of keys then differ by more than rounding. No prediction depends on
+    these biases, so their gradients are only rounding errors, which Adam scales up to steps of ordinary size. A single member can also use
+    several cores: each core computes the gradient on a part of the prompts, and the step uses the mean of these gradients.
 
     Args:
         model: The architecture.
@@ -98,7 +98,7 @@ def make_step(
         packed: Whether the population began with several members. This value must stay the same when only one member is left, because
             the results depend on it.
         num_parts: Number of equal parts into which a compiled step on a CPU splits a member's prompts. Each part has its own thread. A
-            different number of parts changes the results by rounding. A packed population does not split its prompts.
+            different number of parts changes the results by rounding. It has no effect if `packed` is true.
         reduce: Function that replaces a tensor by its mean over the processes that share a batch. If it is given, the step stays eager.
     """
 
@@ -131,7 +131,7 @@ def make_step(
 
 
 def most_parts(batch_size: int, num_threads: int) -> int:
-    """Return the number of equal parts of a batch in a compiled step: at most one for each thread, with at least `SMALLEST_PART` prompts."""
+    """Return the number of equal parts of a batch in a compiled step: at most one for each thread, each with at least `SMALLEST_PART` prompts."""
     counts = range(1, num_threads + 1)
     return max(n for n in counts if n == 1 or (batch_size % n == 0 and batch_size // n >= SMALLEST_PART))
 
@@ -146,7 +146,7 @@ def _in_parts(model: ModelConfig, optim: OptimConfig, layout: Layout, num_parts:
         return StepInfo(torch.stack(losses).mean(0), update(state, torch.stack(grads).mean(0), rates, optim))
 
     each_gradient = in_parallel(one_graph(gradient, work="Training", options=RELEASE_GIL), threads_each=1)
-    # This also runs on one thread. Threads of a second team would wait actively, and so slow down the next gradients.
+    # This also runs on one thread. Threads of a second team would keep cores busy while they wait, and so slow down the next gradients.
     finish_alone = in_parallel(one_graph(finish, work="Training", options=RELEASE_GIL), threads_each=1)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
@@ -172,7 +172,7 @@ def losses_and_grads(
 
     def combine(losses: Tensor) -> tuple[Tensor, Tensor]:
         means = losses.mean(dim=(1, 2))  # N
-        # A row affects only its own loss, so the gradient of the sum is the gradient of each loss.
+        # A row affects only its own loss, so each row of the sum's gradient is the gradient of its loss.
         return means.sum(), means
 
     grads, losses = grads_in_parts(model, layout.to_params, combine, rows, (xs, ys))

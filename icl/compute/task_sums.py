@@ -22,7 +22,7 @@ On a CPU, this number of weights fits in the cache. On a GPU, it makes the cost 
 _MIN_TASKS_AT_A_TIME = 64
 """Minimum number of tasks in a chunk. Chunks have this size if there are many prompts."""
 _LOG_WEIGHT_ERROR = 1e-2
-"""Largest rounding error of a log-weight for which float32 is precise enough."""
+"""Use float32 only if the rounding error of a log-weight is below this number."""
 
 _Weigh = Callable[[Tensor], Tensor]
 """Function that maps the excess sums of squared errors, S_m - min S_m, to the tasks' weights."""
@@ -35,11 +35,11 @@ def mean_outputs(
     noise_variance: float,
     error: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "B K"]:
-    """Return the weighted mean of w . x_k over the tasks w, at every prefix. For zero noise, return the limit of small noise.
+    """Return the weighted mean of w . x_k over the tasks w, at every prefix. For zero noise, return the limit as the noise goes to zero.
 
     `error` is a function of residuals that replaces the squared error, for noise that is not Gaussian.
     """
-    is_limit = noise_variance < sys.float_info.min  # the inverse of the variance would overflow
+    is_limit = noise_variance < sys.float_info.min  # the inverse of a smaller variance would overflow
     weigh = _indicator if is_limit else partial(_boltzmann, noise_variance=noise_variance)
     at_once = max(_MIN_TASKS_AT_A_TIME, _SLAB[xs.device.type] // max(1, len(xs)))
     chunks = (_sums(xs, ys, chunk, weigh, error) for chunk in tasks.split(at_once))
@@ -55,7 +55,7 @@ class _Sums(NamedTuple):
     weight: Tensor
     """Sum of the weights."""
     output: Tensor
-    """Weighted sum of w . x_k."""
+    """Weighted sum of w . x_k over the tasks w."""
 
 
 def _sums(
@@ -90,10 +90,10 @@ def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
 
 
 def _boltzmann(excess: Tensor, *, noise_variance: float) -> Tensor:
-    """Replace `excess` by exp(-excess / (2 sigma^2)), but at least 2^-100, and return it.
+    """Overwrite `excess` with the larger of exp(-excess / (2 sigma^2)) and 2^-100, and return it.
 
-    On CPUs `exp` is ten times slower than `exp2`, and numbers that underflow are ten times slower too. So we use `exp2`, and
-    clamp its argument.
+    On CPUs `exp` is ten times slower than `exp2`, and arguments for which the result underflows are ten times slower too. So we
+    use `exp2`, and clamp its argument.
     """
     return excess.mul_(-0.5 / math.log(2) / noise_variance).clamp_(min=-100).exp2_()
 

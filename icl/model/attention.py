@@ -152,7 +152,7 @@ def _compiled_kernel() -> ctypes.CDLL | None:
         digest = library.attention_source().decode()
     except OSError:
         return None
-    except AttributeError:  # an older library, without a digest
+    except AttributeError:  # libraries that older versions compiled have no digest
         digest = "none"
     if _SOURCE.exists() and sha256(_SOURCE.read_bytes()).hexdigest() != digest:
         warnings.warn(

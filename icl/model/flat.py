@@ -38,7 +38,7 @@ class Slot(NamedTuple):
     elements: Tensor | None
     """Indices of the moving elements in the flattened parameter, or None if all move."""
     dtype: torch.dtype | None = None
-    """Type of the parameter, if the member's parameters have several types; otherwise None. With several types, rows have the widest one."""
+    """Type of the parameter, if the member's parameters have several types; otherwise None. With several types, rows have the widest type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +80,10 @@ class Layout:
         return torch.cat([*parts, padding], dim=1)
 
     def to_params(self, rows: Float[Tensor, "*N width"], fixed: Mapping[str, Tensor] | None = None) -> Params:
-        """Return parameters from rows. A parameter that moves as a whole is a view of the rows.
+        """Convert rows to parameters. A parameter that moves as a whole is a view of the rows.
 
         Args:
-            rows: The moving entries, of several members (N, width) or of one (width,).
+            rows: The moving entries of several members (N, width), or of one member (width,).
             fixed: The fixed entries, as the method `fixed` returns them, with the same leading axis as `rows`.
         """
         params = dict(fixed or {})

@@ -3,10 +3,10 @@
 The setting `model.output` chooses the head, and with it the loss that training minimises:
 
 - `scalar`, `token`: coordinate 0 is the prediction of y. The loss is the squared error.
-- `gaussian`: the predictive distribution of y is N(m, exp(s)), with m = o_0 and s = 10 tanh(o_1 / 10). The loss is the negative
-  log-likelihood -log p(y), in nats.
+- `gaussian`: the predictive distribution of y is N(m, exp(s)), with m = o_0 and s = 10 tanh(o_1 / 10), where o_0 and o_1
+  are the outputs. The loss is the negative log-likelihood -log p(y), in nats.
 - `mixture`: the predictive distribution is a mixture of J Gaussians (Bishop 1994, "Mixture density networks"). The 3J outputs are the means
-  m_j, then the o_j of the log-variances s_j = 10 tanh(o_j / 10), then the logits of the weights w_j. The loss is
+  m_j, then J numbers o_j, then the logits of the weights w_j. The log-variances are s_j = 10 tanh(o_j / 10). The loss is
   -log sum_j w_j N(y; m_j, exp(s_j)), in nats.
 
 The function 10 tanh(o / 10) bounds the log-variances, so variances lie between 5e-5 and 22,000. Without a lower bound, a component could
@@ -54,7 +54,7 @@ def predictive(config: ModelConfig, outputs: Float[Tensor, "*S O"]) -> Predictiv
     """Return the predictive distributions of a model with the output `gaussian` or `mixture`.
 
     Raises:
-        ValueError: If the model has another output.
+        ValueError: If `model.output` is `scalar` or `token`.
     """
     if config.output == "gaussian":
         means, raw = outputs.split(1, dim=-1)
@@ -94,7 +94,7 @@ def draw(
     Args:
         distributions: The distributions.
         uniforms: Uniform numbers in [0, 1], which choose the components. Each number chooses the first component whose cumulative weight
-            exceeds it.
+            exceeds this number.
         normals: Standard normal numbers, which are scaled and shifted to the chosen component.
     """
     log_weights, means, log_variances = distributions

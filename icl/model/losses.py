@@ -38,7 +38,7 @@ def batch_losses(model: ModelConfig, params: Params, xs: Tensor, ys: Tensor) -> 
 
 
 def batch_parts(model: ModelConfig, params: Params, xs: Tensor, ys: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split a batch along the axis of its rows into parts that fit into memory. Parts of one batch may differ by one row."""
+    """Split a batch along the axis of its rows into parts that fit into memory. The sizes of the parts may differ by one row."""
     num_rows = ys.shape[-2]
     size = rows_at_once(model, params, ys.shape[-1]) if model.is_language else num_rows
     if size >= num_rows:

@@ -13,7 +13,7 @@ is faster for six reasons:
 - After the last attention only x-tokens are computed, because predictions are read out only at these tokens.
 - Attention has its own kernel on CPUs (`icl.model.attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
-- There is no `torch.func.vmap` and no Python state, so `torch.compile` sees one plain function.
+- The functions use neither `torch.func.vmap` nor Python state, so `torch.compile` sees one plain function.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
 
 
 def unstack(params: Mapping[str, Tensor]) -> list[Params]:
-    """Return the members of a population as views."""
+    """Return the parameter sets of the members, as views of the stacked tensors."""
     return [{name: tensor[i] for name, tensor in params.items()} for i in range(size(params))]
 
 

@@ -7,8 +7,8 @@ Depending on its options, this is the model of Raventos et al. (2023), Hoogland 
 `icl.presets` contains their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no prediction depends
 on it. The table of position embeddings still has 2K rows. Second, `double_residual` is off by default.
 
-This module defines the model, so attention is written as in its formula. `icl.model.stacked` computes the same function faster,
-for many parameter sets at once. Tests compare the two.
+This module defines the model, so its code follows the formulas. `icl.model.stacked` computes the same function faster, for many
+parameter sets at once. Tests compare the two.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         """Return the predictive distribution of every y_k, if `model.output` is `gaussian` or `mixture`.
 
         Raises:
-            ValueError: If the prompts do not fit the model, or it has another output.
+            ValueError: If the prompts do not fit the model, or `model.output` is `scalar` or `token`.
         """
         return heads.predictive(self.config, self.outputs(xs, ys))
 

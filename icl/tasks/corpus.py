@@ -32,7 +32,7 @@ class Corpus(NamedTuple):
     """A text as rows of tokens."""
 
     tokens: np.ndarray
-    """Rows (R, T), or one text (L,). An array on disk is mapped, not read into memory."""
+    """Tokens in rows (R, T), or of one long text (L,). An array on disk is memory-mapped, so it is not loaded as a whole."""
     language: LanguageConfig
 
     def __hash__(self) -> int:
@@ -49,7 +49,7 @@ class Corpus(NamedTuple):
         return len(self.tokens) // self.language.num_predictions
 
     def rows(self, numbers: Int64[Tensor, "..."]) -> Int64[Tensor, "... T"]:
-        """Return the rows with these numbers.
+        """Return the rows with these row numbers.
 
         Raises:
             ConfigError: If a token is not in the vocabulary.
@@ -66,7 +66,7 @@ class Corpus(NamedTuple):
 
 @lru_cache(maxsize=4)
 def open_corpus(language: LanguageConfig) -> Corpus:
-    """Open the text that `language.source` names. Text is tokenised, and kept in memory as tokens.
+    """Open the text that `language.source` names. Text files are tokenised, and only their tokens are kept in memory.
 
     Raises:
         ConfigError: If the text cannot be read, or a package or the tokenizer is missing.
@@ -92,7 +92,7 @@ def tokenise(documents: Iterator[str], language: LanguageConfig, *, beside: Path
     """Return the tokens of documents, with the token BOS after each document. Special tokens of the tokenizer are not added.
 
     Args:
-        documents: The texts.
+        documents: The texts to tokenise.
         language: The tokenizer and the size of the vocabulary.
         beside: Folder or file of the text. A `tokenizer.json` in this folder is used if `language.tokenizer` is not set.
 

@@ -10,7 +10,7 @@ Scalar laws (`Law`), for noise and for the coordinates of tasks and inputs:
 
 Task priors (`TaskLaw`), of vectors w with D coordinates:
 
-- `gaussian`, `student_t`, `laplace`: independent coordinates.
+- `gaussian`, `student_t`, `laplace`: the coordinates are independent, each with the scalar law of this name.
 - `sparse`: with probability p, a coordinate is drawn from N(0, 1 / p); otherwise it is 0.
 - `low_rank`: w = sqrt(D / r) A u with u ~ N(0, I_r). The r columns of A are orthonormal and span a uniformly random subspace, which is the
   same for all tasks of a run. The variances of the coordinates differ, but their mean is 1, so E|w|^2 = D. (If every coordinate had
@@ -35,11 +35,11 @@ from torch import Tensor
 from icl import rng
 
 _CHOICE_BLOCK = 2**31
-"""First block of the draws that choose the nonzero coordinates or the component. `normal` uses the blocks before it."""
+"""First counter block (`icl.rng`) for the random numbers that choose the nonzero coordinates or the component. `rng.normal` uses lower blocks."""
 
 
 class Law(NamedTuple):
-    """Distribution of a number with mean 0 and variance 1."""
+    """Distribution of a real number, with mean 0 and variance 1."""
 
     name: Literal["gaussian", "student_t", "laplace"] = "gaussian"
     df: float | None = None
@@ -58,13 +58,13 @@ class TaskLaw(NamedTuple):
     components: int | None = None
     """Number J of components of the `mixture`."""
     between: float | None = None
-    """Variance b of each coordinate of the components' means, over the components."""
+    """Variance b of the components' means, for each coordinate."""
     seed: int = 0
     """Seed of the subspace, or of the components."""
 
     @property
     def coordinates(self) -> Law | None:
-        """The law of the coordinates, if they are independent with one of the scalar laws; otherwise None."""
+        """Law of each coordinate, if the coordinates are independent and have one of the scalar laws; otherwise None."""
         return Law(self.name, self.df) if self.name in ("gaussian", "student_t", "laplace") else None
 
 
@@ -74,10 +74,10 @@ GAUSSIAN, GAUSSIAN_TASKS = Law(), TaskLaw()
 def draw(
     law: Law, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` numbers for each step and index, in float32. The first numbers are the same for every `size`."""
+    """Draw `size` numbers for each step and index, in float32. A smaller `size` gives the first numbers of a larger `size`."""
     if law.name == "gaussian":
         return rng.normal(key, steps, indices, size)
-    if steps.device.type == "mps":  # it has no float64
+    if steps.device.type == "mps":  # MPS has no float64
         return draw(law, _on_cpu(key), steps.cpu(), indices.cpu(), size).to(steps.device)
     u, v = rng.uniform(key, steps, indices, 2 * size).unflatten(-1, (size, 2)).unbind(-1)  # N S B size
     if law.name == "laplace":
@@ -85,7 +85,7 @@ def draw(
     assert law.df is not None
     radius = (
         (law.df - 2) * torch.expm1(-2 / law.df * u.log())
-    ).sqrt()  # includes the division by the standard deviation
+    ).sqrt()  # the factor df - 2 includes the division by the standard deviation
     return (radius * torch.cos(2 * math.pi * v)).float()
 
 

@@ -9,11 +9,12 @@ Task m of a pool is a pure function of (seed, m, step). So pools are nested at e
   w(t + 1) = rho w(t) + sqrt(1 - rho^2) z with rho = exp(-1 / n). At every step the tasks are N(0, I). At step 0 the pool is the same as
   with `fixed`.
 
-The walk is computed by a binary tree. The roots of the tree are the multiples of 2^L, with 2^L at least 40 n. They are drawn independently,
-because their correlation is below e^-40, which is smaller than the rounding errors. The middle of an interval is drawn given both ends of
-the interval. If the halves have length h and r = exp(-h / n), the middle is normal with mean r (left + right) / (1 + r^2) and variance
-(1 - r^2) / (1 + r^2), because the process is Markov. After L halvings the interval begins at the wanted step. Each step occurs once in the
-tree, so the random number for step t has the counter t. A pool at one step needs L + 2 normals per coordinate, whatever the step.
+The walk is computed by a binary tree. The roots of the tree are the steps that are multiples of 2^L, with 2^L at least 40 n. The values at
+the roots are drawn independently, because their correlation is at most e^-40, which is smaller than the rounding errors. The value at the
+middle of an interval is drawn given the values at both ends. If the halves have length h and r = exp(-h / n), the middle is
+normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2), because the process is Markov. After L halvings the
+interval begins at the requested step. Each step occurs once in the tree, so the random number for step t has the counter t. A pool at one
+step needs L + 2 normals per coordinate, whatever the step.
 """
 
 import math
@@ -85,7 +86,7 @@ def _walk(
     nodes = torch.stack([begin, begin + 2**depth, *middles])  # L+2 S
     normals = rng.normal(key, nodes.flatten(), indices, task_size).unflatten(0, nodes.shape)  # L+2 S B D
     left, right = normals[0], normals[1]
-    if normals.device.type != "mps":  # it has no float64
+    if normals.device.type != "mps":  # MPS has no float64
         left, right = left.double(), right.double()
     for half, middle, noise in zip(halves, middles, normals[2:], strict=True):
         decay = math.exp(-half / correlation_time)

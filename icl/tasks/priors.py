@@ -53,7 +53,7 @@ class Discrete(NamedTuple):
     law: TaskLaw = GAUSSIAN_TASKS
     schedule: PoolSchedule = FIXED
     time: int | None = None
-    """For a pool that changes, the step whose pool is used. With None, the step of the prompts is used."""
+    """Step whose pool is used, if the pool changes. If None, each prompt uses the pool of its own step."""
 
 
 Prior: TypeAlias = Gaussian | Continuous | Discrete
@@ -116,20 +116,20 @@ def task_pool(
     time: int = 0,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "M D"]:
-    """Return the first M tasks of the sequence of `seed`, or of an imported table.
+    """Return a pool of tasks: the first M tasks of the endless sequence of `seed`, or of an imported table.
 
     Args:
         num_tasks: Number M of tasks.
         task_size: Dimension D.
         seed: Seed of the sequence, or digest of an imported table.
         law: Prior from which each task is drawn, by default N(0, I_D).
-        schedule: How the pool changes over the steps, by default not at all.
+        schedule: How the pool changes over the steps. By default it does not change.
         time: Step whose pool is returned.
         device: Device of the result.
 
     Raises:
         ConfigError: If `num_tasks` or `task_size` is not a positive whole number, `seed` is not a whole number from 0 to
-            2^63 - 1, or `num_tasks` is infinite. Also if `seed` is the digest of a table that is unknown or has too few tasks.
+            2^63 - 1, or `num_tasks` is infinite. Also raised if `seed` is the digest of a table that is unknown or has too few tasks.
 
     Examples:
         >>> bool((task_pool(3, 2, seed=0) == task_pool(4096, 2, seed=0)[:3]).all())
@@ -183,14 +183,14 @@ def _table(digest: str, task_size: int) -> Float[Tensor, "M D"]:
 def _tasks(
     pool: Discrete, steps: Int64[Tensor, " S"], chosen: Int64[Tensor, "N S B"], num_tasks: int
 ) -> Float[Tensor, "N S B D"]:
-    """Return the chosen tasks, whose positions in the sequence are below `num_tasks`, at each step."""
+    """Return the tasks at the positions `chosen` of the sequence, for each step. All positions are below `num_tasks`."""
     if isinstance(pool.seed, str):
         return _rows_of_table(pool.seed, chosen.flatten(), pool.task_size).unflatten(0, chosen.shape)
     choose = partial(tasks_at, pool.seed, task_size=pool.task_size, law=pool.law, schedule=pool.schedule)
     times = steps if pool.time is None else torch.full_like(steps, pool.time)
     if pool.schedule == FIXED:
         return choose(times[:1], chosen.flatten())[0].unflatten(0, chosen.shape)
-    if num_tasks <= chosen[:, 0].numel():  # the whole pool is cheaper than one task for each prompt
+    if num_tasks <= chosen[:, 0].numel():  # drawing the whole pool is cheaper than drawing one task for each prompt
         tables = choose(times, torch.arange(num_tasks, device=steps.device))  # S M D
         return tables[torch.arange(len(steps), device=steps.device)[:, None], chosen]
     rows = [choose(time[None], at_step.flatten())[0] for time, at_step in zip(times, chosen.unbind(1), strict=True)]

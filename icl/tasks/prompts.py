@@ -42,7 +42,7 @@ class Prompts(NamedTuple):
 
 
 class PromptSource(NamedTuple):
-    """Everything that determines a stream's prompts: a prior, sizes, and the keys of inputs, tasks and noise."""
+    """Everything that determines a stream's prompts: a prior, sizes, and the keys of the random streams of inputs, tasks and noise."""
 
     prior: Prior
     task_size: int
@@ -116,7 +116,7 @@ def task_law(config: RunConfig) -> TaskLaw:
 
 
 def noise_law(config: RunConfig) -> Law:
-    """Return the law of a run's noise after division by its standard deviation."""
+    """Return the distribution of a run's noise after division by the noise's standard deviation."""
     return Law(config.task.noise, config.task.noise_df)
 
 

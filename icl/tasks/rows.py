@@ -4,10 +4,10 @@ A row is a pure function of (seed, stream, step, index), as a prompt is. So data
 run reads the same rows as an uninterrupted run. The stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
 
 Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). Let E = `evaluation.num_prompts`. The last 2 E rows of the corpus
-are held out for the stream `test`, and are in no other stream. Step 0 of this stream has the last E rows, and step 1 the E rows before
+are held out for the stream `test`, and are in no other stream. Step 0 of this stream consists of the last E rows, and step 1 of the E rows before
 them. `icl.evaluation.sets` uses step 0 during training and step 1 for reports. The text may change at a step (`language.change_step`). At
-this and all later steps, the rows of the stream `train` are drawn from the whole second text. Which of the two texts a row
-comes from depends only on the step, so resumed training reads the same rows.
+this and all later steps, the rows of the stream `train` are drawn from the whole second text. The step alone decides from
+which of the two texts a row comes, so resumed training reads the same rows.
 
 Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`. The next token is successor j
 with probability proportional to 1 / j. At each position outside a copy, a copy begins with probability `copy_rate`. Then an earlier
@@ -33,12 +33,12 @@ from icl.tasks.corpus import Corpus, open_corpus
 
 _WORD = 2**32
 _START, _LENGTH, _FROM, _SUCCESSOR = range(4)
-"""Indices of the four random words at each position. They decide whether a copy begins, its length, the position
-that is copied, and the successor."""
+"""Indices of the four random 32-bit words at each position. The words decide whether a copy begins, the length of the copy, the
+position from which it is copied, and the successor."""
 TEST = "test"
 """Stream of the rows that no training step sees."""
 _NUM_TEST_SETS = 2
-"""Number of held-out sets of rows of a text. Each set is one step of the stream `test`."""
+"""Number of sets of rows that are held out from a text. Each set is one step of the stream `test`."""
 
 
 class TokenRows(NamedTuple):
@@ -49,7 +49,7 @@ class TokenRows(NamedTuple):
 
 
 class RowSource(NamedTuple):
-    """Everything that determines a stream's rows: the settings of the text, the keys of its draws, and the corpus if there is one."""
+    """Everything that determines a stream's rows: the settings of the text, the keys of the random streams, and the corpus if there is one."""
 
     language: LanguageConfig
     key: rng.Stream
@@ -88,8 +88,8 @@ class RowSource(NamedTuple):
         shortest = max(1, text.copy_length // 2)
         lengths = shortest + _below(words[..., _LENGTH], text.copy_length - shortest + 1)
         rows = torch.full(words.shape[:-1], text.bos, dtype=torch.int64, device=step.device)  # S B T
-        left = rows.new_zeros(rows.shape[:-1])  # S B, tokens that the copy still has
-        source = left.clone()  # S B, the next position that the copy reads
+        left = rows.new_zeros(rows.shape[:-1])  # S B, number of tokens that are left to copy
+        source = left.clone()  # S B, position of the next token to copy
         for t in range(1, text.context_size):
             if t > 2:
                 begins = (left == 0) & starts[..., t]
@@ -127,7 +127,7 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
     """Return the source of one stream of a language run.
 
     Raises:
-        ConfigError: If the text cannot be read, or is too short to hold out the rows of the evaluation.
+        ConfigError: If the text cannot be read, or is too short to hold out the rows for evaluation.
     """
     text, num_held_out = config.language, config.evaluation.num_prompts
     corpus = None if text.is_synthetic else open_corpus(text)
@@ -182,7 +182,10 @@ def _successors(key: rng.Stream, vocab_size: int, num_successors: int) -> Int64[
 
 @lru_cache(maxsize=8)
 def _cumulative(num_successors: int) -> Int64[Tensor, " F"]:
-    """Return the limits below which a random word chooses each successor. Successor j has a probability proportional to 1 / j."""
+    """Return limits for a random 32-bit word w: the first limit above w chooses the successor.
+
+    Successor j has a probability proportional to 1 / j.
+    """
     weights = 1 / torch.arange(1, num_successors + 1, dtype=torch.float64)
     limits = (weights.cumsum(0) / weights.sum() * _WORD).long()
     limits[-1] = _WORD

@@ -4,8 +4,9 @@ Each shift transforms the prompts of the stream `true` (new tasks from the prior
 with an unshifted prompt, and differences between shifts have small errors. If a shift needs random numbers, it draws them from its own
 stream. So a shifted prompt is a pure function of (evaluation seed, shift, step, index).
 
-- `input_scale_<g>`, `task_scale_<g>`: x becomes g x (variance g^2), or w becomes g w. The targets change accordingly, but the noise does
-  not. The code of Hoogland et al. (2024) uses g = 3, 5, 10, 100 (their text says variance g). Garg et al. (2022) use g = 1/3, 1/2, 2, 3.
+- `input_scale_<g>`: each input x is multiplied by g, so its variance is g^2. `task_scale_<g>`: each task vector w is multiplied by g. The
+  targets change accordingly, but the noise does not. The code of Hoogland et al. (2024) uses g = 3, 5, 10, 100, although the paper says
+  that the variance is g. Garg et al. (2022) use g = 1/3, 1/2, 2, 3.
 - `skewed_covariance`: the standard deviation of x along the i-th of D random orthogonal axes is proportional to 1/i.
 - `half_subspace`: x lies in a random subspace of max(1, floor(D / 2)) dimensions.
 - `label_noise`: the noise variance is set to 1. Then the targets and the task are multiplied by a common factor, so that the variance of
@@ -14,13 +15,13 @@ stream. So a shifted prompt is a pure function of (evaluation seed, shift, step,
 - `orthogonal_query`: the query is orthogonal to every example.
 - `seen_query`: the query equals one of the examples, with new noise.
 
-Source: Garg et al. (2022), the evaluations in their eval.py and samplers.py. We differ in four ways:
+Source: the evaluations in the files eval.py and samplers.py of Garg et al. (2022). We differ from their code in four ways:
 
 - We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include this choice.
-- For `label_noise`, we rescale by the variance of the targets' distribution. They rescale by the variance in the batch.
-- Our query is the last x, and only its prediction is evaluated.
-- Their orthogonal query exists only for k up to D. We keep the query, project the examples onto its orthogonal complement, and rescale
-  them.
+- For `label_noise`, we rescale by the variance of the targets' distribution. Garg et al. rescale by the variance in the batch.
+- Our query is the last x of a prompt, and only the prediction at this x is evaluated.
+- The orthogonal query of Garg et al. exists only for k up to D. We keep the query, project the examples onto the orthogonal complement of
+  the query, and rescale the examples.
 
 All shifts except `input_scale_<g>` keep E|x|^2 = D.
 """
@@ -51,7 +52,7 @@ class Parts(NamedTuple):
 
     xs: Float[Tensor, "B K D"]
     ws: Float[Tensor, "B D"]
-    noise: Float[Tensor, "B K"]  # with variance 1
+    noise: Float[Tensor, "B K"]  # scaled to variance 1
     noise_variance: float
 
 
@@ -163,7 +164,7 @@ def _halve(parts: Parts, randomness: Randomness) -> Parts:
 def _stretch(parts: Parts, randomness: Randomness, deviations: Float[Tensor, " D"]) -> Parts:
     """Stretch the inputs along random orthogonal axes, to standard deviations proportional to `deviations`. E|x|^2 stays D."""
     task_size = len(deviations)
-    # Q of a Gaussian matrix is uniform over all orthonormal axes, up to signs. A stretch does not depend on the signs.
+    # The factor Q of a QR decomposition of Gaussian numbers has uniformly random axes, up to signs. A stretch does not depend on the signs.
     axes = torch.linalg.qr(randomness.normal(task_size**2).double().unflatten(-1, (task_size, task_size))).Q  # B D D
     scales = deviations * math.sqrt(task_size) / deviations.norm()
     xs = (parts.xs.double() @ axes * scales) @ axes.mT  # B K D

@@ -30,21 +30,22 @@ Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
 """Two signals within this number of seconds count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent
-then signals this program again. In a program that a sweep started, all signals count as one: Slurm signals the sweep's engine and
-its programs, and the engine then signals the programs again, perhaps seconds later. To end a program at once, the engine uses SIGKILL."""
+then signals this program again. In a program that a sweep started, all signals count as one: Slurm signals the sweep's engine,
+which starts the programs, and also the programs themselves. The engine then signals the programs again, perhaps seconds later. To end a
+program at once, the engine uses SIGKILL."""
 
 
 class NonFiniteGuard(pl.Callback):
     """End a member whose loss is no longer finite. The other members continue.
 
-    The losses are checked only every `every` steps, because a check waits for the device.
+    The losses are checked only once in `every` steps, because a check waits for the device.
     """
 
     def __init__(self, members: Sequence[Member], every: int) -> None:
         self.members, self.every = members, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Check the losses every `every` steps, and at the last step."""
+        """Check the losses once in `every` steps, and at the last step."""
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.check(module)
 
@@ -56,12 +57,12 @@ class NonFiniteGuard(pl.Callback):
 
 
 class Evaluation(pl.Callback):
-    """Evaluate on fixed prompts at step 0, every `every` steps, and at the last step.
+    """Evaluate on fixed prompts at step 0, then once in `every` steps, and at the last step.
 
     Args:
         sets_at: Function of a step that returns the evaluation sets of every member.
         every: Number of steps between evaluations; None means no evaluation.
-        max_steps: The last step.
+        max_steps: Last step of training.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Evaluation(pl.Callback):
             self._evaluate(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Evaluate every `every` steps, and at the end."""
+        """Evaluate once in `every` steps, and at the last step."""
         step = trainer.global_step
         if self.every is not None and (step % self.every == 0 or step == self.max_steps):
             self._evaluate(trainer, module)
@@ -130,7 +131,7 @@ class EarlyStopping(pl.Callback):
 
 
 class Ending(pl.Callback):
-    """End Lightning's fit when a member has ended, so that training can continue without it.
+    """End Lightning's fit when a member has ended, so that training can continue without this member.
 
     With several processes the fit ends when all members have ended.
     """
@@ -202,7 +203,7 @@ class MetricsLog(pl.Callback):
 
     @property
     def loss(self) -> float | None:
-        """Training loss averaged over the running members, from each member's last row, or None if there are no rows."""
+        """Mean of the training losses in the last rows of the running members; None if no member has such a row."""
         losses = [member.loss for member in self.members if member.is_running and member.loss is not None]
         return sum(losses) / len(losses) if losses else None
 

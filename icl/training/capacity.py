@@ -9,7 +9,7 @@ On a CPU at most one member per core is updated at a time, so activations count 
 - Its parameters and moments. While members are resumed, they need three times as much memory, because the arrays are read from the
   resume files and then copied into joined arrays.
 - The prompts of one training step while they are drawn, or the arrays of the member's evaluation, whichever is larger.
-- Its evaluation prompts with their baselines. Members that differ only in their training seeds share them.
+- Its evaluation prompts, with the baselines' predictions. Members that differ only in their training seeds share these prompts.
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def _require_language_room(config: RunConfig, device: torch.device | str) -> Non
 def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     """Return the number of bytes per member on a CPU, not counting activations. `row_bytes` is the size of a member's parameters in bytes."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
-    if configs[0].model.is_language:  # activations have their own bound, `MAX_NUMBERS`
+    if configs[0].model.is_language:  # not counting activations, which `MAX_NUMBERS` bounds
         return float(
             _RESUMED_ROWS * row_bytes + 48 * (trainer.batch_size + evaluation.num_prompts) * configs[0].num_tokens
         )
@@ -104,7 +104,8 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     num_sets = len({(config.task, task_sequence(config), config.seeds.evaluation) for config in configs})
     targets = 4 * evaluation.num_prompts * task.max_examples if evaluation.every is not None else 0
     set_bytes = targets * (task.task_size + 1 + _NUM_BASELINES)
-    evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)  # different sets are stacked
+    # Different sets are copied into one stacked array.
+    evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)
     # Two sets: prompts of the run's own tasks (`pretrain`) and of new tasks (`true`).
     stored = 2 * set_bytes * num_sets / len(configs)
     return max(_RESUMED_ROWS * row_bytes, _CPU_ROWS * row_bytes + max(drawn, evaluated)) + stored
@@ -123,7 +124,7 @@ def activation_bytes(config: RunConfig, params: Params) -> int:
 
 def _saved_bytes(config: RunConfig, params: Params, num_prompts: int) -> int:
     """Return the number of bytes that autograd saves in a forward pass, not counting the parameters."""
-    saved: dict[int, int] = {}  # bytes by storage, because several tensors can share one
+    saved: dict[int, int] = {}  # number of bytes, keyed by storage, because several tensors can share one storage
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,8 +1,8 @@
 """Training prompts as an endless stream that can start at any step.
 
 The prompts of step s depend only on the seeds and s. So a resumed run draws the same prompts as an uninterrupted one, although no
-state of the stream is saved. The prompts of several steps are drawn as one block, because this takes little more time than the
-prompts of one step. Blocks begin at multiples of their length, so resuming in the middle of a block gives bit-identical numbers.
+state of the stream is saved. The prompts of several steps are drawn as one block, because this takes little more time than to
+draw the prompts of one step. Blocks begin at multiples of their length, so resuming in the middle of a block gives bit-identical numbers.
 """
 
 import itertools
@@ -24,10 +24,10 @@ _BLOCK_NORMALS = 2**19
 _CUDA_BLOCK_NORMALS = 2**24
 """Largest number of normal variates in a block of prompts on a GPU, where a kernel takes as long for few numbers as for many."""
 _MAX_BLOCK = 64
-"""Largest number of steps in a block."""
+"""Largest number of steps whose prompts are drawn as one block."""
 
 LONGEST_STRETCH = {"cuda": 32, "cpu": 4}
-"""Largest number of steps in one batch, for each type of device. It is limited so that training can be stopped quickly."""
+"""Largest number of steps in one of Lightning's batches, for each type of device. It is limited so that training can be stopped quickly."""
 
 
 class PromptStream:

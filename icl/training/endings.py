@@ -56,7 +56,7 @@ def _write_end(member: Member, step: int) -> None:
 
 @contextlib.contextmanager
 def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
-    """Catch a `UserError` of the body and end only this member. If `is_alone`, raise the error instead.
+    """Catch a `UserError` in the body of the `with` statement, and end only this member. If `is_alone`, raise the error instead.
 
     The failure is written to the folder only if the folder is known to belong to this run (`Member.is_own`). Otherwise the folder may
     belong to another run, or another process may be training in it.
@@ -74,7 +74,10 @@ def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Record an exception of the body in the status and the W&B run of every unfinished member. If the record cannot be written, it is left out."""
+    """If the body of the `with` statement raises an exception, record it in the status and the W&B run of every unfinished member.
+
+    If the status cannot be written, no further error is raised for this.
+    """
     try:
         yield
     except SystemExit as stop:  # Lightning raises it after a second Ctrl-C

@@ -53,7 +53,7 @@ class Member:
     """Best value of the monitored metric."""
     best_step: int | None = None
     num_checks: int = 0
-    """Number of evaluations since the best value."""
+    """Number of evaluations since the best value was reached."""
     extra_step: int | None = None
     """Step of the best checkpoint if this step is not on the schedule, else None."""
     state: State = "running"
@@ -65,10 +65,10 @@ class Member:
     """Whether the folder is known to belong to this run, with no other process training in it. A failure may be written to the folder
     only if this is true."""
     is_refused: bool = False
-    """Whether the member could not be started or resumed. The other members then train without it."""
+    """Whether the member could not be started or resumed. The other members then train without this member."""
     is_packed: bool = False
-    """Whether the member started as one of several members. This selects the CPU kernel. The value is kept if the member is resumed
-    alone, so that its results are the same."""
+    """Whether the member started as one of several members. This affects how a compiled step rounds on a CPU. The value is kept if the
+    member is resumed alone, so that its results are the same."""
     num_parts: int | None = None
     """Number of parts into which a compiled step on a CPU splits the prompts; None before the first start. The value is kept when the
     run is resumed, so that its results are the same."""
@@ -80,7 +80,7 @@ class Member:
     """Message about a missing last checkpoint or missing rows of a run that had already ended; None if nothing is missing. A run with
     such a message does not count as a success."""
     told_lacking: str | None = None
-    """Message that says which earlier checkpoints of an already ended run are missing, and whether its rows were altered, or None if all is well."""
+    """Message about a run that had already ended: which earlier checkpoints are missing, and whether its rows were altered. None if all is well."""
     notes: list[str] = field(default_factory=list)
     """Messages to print and log when training starts or resumes."""
     loggers: list[RowLogger] = field(default_factory=list)
@@ -117,4 +117,4 @@ class Member:
         """Restore the state of a saved member."""
         for name in _SAVED:
             setattr(self, name, saved.get(name, getattr(self, name)))  # older files have no `is_packed`
-        self.num_parts = saved.get("num_parts", 1)  # older files have none, because no prompts were split
+        self.num_parts = saved.get("num_parts", 1)  # older files have no `num_parts`, because prompts were never split

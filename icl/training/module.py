@@ -40,15 +40,15 @@ class PopulationModule(pl.LightningModule):
     loss_sum: Tensor
     """Sum of the losses since the last row of `metrics.csv` (N)."""
     num_clipped: Tensor
-    """Number of clipped steps since the last row (N)."""
+    """Number of clipped steps since the last row of `metrics.csv` (N)."""
     num_summed: Tensor
-    """Number of steps since the last row (N)."""
+    """Number of steps since the last row of `metrics.csv` (N)."""
     first_bad_step: Tensor
     """First step with a non-finite loss (N); -1 if there is none."""
 
     def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.automatic_optimization = False  # a step computes its own gradients
+        self.automatic_optimization = False  # our step function computes the gradients
         self.members, self.config = members, members[0].config
         optim = self.config.optim
         self.layout = layout_of(params)
@@ -134,7 +134,7 @@ class PopulationModule(pl.LightningModule):
         """Restore the state of every member."""
         for member, saved in zip(self.members, checkpoint["members"], strict=True):
             member.load_state_dict(saved)
-            self._saved_conditions[member] = saved.get("conditions", {})  # version 0.1.0 saved none
+            self._saved_conditions[member] = saved.get("conditions", {})  # files of version 0.1.0 contain no conditions
 
     def _is_batch_whole(self) -> bool:
         """Return whether a language model computes a member's batch in one part. This depends only on settings."""
@@ -147,7 +147,7 @@ class PopulationModule(pl.LightningModule):
         if settings.compile != "auto":
             return settings.compile == "true"
         if self.config.model.is_language and (self.device.type != "cpu" or not self._is_batch_whole()):
-            return False  # on a GPU we have not measured compiling, and with a batch in many parts the graph would be very long
+            return False  # not measured on a GPU; with a batch in many parts, the compiled graph would be very long
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
             num_tokens=self.config.num_tokens * settings.batch_size,
@@ -194,7 +194,7 @@ class PopulationAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, rows: Tensor, adam: AdamState, function: Step, settings: OptimConfig) -> None:
-        """Wrap a function that makes one step.
+        """Give a step function the interface of an optimiser.
 
         Args:
             rows: The parameters (N, P), a leaf tensor.

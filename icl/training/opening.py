@@ -20,7 +20,7 @@ def has_ended(member: Member) -> bool:
     """Return whether the run has already ended.
 
     Raises:
-        ConfigError: If its folder contains a run with other settings.
+        ConfigError: If the member's folder contains a run with other settings.
     """
     if not member.folder.config_file.exists():
         return False
@@ -33,7 +33,7 @@ def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
     """Lock a run's folder and start its upload. The lock and the upload end when `resources` is closed.
 
     Returns:
-        The step from which the run continues, or None if it has already ended.
+        The step from which the run continues, or None if the run has already ended.
     """
     with contextlib.ExitStack() as opened:
         opened.enter_context(leaving_nothing(member.folder))
@@ -42,12 +42,12 @@ def open_run(member: Member, resources: contextlib.ExitStack) -> int | None:
         member.is_own = member.folder.config_file.exists()
         step = None if is_done else read_resume_file(member)
         _note_missing(member, step)
-        resources.push(opened.pop_all())  # last, because `opened` must release both if an error is raised above
+        resources.push(opened.pop_all())  # last, so that an error above releases the lock and ends the upload
     return step
 
 
 def _note_missing(member: Member, step: int | None) -> None:
-    """Record in the member which files of the run are missing. `step` is the step from which the run continues; None if it has ended.
+    """Record in the member which files of the run are missing. `step` is the step from which the run continues; None if the run has ended.
 
     A missing scheduled checkpoint is not a failure. A run that has ended is incomplete if its last checkpoint or some rows of its
     `metrics.csv` are missing.

@@ -1,6 +1,6 @@
 """Find out how many processes train a run together, and which program started them: Lightning, torchrun or Slurm's srun.
 
-Lightning itself starts only the processes on its own machine. torchrun and srun start the processes on all machines. Slurm also
+Lightning itself starts only the processes on the machine on which it runs. torchrun and srun start the processes on all machines. Slurm also
 sets its variables in every shell and every single process of a job. So we use these variables only if srun started several tasks
 and the settings ask for several processes. Then Lightning's support for Slurm reads them. We do not use Lightning's detection of
 Slurm, because it refuses or requeues runs that were started in another way.

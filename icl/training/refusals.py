@@ -46,7 +46,8 @@ def require_learning(config: RunConfig) -> None:
     """
     optim, max_steps = config.optim, config.trainer.max_steps
     factor = rate_factor(optim.schedule, warmup_steps=optim.warmup_steps, schedule_steps=config.schedule_steps)
-    highest = optim.warmup_steps or config.schedule_steps // 2 or 1  # no schedule rises after this update
+    # Update at which the schedule has its highest learning rate.
+    highest = optim.warmup_steps or config.schedule_steps // 2 or 1
     if optim.schedule == "triangle" and config.schedule_steps == 1:
         raise ConfigError(
             "The last update of the schedule `triangle` has the learning rate zero, so a triangle of 1 step trains nothing. "

@@ -41,7 +41,7 @@ def rounding_conditions(settings: TrainerConfig, *, device: str, is_compiled: bo
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Return a sentence on the conditions that have changed, or None if there are none.
+    """Return a sentence on the conditions that have changed, or None if none have changed.
 
     Conditions that only `before` or only `now` contains are ignored. The number of threads, for example, is not recorded on a GPU.
     """

@@ -4,7 +4,7 @@ The same call starts a new run, resumes an unfinished run bit-identically, or re
 (finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
 Runs that differ only in their seeds and tasks can be trained together, as one population. A single run is a population of one. If
-the members are at different steps, those at the lowest step are trained first. When they reach the step of the next members, both
+the members are at different steps, those at the lowest step are trained first. When they reach the second-lowest step, both
 groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of the others.
 """
 
@@ -82,7 +82,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     Raises:
         ConfigError: If the folder contains a run with other settings, or the device does not exist.
         NonFiniteLossError: If the loss became NaN or infinite.
-        RunError: If another process trains the run, its resume file is unusable, or another run uses its name in the store.
+        RunError: If another process trains the run, the run's resume file is unusable, or another run uses the run's name in the store.
         StorageError: If the run cannot be written, or its store cannot be used. Earlier saves are intact.
         UploadError: If the run has ended, but some files did not reach its store.
     """
@@ -180,7 +180,8 @@ def _train(
             _announce(unfinished, [member for member in members if member.is_refused], steps)
             for member in unfinished:
                 member.loggers = start_loggers(member, steps[member], wandb_run)
-                record_outcome(member, steps[member], None)  # for a run that was killed after its last step
+                # This has an effect only for a run that was killed after its last step.
+                record_outcome(member, steps[member], None)
             received = _train_groups(unfinished, steps)
     return [_result(member, received, was_done=member in done) for member in members]
 
@@ -204,7 +205,7 @@ def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 
 
 def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members at the lowest step until they reach the step of the next members. Then train both together, and so on to the end.
+    """Train the members at the lowest step until they reach the second-lowest step. Then train both groups together, and so on to the end.
 
     Returns:
         The signal that stopped training, or None if training was not stopped.
@@ -229,10 +230,10 @@ def _train_stages(members: Sequence[Member], steps: Mapping[Member, int]) -> sig
 def _fit(
     members: Sequence[Member], step: int, until: int, sets: Sequence[Sequence[EvaluationSet]]
 ) -> tuple[int, signal.Signals | None]:
-    """Train members from `step` to `until`, or until one of them ends, or a signal arrives.
+    """Train members from `step` until they reach the step `until`, one of them ends, or a signal arrives.
 
     Returns:
-        The step reached, and the signal.
+        The step reached, and the signal that arrived (None if no signal did).
     """
     configs = [member.config for member in members]
     trainer = make_trainer(configs[0], members, max_steps=until)
@@ -249,7 +250,7 @@ def _fit(
 
 
 def _initial_params(configs: Sequence[RunConfig]) -> Params:
-    """Return the parameters before training. They have the precision of training, so that loading a resume file does not round."""
+    """Return the parameters before training. They have the dtype that training uses, so that loading a resume file does not round."""
     is_double = configs[0].trainer.precision == "64-true"
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])

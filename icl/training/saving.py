@@ -131,9 +131,9 @@ class MemberFiles(CheckpointIO):
 
 
 def read_resume_file(member: Member) -> int:
-    """Restore a member's state from its resume file. Return the step from which it continues, or 0 without a file.
+    """Restore a member's state from its resume file. Return the step from which the member continues, or 0 if there is no file.
 
-    If `last.ckpt` is damaged or missing, the save before it is used, and a message about this is added to `member.notes`.
+    If `last.ckpt` is damaged or missing, the previous save is used, and a message about this is added to `member.notes`.
 
     Raises:
         ConfigError: If the file belongs to a run with other settings.
@@ -174,7 +174,7 @@ def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
-    """Combine trees of the same structure: apply `function` to the stacked tensors at the same position, and copy the rest from the first tree.
+    """Combine trees of the same structure: apply `function` to the stacked tensors at each position, and copy the rest from the first tree.
 
     A stacked tensor is one with at least one axis. These are the parameters and Adam's moments.
     """
@@ -186,7 +186,7 @@ def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence
 
 
 def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
-    """Write every run's `last.ckpt`, and keep the old one as `previous.ckpt`. The contents are built one after the other.
+    """Write every run's `last.ckpt`, and keep the previous `last.ckpt` as `previous.ckpt`. The contents are built one after the other.
 
     All new files are on the disk before the first old one is replaced. So if the process is killed, every run still has an intact
     resume file.

@@ -51,22 +51,22 @@ class Sender:
         self._sent: dict[str, Signature | None] = {}
 
     def changed(self) -> list[str]:
-        """Return the names of files that have changed since they were sent."""
+        """Return the names of the files that are new or have changed since they were sent."""
         return [name for name in copied_names(self.mirror.here) if self._sent.get(name) != self._signature(name)]
 
     def send(self, is_over: Callable[[], bool], bar: tqdm | None = None) -> bool:
         """Send new files. Return whether all of them were sent.
 
-        Vouchers are read before the other files, and sent after them.
+        The vouchers (`last.ckpt` and `status.json`) are read before the other files, and sent after them.
 
         Args:
             is_over: Function that is called before each file. If it returns True, no more files are sent.
             bar: Progress bar at the end of training, when every remaining file is sent.
         """
         if not self.mirror.run.config_file.exists():
-            return True  # the folder was removed; its copy in the store remains
+            return True  # if the folder was removed, we leave its copy in the store as it is
         if bar is None and self.mirror.there.is_resting():
-            return True  # the store limits the number of writes; the files are sent in a later round
+            return True  # the store limits the number of writes, so we send the files in a later round
         is_whole = bar is not None or "last.ckpt" in self.changed()
         vouchers = [self._read(name) for name in VOUCHERS if is_whole and name in self.changed()]
         others = [name for name in self.changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
@@ -80,7 +80,8 @@ class Sender:
                 return False
             files = [self._read(name) for name in names]
             if size > 1 and num_failures == 0 and number == len(batches) - 1:
-                files, vouchers = files + vouchers, []  # many files arrive in one write, completely or not at all
+                # This store writes several files at once, either all of them or none.
+                files, vouchers = files + vouchers, []
             num_in_a_row = 0 if self._send(files, bar) else num_in_a_row + 1
             num_failures += num_in_a_row > 0
         return num_failures == 0 and all(self._send([voucher], bar) for voucher in vouchers)
@@ -106,7 +107,7 @@ class Sender:
 
     def _read(self, name: str) -> _File | None:
         """Return the present content of a file; None if the file does not exist."""
-        signature = self._signature(name)  # taken first, so that a later write is noticed as a change
+        signature = self._signature(name)  # read before the content, so that a later write is noticed as a change
         try:
             return _File(name, signature, self.mirror.here.read(name))
         except MissingKeyError:
@@ -150,7 +151,7 @@ class Sender:
         return True
 
     def _signature(self, name: str) -> Signature | None:
-        """Return modification time, size and inode of a file. They change when the file is written again."""
+        """Return modification time, size and inode of a file. These values change when the file is written again."""
         try:
             stat = (self.mirror.run.path / name).stat()
         except FileNotFoundError:

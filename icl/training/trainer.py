@@ -33,12 +33,12 @@ _MANY_TASKS = 2**16
 
 
 def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps: int | None = None) -> pl.Trainer:
-    """Build Lightning's Trainer, without Lightning's callbacks. It saves to the files of each member, and loads from them.
+    """Build Lightning's Trainer, without Lightning's callbacks. The Trainer saves to the files of each member, and loads from them.
 
     Args:
         config: Settings that the members share.
         members: Runs to train.
-        max_steps: Step at which to stop; None means the end of the runs.
+        max_steps: Step at which to stop; None means the last step of the runs.
 
     Raises:
         ConfigError: If Lightning refuses the devices, the strategy or the precision.
@@ -83,7 +83,10 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
 
 
 class PopulationDDP(DDPStrategy):
-    """Strategy for processes that divide every batch. The step itself averages the gradients (`PopulationModule._average`)."""
+    """Lightning strategy for several processes, each of which takes a part of every batch.
+
+    The step itself averages the gradients (`PopulationModule._average`).
+    """
 
     def configure_ddp(self) -> None:
         """Do not wrap the module in `DistributedDataParallel`."""
@@ -141,7 +144,7 @@ def require_order(callbacks: Sequence[pl.Callback]) -> None:
 
 
 def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
-    """Return the fixed prompts of every member, with their baselines. Members that differ only in training seeds share the same sets.
+    """Return the fixed prompts of every member, with the baselines' predictions. Members that differ only in training seeds share the same sets.
 
     Only rank 0 evaluates, so other ranks receive empty lists. Sets of other ranks would need memory on the device of rank 0, because
     these ranks have not chosen their own devices yet.
@@ -150,7 +153,8 @@ def evaluation_sets(configs: Sequence[RunConfig]) -> list[list[EvaluationSet]]:
     if settings.every is None or is_child_rank():
         return [[] for _ in configs]
     kind = choose_device(configs[0].trainer.accelerator)
-    device = "cpu" if kind == "tpu" else kind  # an XLA device would compile the small evaluation for every shape
+    # An XLA device would compile this small computation again for every shape.
+    device = "cpu" if kind == "tpu" else kind
     by_key: dict[_SetsKey, list[EvaluationSet]] = {}
     by_member = []
     for config in configs:

@@ -1,8 +1,8 @@
 """Copy a run's folder to the run's store in the background, so that training never waits for the network.
 
-A thread checks the run's folder every few seconds and sends new files (`icl.training.sender`). A file that cannot be sent is tried
-again at every check. At the end of training the remaining files are sent, as long as there is progress. If some files cannot be
-sent, an error is raised. Even then the run is complete, because all files are in its folder.
+A thread checks the run's folder every few seconds and sends new files (`icl.training.sender`). If a file cannot be sent, we try
+again at the next check. At the end of training we send the remaining files. If no file could be sent for some time, we give up and raise
+an error. Even then the run is complete, because all files are in its folder.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ STOPPED_SECONDS = 20.0
 
 @contextlib.contextmanager
 def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
-    """Keep the copy in the run's store up to date while the body trains the run. Do nothing for a run without a store.
+    """Keep the copy in the run's store up to date while the body of the `with` statement trains the run. Do nothing without a store.
 
     Raises:
         StorageError: Before the body, if the store cannot be used.
         RunError: Before the body, if another run uses this run's name in the store.
-        UploadError: After the body, if a file could not be sent. An error of the body takes precedence.
+        UploadError: After the body, if a file could not be sent. If the body raises an error, that error is raised instead.
     """
     url = store_url(config)
     if url is None or is_delivered(run, config):
@@ -175,7 +175,7 @@ def _finish(uploader: Uploader) -> None:
     try:
         uploader.finish(seconds=max(2.0, status.updated + STOPPED_SECONDS - time.time()))
     except UploadError as error:
-        name = (status.reason or "").partition(" ")[0]  # "SIGTERM at step 40"
+        name = (status.reason or "").partition(" ")[0]  # the reason is, for example, "SIGTERM at step 40"
         error.exit_status = 128 + signal.Signals[name] if name in signal.Signals.__members__ else error.exit_status
         raise
 
@@ -197,7 +197,7 @@ def _finish_failed(uploader: Uploader, error: BaseException) -> None:
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         uploader.abandon()
         return
-    # An UploadError means that another run of the population has just waited for the store without success. So wait only briefly.
+    # An UploadError here means that another run of the population has just waited for the store in vain. So wait only briefly.
     try:
         uploader.finish(idle_seconds=2.0 if isinstance(error, UploadError) else None)
     except UploadError as problem:

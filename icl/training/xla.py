@@ -1,6 +1,6 @@
 """Train on an XLA device: one core of a TPU, or XLA's CPU backend (`PJRT_DEVICE=CPU`).
 
-XLA traces a step into a graph and compiles the graph, which is the same for all backends. So a test on the CPU backend, without a TPU,
+XLA traces a step into a graph and compiles the graph. The graph is the same for all backends. So a test on the CPU backend, without a TPU,
 shows that a step is compiled only once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
 """
 
@@ -48,7 +48,7 @@ def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str,
     """Return the arguments of Lightning's Trainer for an XLA device.
 
     Raises:
-        ConfigError: If there is no XLA device, or the settings ask for several devices or for another precision than 32-true.
+        ConfigError: If there is no XLA device, or the settings ask for several devices or for a precision other than 32-true.
     """
     if settings.num_processes > 1:
         raise ConfigError(

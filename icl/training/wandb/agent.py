@@ -3,8 +3,8 @@
 First, the settings from the file and the command line are resolved without those of the point, and passed to
 `wandb.init`. After that, `wandb.config` also contains the settings of the point, with names such as `optim.lr`, or
 `lr` in a section `optim`. Then all settings are resolved again: the point overrides the file, and the command line
-overrides both. The name of the run depends on its whole configuration. So if W&B assigns a point again, its run continues
-from its checkpoint. The new W&B run first receives the rows that the run has logged before.
+overrides both. The name of the run depends on its whole configuration. So if W&B assigns a point again, the run continues
+from its last save. The new W&B run first receives the rows that the run has logged before.
 """
 
 import os
@@ -67,7 +67,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
         except BaseException as error:
             end_run(run, exit_code_of(error))
             raise
-        end_run(run, status)  # last, because W&B may at once assign a pre-empted point to the next agent
+        end_run(run, status)  # must come last: W&B may at once assign a pre-empted point to another agent
         return status
 
 

@@ -80,7 +80,7 @@ class WandbLog:
             self.run.log(row)
 
     def finish(self, exit_code: int) -> None:
-        """End the W&B run with the program's exit code, unless it is lent."""
+        """End the W&B run with the program's exit code, unless the code that began it also ends it (`is_lent`)."""
         if not self.is_lent:
             end_run(self.run, exit_code)
 
@@ -101,9 +101,9 @@ def end_run(run: Any, exit_code: int) -> None:
     """End a W&B run with the program's exit code, unless the run has ended.
 
     An exit code above 128 means that a signal stopped the run. Such a run is marked as pre-empted, so that a W&B sweep can
-    assign it again. Rows that are not sent within a minute stay on disk, and a message names their folder. To send these rows,
-    W&B's exit handlers could delay the end of the program for days. So `icl.cli` ends without the handlers if there are such
-    rows (`has_unsent_rows`).
+    assign it again. Rows that are not sent within a minute stay on disk, and a message names their folder. W&B's exit
+    handlers would try to send these rows, which could delay the end of the program for days. So if there are such rows
+    (`has_unsent_rows`), `icl.cli` ends without running the handlers.
     """
     global _has_unsent_rows
     if run in _ended_runs:
@@ -147,9 +147,9 @@ def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLog | None:
         _say(f"W&B could not start online ({first_line(error)}); logging offline to {folder.path}/wandb.")
     import wandb
 
-    _is_unreachable = True  # the other members of a population start offline at once
+    _is_unreachable = True  # so the other members of a population start offline without waiting
     try:
-        wandb.teardown()  # otherwise the failed start still occupies the id of the run
+        wandb.teardown()  # otherwise the failed start would keep the id of the run in use
         return WandbLog(_init(config, folder, "offline"))
     except Exception as error:
         _say(f"W&B could not start offline either ({first_line(error)}), so {folder.path} is not logged to W&B.")
@@ -187,7 +187,7 @@ def init_settings() -> dict[str, Any]:
 
 
 def _run_id(folder: RunFolder) -> str:
-    """Return the W&B id in the run's folder. Make a new one if it is missing, or if it is unsafe as a part of a path."""
+    """Return the W&B id in the run's folder. Make a new id if there is none, or if the id is unsafe as a part of a path."""
     path = folder.path / "wandb-id"
     run_id = path.read_bytes().strip().decode(errors="replace") if path.is_file() else ""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
