@@ -12,7 +12,7 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
   section 2, who divide by D).
 - `delta_bayes`: the gap to the Bayes predictor for new tasks (`icl.bayes`), if the prior or the noise is not Gaussian. If this predictor
   is only estimated, the gap includes `bayes_variance`, the mean squared standard error of its predictions.
-- `icl_score`: loss(k2) - loss(k1). A negative score is good.
+- `icl_score`: loss(k2) - loss(k1) for two positions k1 < k2. A negative score is good.
 - `nll`: the negative log-likelihood in nats per target, only for models with a predictive distribution (`model.output` is `gaussian` or
   `mixture`).
 - `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge with Gaussian noise and
@@ -192,7 +192,7 @@ def icl_positions(num_predictions: int) -> tuple[int, int]:
     """Return the two positions, counted from 1, of a language model's ICL score.
 
     In rows of 1,023 predictions they are 49 and 499, as in Hoogland et al. 2024 (who write l_48 and l_498, counted from 0). In rows of
-    another length they are scaled in proportion to it. They are at least 2, because the prediction after BOS has no context.
+    another length, they are scaled in proportion to the length. They are at least 2, because the prediction after BOS has no context.
     """
     first, second = (max(2, round(position / 1023 * num_predictions)) for position in (49, 499))
     return first, second
@@ -225,7 +225,7 @@ class _Numbers(NamedTuple):
     quantity: str
     positions: list[str]
     estimate: metrics.Estimate
-    """(N, P), or (N,) for a single position."""
+    """Value and standard error, of shape (N, P), or (N,) for a single position."""
 
 
 def _position_numbers(prompt_set: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:

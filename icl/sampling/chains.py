@@ -31,15 +31,15 @@ from icl.sampling.target import Target
 from icl.sampling.traces import Draw, Recorder, Traces, mean_over_components
 
 FIRST_CHECK = 100
-"""Number of draws after which the chains' standard error is first compared with `target_stderr`. Until the next comparison, the number of
-draws grows by an eighth."""
+"""Number of draws after which the chains' standard error is first compared with `target_stderr`. Each later comparison is made when the
+number of draws has grown by an eighth."""
 
 Advance: TypeAlias = Callable[[int], None]
 """Function that is called with the number of moves just made. A move of one chain counts as one."""
 Watch: TypeAlias = Callable[[Sequence[int], Sequence[int], Float[Tensor, "N S"]], None]
 """Function that is called while chains run, with each member's checkpoint number, chain number and excess so far, in nats."""
 WATCH_SECONDS = 10.0
-"""Seconds between two calls of a `Watch`."""
+"""Minimum number of seconds between two calls of a `Watch` function."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
 """Function from one member's parameters to the losses of Q fixed samples."""
 

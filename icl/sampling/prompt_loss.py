@@ -281,7 +281,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 
 
 class _Ahead:
-    """Function from (chain, draw) to a minibatch, which generates minibatches for many draws at once.
+    """Callable that returns the minibatch of (chain, draw), and generates the minibatches of many draws at once.
 
     This is many times faster than generating them one by one, and gives the same minibatches.
     """
