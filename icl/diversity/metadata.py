@@ -57,7 +57,7 @@ class Metadata:
         self.write()
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return a record for each run: num_tasks, state, step, max_steps, loss, reason, folder, started, ended."""
+        """Return a record for each run, with the keys num_tasks, state, step, max_steps, loss, reason, folder, started, ended."""
         with self._lock:
             return [dict(entry) for entry in self._tree["runs"]]
 

@@ -106,7 +106,7 @@ def set_losses(predictions: Float[Tensor, "*N B K"], prompt_set: EvaluationSet) 
 
 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
-    """Return the loss of every baseline on every set. The quantity is the baseline's name.
+    """Return the loss of every baseline on every set. The `quantity` of such a row is the baseline's name.
 
     A quantity such as `ridge_nll` is the negative log-likelihood (NLL) of a baseline. If there is a baseline `bayes`, the quantity
     `bayes_variance` is the mean squared standard error of its predictions, and `bayes_nll_variance` is the mean squared standard error of
@@ -138,8 +138,8 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
 
     Returns:
         A row for each position 1..K and a row for their mean. For regression, the columns are `model`, `bayes` (if it is not ridge),
-        `ridge`, `dmmse` (finite M), `ols` and `zero`. If the Bayes predictor is known, `bayes_excess` and its standard error over prompts,
-        `bayes_excess_stderr`, follow. For language, the columns are `model`, `unigram` and `bigram`.
+        `ridge`, `dmmse` (finite M), `ols` and `zero`. If the Bayes predictor is known, there are also the columns `bayes_excess` and
+        `bayes_excess_stderr` (its standard error over prompts). For language, the columns are `model`, `unigram` and `bigram`.
     """
     import pandas as pd
 

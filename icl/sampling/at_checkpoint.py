@@ -30,7 +30,7 @@ difference the drop. `icl.sampling.convergence` describes its standard error.
   each chain's own mean, and average these drops. We report either this average or the drop at the common mean, whichever is larger. For a
   convex loss, the average is never larger.
 - We measure the loss on a finite set of batches. The minimum of the loss on these batches is slightly lower than the minimum on all data,
-  and lies at a slightly different point.
+  and lies at a slightly different point. So the standard error of the drop includes the spread between batches.
 """
 
 from collections.abc import Callable, Sequence

@@ -108,7 +108,7 @@ def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
 def sensitivity(
     excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"], *, is_noisy: bool = True
 ) -> tuple[float, float]:
-    """Return minus the derivative of the mean excess by the logarithm of the localization, and its standard error.
+    """Return minus the derivative of the mean excess with respect to the logarithm of the localization, and the standard error.
 
     This number is (E[pull] - Cov(excess, pull)) / 2. The minibatch of a draw adds nearly the same noise to its excess and its pull. This
     common noise would add to the covariance. Different draws have different minibatches. So if there is noise, we compute the covariances

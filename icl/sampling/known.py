@@ -91,7 +91,7 @@ def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
     Source: Aoyagi and Watanabe (2005), main theorem.
 
     Raises:
-        ValueError: If no such map has this rank.
+        ValueError: If no product of matrices with these shapes has rank `rank`.
     """
     m, h, n, r = inputs, hidden, outputs, rank
     if not 0 <= r <= min(m, h, n):
@@ -143,7 +143,7 @@ def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
     Only the smallest of the excess widths H_i - rank appear in the formula.
 
     Raises:
-        ValueError: If there are fewer than two layers, or no such map has this rank.
+        ValueError: If there are fewer than two layers, or no product of matrices with these widths has rank `rank`.
     """
     if len(widths) < 3 or not 0 <= rank <= min(widths):
         raise ValueError(f"Expected three or more widths and a rank from 0 to {min(widths)}, got {widths}, {rank}.")

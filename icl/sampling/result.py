@@ -30,7 +30,7 @@ _SETTINGS = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burn
 
 
 class CheckpointId(NamedTuple):
-    """Step and hash of an estimate's checkpoint. The noise of the chains depends only on the seed and the hash."""
+    """Step and hash of an estimate's checkpoint. The noise of a chain depends only on the seed, the hash and the chain's number."""
 
     step: int | None = None
     checkpoint_hash: str | None = None

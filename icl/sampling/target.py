@@ -244,7 +244,7 @@ def _batch_of(i: int, batch: Batch) -> Batch:
 
 @contextmanager
 def _refuse_random_loss(device: torch.device) -> Iterator[None]:
-    """If the block draws from a global generator of the CPU or of a CUDA device, restore the generator and raise an error."""
+    """If the code in the `with` block draws from a global generator of the CPU or of a CUDA device, restore it and raise an error."""
     before = _generator_states(device)
     try:
         yield

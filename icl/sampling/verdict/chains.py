@@ -81,7 +81,7 @@ def one_chain(e: Evidence) -> str | None:
     """A single chain cannot be compared with another."""
     if e.num_chains_used != 1:
         return None
-    return "only one chain is left, so its convergence cannot be checked: use four or more"
+    return "only one chain is left, so its convergence cannot be checked: use four or more chains"
 
 
 @rule("suspect", source="fixed outcome")
