@@ -243,7 +243,7 @@ class _Group:
     def _noise(self, seeds: Sequence[int]) -> Iterator[Tensor]:
         """Yield standard normals for each move, in one buffer that is reused. Each row comes from its member's own generator."""
         buffer = torch.zeros_like(self.state.position)
-        rows = buffer[:, : self.recorder.num_params].unbind()  # the padding stays zero, so chains do not move there
+        rows = buffer[:, : self.recorder.num_params].unbind()  # the padding columns stay zero, so they do not move
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
         while True:
             for row, generator in zip(rows, generators, strict=True):

@@ -96,7 +96,8 @@ def shared_minibatches(e: Evidence) -> str | None:
 def r_hat(e: Evidence) -> str | None:
     """If there are few chains, they must agree with each other.
 
-    Many short chains may disagree, because the spread between them gives the standard error (see `drift`).
+    Many short chains may disagree, because the standard error then comes from the spread between them. The rule `drift` is stricter for
+    such chains.
     """
     if not 1 < e.num_chains_used < MANY_CHAINS or e.rhat <= 1.05:
         return None
