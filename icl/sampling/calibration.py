@@ -212,7 +212,7 @@ def _seconds_per_move(
     short = [dataclasses.replace(sampler, num_burnin_steps=10, num_draws=2, num_init_batches=2) for sampler in samplers]
     times: list[float] = []
     estimate_grid(checkpoints, short, target, device=device, advance=lambda _: times.append(time.perf_counter()))
-    seconds = time.perf_counter() - times[2]  # includes MALA's gradients at both draws
+    seconds = time.perf_counter() - times[2]  # includes the gradients of the MALA test at both draws
     return seconds / ((_num_moves(short[0]) + (2 - 3) * short[0].num_chains) * len(short) * len(checkpoints))
 
 

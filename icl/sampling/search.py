@@ -203,7 +203,7 @@ def search(
         if is_healthy(best.last) and on_plateau(best.last, slower.last):
             limit, error = extrapolated(best.last, slower.last)
             reason = (
-                f"Chosen: setting {trials.index(best)}. A third of its lr gives an LLC of {slower.last.llc:.4g} ± "
+                f"Chosen: setting {trials.index(best)}. With a third of its lr, the LLC is {slower.last.llc:.4g} ± "
                 f"{slower.last.stderr:.2g}. Extrapolation to lr = 0 gives {limit:.4g} ± {error:.2g}."
             )
             steps = max(burnin(best.last), 3 * best.point.slowness * best.point.filling // 2)
