@@ -1,6 +1,7 @@
-"""Run the task-diversity experiment as Slurm jobs. Its runs become points of a sweep, which the jobs share (`icl.sweeps.engine`).
+"""Run the task-diversity experiment as Slurm jobs.
 
-A run is the same with and without Slurm. So an experiment can start with Slurm and continue without it, or the other way round.
+Each run becomes a point of a sweep, and the jobs share the points (`icl.sweeps.engine`). A run is the same with and
+without Slurm. So an experiment can start with Slurm and continue without it, or the other way round.
 """
 
 import dataclasses

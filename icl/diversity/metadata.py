@@ -57,7 +57,7 @@ class Metadata:
         self.write()
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return a record for each run: num_tasks, state, step, max_steps, loss, reason, folder, started, ended."""
+        """Return a record for each run, with the keys num_tasks, state, step, max_steps, loss, reason, folder, started, ended."""
         with self._lock:
             return [dict(entry) for entry in self._tree["runs"]]
 
@@ -168,7 +168,7 @@ def is_alive(metadata: dict[str, Any]) -> bool:
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # no permission means that the process exists
+        return not isinstance(error, ProcessLookupError)  # if we have no permission, the process exists
     return True
 
 
@@ -178,7 +178,7 @@ def now() -> str:
 
 
 def _first_entry(run: ExperimentRun, old_entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a run before this process trains it."""
+    """Return a run's record as it is before this process trains the run."""
     status = run.folder.read_status()
     if status is None:
         state, reason = "waiting", None

@@ -12,7 +12,7 @@ measured on the same prompts.
 
 The threshold depends on the length of training. At a later step it may be higher, because models with few tasks move away from ridge again
 (`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) define their threshold differently, by a comparison
-of runs with different batch sizes. At M = inf, dMMSE is the same as ridge, so these models are left out.
+of runs with different batch sizes. Models with M = inf are left out, because there dMMSE is the same as ridge.
 
 A seed's threshold has the verdict `ok` if r is significantly positive at one or more M, significantly negative at one or more M, and changes
 its sign only once between these M. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds, we
@@ -47,14 +47,14 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row with the threshold of each seed and, if there are several seeds, a row for all seeds together.
 
     Args:
-        table: Numbers of the models: `run` (the seed's name), `num_tasks` (as a string), `step`, `distribution`, `quantity`,
-            `position`, `value`, `stderr`. Only the last step of each model is used.
+        table: Numbers of the models, with the columns `run` (the seed's name), `num_tasks` (as a string), `step`, `distribution`,
+            `quantity`, `position`, `value` and `stderr`. Only the last step of each model is used.
 
     Returns:
-        The columns `COLUMNS`. `threshold` is a number of tasks, or NaN if there is none. `stderr_log2` is the standard error of log2 of the
-        threshold. In a seed's row, this is the error over prompts, and `lower` and `upper` are the neighbouring trained M. In the row for
-        all seeds, it is the error over seeds, and `lower` and `upper` are the limits of the 95 % interval. The table is empty if there are
-        fewer than `MIN_SIZES` finite M.
+        A table with the columns `COLUMNS`. `threshold` is a number of tasks, or NaN if there is none. `stderr_log2` is the standard error
+        of log2 of the threshold. In a seed's row, this is the error over prompts, and `lower` and `upper` are the neighbouring trained M.
+        In the row for all seeds, it is the error over seeds, and `lower` and `upper` are the limits of the 95 % interval. The table is
+        empty if there are fewer than `MIN_SIZES` finite M.
     """
     table = table.assign(num_tasks=table["num_tasks"].astype(str))
     table = table[(table["distribution"] == "true") & (table["position"] == "mean") & (table["num_tasks"] != "inf")]
@@ -109,7 +109,7 @@ def sentences(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _without_tasks(config: RunConfig) -> RunConfig:
-    """Return the settings of a run without its name and its M, so that runs of one seed are equal."""
+    """Return the settings of a run without its name and its M, so that these settings are equal for all runs of one seed."""
     return dataclasses.replace(config, run_name=None, task=dataclasses.replace(config.task, num_tasks=math.inf))
 
 
@@ -144,7 +144,7 @@ def _of_seed(sizes: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> dict[
             if not (clear_signs == sign).any()
         )
         return nothing | {"reasons": sides or "the models with more tasks are closer to dMMSE"}
-    # With several falls, we take the one next to the first M that is clearly closer to ridge.
+    # If r falls through zero several times, we take the last fall before the first M at which the model is clearly closer to ridge.
     first_ridge = int(np.flatnonzero(is_clear & (ratios < 0))[0])
     below, above = next((pair for pair in reversed(falls) if pair[1] <= first_ridge), falls[0])
     num_changes = int((np.diff(clear_signs) != 0).sum())

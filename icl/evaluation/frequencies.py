@@ -1,4 +1,4 @@
-"""Frequencies of tokens and of pairs of tokens in the training text of a language run, and the losses of predictions from them.
+"""Frequencies of tokens and of pairs of tokens in the training text of a language run, and the losses of predicting from them.
 
 q(t) and q(t | s) are counted in the first rows of the stream `frequencies`, which has the distribution of the training text. So that no
 token has probability zero, 1/2 is added to the count of each token (Krichevsky and Trofimov 1981). For pairs, q(t) / 2 is added to the
@@ -16,7 +16,7 @@ from icl.config import RunConfig
 from icl.tasks.rows import RowSource, TokenRows, row_source
 
 _MIN_TOKENS, _MAX_TOKENS, _PER_PAIR = 2**17, 2**22, 128
-"""The number of counted tokens is `_PER_PAIR` times the number of possible pairs, but from `_MIN_TOKENS` to `_MAX_TOKENS`."""
+"""The number of counted tokens is `_PER_PAIR` times the number of possible pairs, but at least `_MIN_TOKENS` and at most `_MAX_TOKENS`."""
 _PRIOR = 0.5
 _AT_ONCE = 2**17
 """Number of tokens that are drawn and counted at once."""
@@ -38,7 +38,7 @@ def frequencies(config: RunConfig) -> Frequencies:
 
 
 def frequency_losses(config: RunConfig, rows: TokenRows) -> dict[str, Float[Tensor, "B T"]]:
-    """Return the losses in nats if rows are predicted from the frequencies of tokens (`unigram`) and of pairs (`bigram`)."""
+    """Return the losses, in nats, of predicting rows from the frequencies of tokens (`unigram`) and of pairs of tokens (`bigram`)."""
     counted = frequencies(config)
     return {
         "unigram": -counted.unigrams.log().to(rows.ys.device)[rows.ys],
@@ -53,7 +53,7 @@ def count_pairs(xs: Int64[Tensor, "..."], ys: Int64[Tensor, "..."], vocab_size: 
 
 
 def from_counts(counts: Int64[Tensor, "V V"]) -> Frequencies:
-    """Return the frequencies that follow from a table with the counts of pairs (s, t)."""
+    """Return the frequencies, computed from a table with the counts of pairs (s, t)."""
     pairs = counts.float()
     unigrams = pairs.sum(0) + _PRIOR
     unigrams = unigrams / unigrams.sum()

@@ -35,7 +35,7 @@ def predict_next(model: LanguageModel, config: RunConfig, path: Path, *, count: 
 
     Raises:
         PromptError: If the file is neither text nor tokens of the model's vocabulary.
-        ConfigError: If text needs a tokenizer and the run has none.
+        ConfigError: If the file contains text and the run has no tokenizer.
     """
     text = config.language
     try:

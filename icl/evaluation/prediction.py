@@ -42,7 +42,7 @@ def predict_from_prompt(model: Transformer, x_context: Any, y_context: Any, x_qu
         x_query: Inputs whose targets are to be predicted (q, D).
 
     Raises:
-        PromptError: If the shapes do not match each other or the model, or a number is not finite.
+        PromptError: If the shapes do not match, or a number is not finite.
     """
     parameter = parameter_of(model)
     x_context, y_context, x_query = (
@@ -168,7 +168,7 @@ def _from_csv(text: str, path: Path) -> PromptFile:
         ys = [float(row[size]) if row[size].strip() else None for row in rows[1:]]
     except ValueError:
         raise PromptError(
-            f"Every row of {path} must have {size} numbers, followed by a number or nothing for y."
+            f"Every row of {path} must have {size} numbers, followed by y, which is a number or empty."
         ) from None
     context = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
     return PromptFile(

@@ -31,12 +31,15 @@ PROMPTS_ON_CPU = 256
 """Size of a full batch: the number of prompts for which the activations of one member fit into a CPU's caches."""
 _PROMPTS_ON_GPU = 2**14  # number of prompts of all members together
 _COMPILING_PAYS = 3e12
-"""Compile only above this many floating-point operations. In eager mode, they take a minute on two CPU cores. Compiling takes about ten
-seconds."""
+"""Compile only above this many floating-point operations. In eager mode, this many operations take a minute on two CPU cores. Compiling
+takes about ten seconds."""
 
 
 def predictor(model: ModelConfig) -> Predict:
-    """Return the function that evaluations apply to a model's parameters. It returns predictions, or losses if the model is a language model."""
+    """Return the function that evaluations apply to a model's parameters.
+
+    This function returns predictions, or for a language model the losses.
+    """
     return partial(batch_losses if model.is_language else apply, model)
 
 

@@ -12,7 +12,7 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
   section 2, who divide by D).
 - `delta_bayes`: the gap to the Bayes predictor for new tasks (`icl.bayes`), if the prior or the noise is not Gaussian. If this predictor
   is only estimated, the gap includes `bayes_variance`, the mean squared standard error of its predictions.
-- `icl_score`: loss(k2) - loss(k1). A negative score is good.
+- `icl_score`: loss(k2) - loss(k1) for two positions k1 < k2. A negative score is good.
 - `nll`: the negative log-likelihood in nats per target, only for models with a predictive distribution (`model.output` is `gaussian` or
   `mixture`).
 - `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge with Gaussian noise and
@@ -106,7 +106,7 @@ def set_losses(predictions: Float[Tensor, "*N B K"], prompt_set: EvaluationSet) 
 
 
 def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
-    """Return the loss of every baseline on every set. The quantity is the baseline's name.
+    """Return the loss of every baseline on every set. The `quantity` of such a row is the baseline's name.
 
     A quantity such as `ridge_nll` is the negative log-likelihood (NLL) of a baseline. If there is a baseline `bayes`, the quantity
     `bayes_variance` is the mean squared standard error of its predictions, and `bayes_nll_variance` is the mean squared standard error of
@@ -138,8 +138,8 @@ def tabulate_losses(predictions: Float[Tensor, "B K"], prompt_set: EvaluationSet
 
     Returns:
         A row for each position 1..K and a row for their mean. For regression, the columns are `model`, `bayes` (if it is not ridge),
-        `ridge`, `dmmse` (finite M), `ols` and `zero`. If the Bayes predictor is known, `bayes_excess` and its standard error over prompts,
-        `bayes_excess_stderr`, follow. For language, the columns are `model`, `unigram` and `bigram`.
+        `ridge`, `dmmse` (finite M), `ols` and `zero`. If the Bayes predictor is known, there are also the columns `bayes_excess` and
+        `bayes_excess_stderr` (its standard error over prompts). For language, the columns are `model`, `unigram` and `bigram`.
     """
     import pandas as pd
 
@@ -192,7 +192,7 @@ def icl_positions(num_predictions: int) -> tuple[int, int]:
     """Return the two positions, counted from 1, of a language model's ICL score.
 
     In rows of 1,023 predictions they are 49 and 499, as in Hoogland et al. 2024 (who write l_48 and l_498, counted from 0). In rows of
-    another length they are scaled in proportion to it. They are at least 2, because the prediction after BOS has no context.
+    another length, they are scaled in proportion to the length. They are at least 2, because the prediction after BOS has no context.
     """
     first, second = (max(2, round(position / 1023 * num_predictions)) for position in (49, 499))
     return first, second
@@ -225,7 +225,7 @@ class _Numbers(NamedTuple):
     quantity: str
     positions: list[str]
     estimate: metrics.Estimate
-    """(N, P), or (N,) for a single position."""
+    """Value and standard error, of shape (N, P), or (N,) for a single position."""
 
 
 def _position_numbers(prompt_set: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:

@@ -1,13 +1,13 @@
 """Fixed sets of prompts for evaluation, with the predictions of the baselines for them.
 
-The sets are `pretrain` (the run's M tasks), `true` (new tasks from the prior, usually N(0, I)) and the shifts of `icl.tasks.shifts`. If
-the pool of tasks changes during training, `pretrain` uses the pool of the last update before the evaluated step. Each set exists twice,
-with different prompts. Training evaluates on the prompts of `MONITOR`, so early stopping chooses the last checkpoint on these prompts.
-Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that were used to choose it. Versions up to 0.1.0
-used the prompts of `MONITOR` for both purposes.
+The sets are `pretrain` (the run's M tasks), `true` (new tasks from the prior, usually N(0, I)) and the shifts of `icl.tasks.shifts`. If the
+pool of tasks changes during training, `pretrain` uses the pool of the last update before the evaluated step. Each set exists twice, with
+different prompts. Training evaluates on the prompts of `MONITOR`, so these prompts decide when early stopping ends the run. Everything
+after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that were used to choose it. Versions up to
+0.1.0 used the prompts of `MONITOR` for both purposes.
 
-A language run has one set, `test`, with rows that no training step sees. Its baselines `unigram` and `bigram` are losses: the tokens are
-predicted from the frequencies of tokens, or of pairs of tokens, in the first rows of the training text.
+A language run has one set, `test`, with rows that no training step sees. Its baselines `unigram` and `bigram` are stored as losses. They
+predict the tokens from the frequencies of tokens, or of pairs of tokens, in a sample of the training text (`icl.evaluation.frequencies`).
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,10 @@ class EvaluationSet(NamedTuple):
 
     @property
     def bayes(self) -> str | None:
-        """Name of the baseline that is the Bayes predictor of these prompts. None for shifts and text, or if it was not computed."""
+        """Name of the baseline that is the Bayes predictor of these prompts.
+
+        None for shifts and text, or if the Bayes predictor was not computed.
+        """
         if self.name == "pretrain" and "dmmse" in self.baselines:
             return "dmmse"
         if self.name not in ("pretrain", "true"):

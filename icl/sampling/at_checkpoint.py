@@ -30,7 +30,7 @@ difference the drop. `icl.sampling.convergence` describes its standard error.
   each chain's own mean, and average these drops. We report either this average or the drop at the common mean, whichever is larger. For a
   convex loss, the average is never larger.
 - We measure the loss on a finite set of batches. The minimum of the loss on these batches is slightly lower than the minimum on all data,
-  and lies at a slightly different point.
+  and lies at a slightly different point. So the standard error of the drop includes the spread between batches.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,13 +64,16 @@ class Variates(NamedTuple):
 
     source: ChainBatches
     deviations: Float[Tensor, "C M P"]
-    """Gradients g_B(w0) minus their mean over the pool."""
+    """The control variates c_B: gradients g_B(w0) at the checkpoint, minus their mean over the pool."""
     losses: Float[Tensor, "C M *T"]
     is_uniform: bool
     """Whether minibatches are drawn with replacement. If so, the excess has a control variate too."""
 
     def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
-        """Return c_B (N, P) and L_B(w0) (N, *T) at a move. The members are given by their checkpoint numbers and chain numbers."""
+        """Return c_B (N, P) and the checkpoints' losses L_B(w0) (N, *T) for the minibatches B of a move.
+
+        The members are given by their checkpoint numbers and chain numbers.
+        """
         assert self.source.pool is not None
         numbers = {chain: self.source.pool.number_of(chain, move) for chain in dict.fromkeys(chains)}
         device = self.deviations.device
@@ -89,9 +92,11 @@ class AnchorLosses:
     def of_members(
         self, checkpoints: Sequence[int], chains: Sequence[int], move: int, compute: Callable[[], Float[Tensor, "N *T"]]
     ) -> Float[Tensor, "N *T"]:
-        """Return L_B(w0) at a move. The members are given by their checkpoint numbers and chain numbers.
+        """Return the checkpoints' losses L_B(w0) on the minibatches B of a move.
 
-        `compute` computes the losses of all these members. It is called only if a loss is not known yet.
+        The members are given by their checkpoint numbers and chain numbers.
+
+        `compute` is a function that computes the losses of all these members. It is called only if a loss is not known yet.
         """
         if self.source.pool is None:
             return compute()
@@ -248,7 +253,9 @@ class GradientStep:
 
 
 def num_drop_batches(num_moves: int, num_chains: int) -> int:
-    """Return the number of batches for the drop at the mean. The drop then costs at most a quarter of the chains' gradients.
+    """Return the number of batches on which the drop at the mean is measured.
+
+    With this number, the measurement takes at most a quarter of the time for the chains' gradients.
 
     On each batch we make 2 K + 2 forward passes for K chains. A forward pass costs a third of a gradient. At least `_MIN_DROP_BATCHES`
     batches are used, even if this costs more.

@@ -31,7 +31,8 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""Number of first moves at which the minibatches of different chains are compared. They are also compared at up to twice as many later moves."""
+"""Number of moves, from the first, at which the minibatches of different chains are compared. They are also compared at up to twice as many
+later moves."""
 SHORT_LIST = 32
 """Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
 moves is clearly correlated."""
@@ -74,7 +75,10 @@ class ChainBatches:
         return [to_device(batch, device) for batch in batches.values()], num_repeats > patience + len(batches)
 
     def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
-        """Return the batches of one move, with a row for each element of `chains`. Equal chain numbers get the same batch object."""
+        """Return the batches of one move, with a row for each element of `chains`.
+
+        If a chain number occurs several times in `chains`, its batch is made only once and is used for each of these rows.
+        """
         batches = {chain: self.get(chain, draw) for chain in dict.fromkeys(chains)}
         if any(draw in draws for draws in self.compared):
             self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in batches.items()}
@@ -89,7 +93,10 @@ class ChainBatches:
         return self.pool is not None and not self.pool.is_uniform and 1 < self.pool.size < SHORT_LIST
 
     def is_shared(self) -> bool:
-        """Return whether two chains saw the same batches at all early or at all late compared moves, although there are several batches."""
+        """Return whether two chains shared all batches of the early compared moves, or all batches of the late ones.
+
+        The result is False if there is only a single batch.
+        """
         if self.is_one():
             return False
         chains = {chain for chain, _ in self.digests}
@@ -140,7 +147,7 @@ def _pool(batches: Batches, num_chains: int) -> Pool | None:
 
 
 def _position(number: int, *, length: int, num_chains: int) -> int:
-    """Return the position of batch `number` if `length` batches are repeated endlessly. Skipped batches count as positions."""
+    """Return the position of batch `number` in an endless repetition of `length` batches. Skipped batches have positions too."""
     if math.gcd(length, num_chains) == 1 or length == 1:
         return number
     return number + number // math.lcm(length, num_chains)
@@ -154,7 +161,10 @@ def _from_sequence(batches: Sequence[Batch], num_chains: int) -> Callable[[int],
 
 
 class _FromIterator:
-    """Function from a number to a batch of an iterator. An iterator can be read only once, so all batches are kept."""
+    """Callable that returns the batch with a given number from an iterator.
+
+    It keeps all batches, because an iterator can be read only once.
+    """
 
     def __init__(self, batches: Iterator[Batch], num_chains: int) -> None:
         self.batches, self.num_chains = batches, num_chains
@@ -166,7 +176,10 @@ class _FromIterator:
 
 
 class _FromIterable:
-    """Function from a number to a batch of an iterable, which can be read repeatedly, perhaps in a different order each time."""
+    """Callable that returns the batch with a given number from an iterable.
+
+    The iterable can be read repeatedly, perhaps in a different order each time.
+    """
 
     def __init__(self, batches: Iterable[Batch], num_chains: int, seed: int) -> None:
         self.batches, self.num_chains, self.seed = batches, num_chains, seed

@@ -68,7 +68,7 @@ class Calibration:
     summary: str
 
     def as_yaml(self) -> str:
-        """Return the chosen settings as a file for `icl llc --config`."""
+        """Return the chosen settings as YAML, in the form that `icl llc --config` reads."""
         assert self.chosen is not None
         fields = dataclasses.asdict(self.chosen)
         return yaml.safe_dump({"sampler": {name: fields[name] for name in fields if name != "steps"}}, sort_keys=False)
@@ -145,7 +145,7 @@ def _plan(sampler: SamplerConfig, num_checkpoints: int) -> _Plan:
 
 
 class _Work:
-    """The sampling for a search, with its progress bar."""
+    """Makes the estimates of a search, and shows its progress on a bar."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ def _seconds_per_move(
     short = [dataclasses.replace(sampler, num_burnin_steps=10, num_draws=2, num_init_batches=2) for sampler in samplers]
     times: list[float] = []
     estimate_grid(checkpoints, short, target, device=device, advance=lambda _: times.append(time.perf_counter()))
-    seconds = time.perf_counter() - times[2]  # includes MALA's gradients at both draws
+    seconds = time.perf_counter() - times[2]  # includes the gradients of the MALA test at both draws
     return seconds / ((_num_moves(short[0]) + (2 - 3) * short[0].num_chains) * len(short) * len(checkpoints))
 
 
@@ -286,7 +286,7 @@ def _traces(trials: Sequence[Trial], chosen_number: int | None, sampler: Sampler
 
 
 def _default_steps(files: Sequence[Path]) -> str:
-    if len(files) == 1:  # a single file may have any name
+    if len(files) == 1:  # the name of a single file may contain no step
         return "all"
     steps = [int(file.stem.partition("-")[2]) for file in files]
     nearest = {min(steps, key=lambda step: abs(step - share * steps[-1])) for share in PLACES}

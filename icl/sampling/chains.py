@@ -31,15 +31,15 @@ from icl.sampling.target import Target
 from icl.sampling.traces import Draw, Recorder, Traces, mean_over_components
 
 FIRST_CHECK = 100
-"""Number of draws after which the chains' standard error is first compared with `target_stderr`. Until the next comparison, the number of
-draws grows by an eighth."""
+"""Number of draws after which the chains' standard error is first compared with `target_stderr`. Each later comparison is made when the
+number of draws has grown by an eighth."""
 
 Advance: TypeAlias = Callable[[int], None]
 """Function that is called with the number of moves just made. A move of one chain counts as one."""
 Watch: TypeAlias = Callable[[Sequence[int], Sequence[int], Float[Tensor, "N S"]], None]
 """Function that is called while chains run, with each member's checkpoint number, chain number and excess so far, in nats."""
 WATCH_SECONDS = 10.0
-"""Seconds between two calls of a `Watch`."""
+"""Minimum number of seconds between two calls of a `Watch` function."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
 """Function from one member's parameters to the losses of Q fixed samples."""
 
@@ -243,7 +243,7 @@ class _Group:
     def _noise(self, seeds: Sequence[int]) -> Iterator[Tensor]:
         """Yield standard normals for each move, in one buffer that is reused. Each row comes from its member's own generator."""
         buffer = torch.zeros_like(self.state.position)
-        rows = buffer[:, : self.recorder.num_params].unbind()  # the padding stays zero, so chains do not move there
+        rows = buffer[:, : self.recorder.num_params].unbind()  # the padding columns stay zero, so they do not move
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
         while True:
             for row, generator in zip(rows, generators, strict=True):

@@ -59,7 +59,8 @@ def component_masks(
     """
     if component not in (*component_names(config, "heads"), *component_names(config, "layers")):
         raise ConfigError(
-            f"The model has no component `{component}`: it has {config.num_layers} layers of {config.num_heads} heads."
+            f"The model has no component `{component}`: choose a head such as L0H0, a layer such as L0, `embedding` or `unembedding`; the "
+            f"model has {config.num_layers} layers of {config.num_heads} heads."
         )
     layer, _, head = component.removeprefix("L").partition("H")
     if head:

@@ -4,9 +4,9 @@ R-hat is the larger of two rank-normalised split R-hats: one of the draws, and o
 draws). The effective sample size (ESS) is for the mean of the draws. It is computed from split chains with Geyer's initial monotone
 sequence. Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
 
-The standard error of a mean over chains is the larger of two estimates. The first is sd / sqrt(ESS). It accounts for autocorrelation, and
-also for chains that disagree, because the ESS is then smaller. The second is the standard deviation of the chains' means, divided by the
-square root of the number of chains. It assumes nothing about the draws within a chain.
+The standard error of a mean over chains is the larger of two estimates. One is the standard deviation of the draws divided by sqrt(ESS). It
+accounts for autocorrelation, and also for chains that disagree, because the ESS is then smaller. The other is the standard deviation of the
+chains' means, divided by the square root of the number of chains. This estimate assumes nothing about the draws within a chain.
 
 The drop is the checkpoint's loss minus the loss at the mean of the draws (`icl.sampling.at_checkpoint`). The mean of finitely many draws
 has an error. This error raises the loss at the mean, and so biases the drop. The jackknife over chains removes the bias to first order. For
@@ -55,7 +55,10 @@ def rhat(draws: Float[ndarray, "K S"]) -> float:
 
 
 def ess(draws: Float[ndarray, "K S"]) -> float:
-    """Return the number of independent draws whose mean would have the same variance; NaN for fewer than four draws."""
+    """Return the effective sample size: the number of independent draws whose mean would be as precise as the mean of these draws.
+
+    It is NaN for chains of fewer than four draws.
+    """
     if draws.shape[1] < 4:
         return math.nan
     split = _split(draws)
@@ -105,11 +108,11 @@ def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
 def sensitivity(
     excess: Float[ndarray, "K S"], pull: Float[ndarray, "K S"], *, is_noisy: bool = True
 ) -> tuple[float, float]:
-    """Return how much the mean excess falls if localization grows by a factor e, with the standard error.
+    """Return minus the derivative of the mean excess with respect to the logarithm of the localization, and the standard error.
 
     This number is (E[pull] - Cov(excess, pull)) / 2. The minibatch of a draw adds nearly the same noise to its excess and its pull. This
-    common noise would count as covariance. Different draws have different minibatches. So if there is noise, we compute the covariances at
-    lags of one and two draws, and extrapolate them linearly to lag zero.
+    common noise would add to the covariance. Different draws have different minibatches. So if there is noise, we compute the covariances
+    at lags of one and two draws, and extrapolate them linearly to lag zero.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.

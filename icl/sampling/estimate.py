@@ -68,8 +68,8 @@ def estimate(
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
         observables: Functions of the parameters whose values are recorded at every draw.
         memory: Memory in bytes for the chains that run at once.
-        advance: Called after every move, with the number of chains that made this move.
-        watch: Called every `WATCH_SECONDS` seconds with the excess at all draws so far.
+        advance: Function that is called after every move, with the number of chains that made this move.
+        watch: Function that is called about every `WATCH_SECONDS` seconds, with the excess at all draws so far.
 
     Returns:
         One list for each element of `settings_grid`, with one result for each checkpoint.

@@ -62,7 +62,7 @@ class SGLDState(NamedTuple):
 
     position: Float[Tensor, "N P"]
     anchor: Float[Tensor, "N P"]
-    """The checkpoint w0, to which localization pulls back."""
+    """The checkpoint w0, to which the localization pulls the chains back."""
     preconditioner: Float[Tensor, "N P"] | None
     """Diagonal of G; None means 1 (plain SGLD)."""
     mean_square: Float[Tensor, "N P"] | None
@@ -76,7 +76,7 @@ class BAOABState(NamedTuple):
 
     position: Float[Tensor, "N P"]
     anchor: Float[Tensor, "N P"]
-    """The checkpoint w0, to which localization pulls back."""
+    """The checkpoint w0, to which the localization pulls the chains back."""
     velocity: Float[Tensor, "N P"]
 
 
@@ -110,7 +110,7 @@ def kernel_of(settings: ChainsConfig) -> MarkovKernel:
 
 
 def init_sgld(start: Float[Tensor, "N P"]) -> SGLDState:
-    """Return the state of plain SGLD chains at their anchors."""
+    """Return the initial state of plain SGLD chains, which start at their anchors."""
     return SGLDState(start, start, None, None, 0)
 
 
@@ -143,7 +143,7 @@ def sgld_step(
 
 
 def init_rmsprop(start: Float[Tensor, "N P"]) -> SGLDState:
-    """Return the state of preconditioned chains at their anchors, with G = 1 until the first gradient."""
+    """Return the initial state of preconditioned chains, which start at their anchors. G is 1 until the first gradient."""
     return SGLDState(start, start, torch.ones_like(start), torch.zeros_like(start), 0)
 
 
@@ -177,7 +177,7 @@ def log_mala_acceptance(
         potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
         for w, grad in ((before, grads[0]), (after, grads[1]))
     )
-    # -log q of the move and of the reverse move, both times 2 lr. Their normalisation cancels, because G is the same.
+    # -2 lr log q, for the move and for the reverse move. The normalisation is left out: it cancels, because G is the same.
     forth = (after - before + lr / 2 * g * drift).square() / g
     back = (before - after + lr / 2 * g * drift_back).square() / g
     prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
@@ -186,7 +186,7 @@ def log_mala_acceptance(
 
 
 def init_baoab(start: Float[Tensor, "N P"]) -> BAOABState:
-    """Return the state of chains at rest at their anchors."""
+    """Return the initial state of the chains, which start at their anchors with zero velocity."""
     return BAOABState(start, start, torch.zeros_like(start))
 
 

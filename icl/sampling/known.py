@@ -43,7 +43,7 @@ def quadratic_llc(
     gradient_variance: float | Float[Tensor, " d"] = 0.0,
     friction: float | None = None,
 ) -> float:
-    """Return the estimator's exact target for L = sum_i h_i w_i^2 / 2 and chains with step size `lr`.
+    """Return the exact mean of nbeta (L - L0) for L = sum_i h_i w_i^2 / 2, over infinitely long chains with step size `lr`.
 
     Let a_i = nbeta h_i + localization, and let v_i be the variance of the minibatch gradient in direction i. Then SGLD gives w_i the
     stationary variance (1 + lr nbeta^2 v_i / 4) / (a_i (1 - lr a_i / 4)), which is infinite if lr a_i >= 4. With `lr` = 0 this is the
@@ -91,7 +91,7 @@ def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
     Source: Aoyagi and Watanabe (2005), main theorem.
 
     Raises:
-        ValueError: If no such map has this rank.
+        ValueError: If no product of matrices with these shapes has rank `rank`.
     """
     m, h, n, r = inputs, hidden, outputs, rank
     if not 0 <= r <= min(m, h, n):
@@ -107,7 +107,7 @@ def reduced_rank(inputs: int, hidden: int, outputs: int, rank: int) -> float:
 
 
 def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta: float, localization: float) -> float:
-    """Return the estimator's target for L = |B A|^2 / 2 (a true map of rank 0) with up to three hidden units.
+    """Return the mean of nbeta L under the localised density, for L = |B A|^2 / 2 (a true map of rank 0) with up to three hidden units.
 
     Given B, the density is Gaussian in A, so we integrate A out (our derivation). The result depends only on the
     eigenvalues x_i of B^T B. Under a Gaussian prior, B^T B is a Wishart matrix, whose eigenvalues have a known density (Muirhead 1982,
@@ -143,7 +143,7 @@ def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
     Only the smallest of the excess widths H_i - rank appear in the formula.
 
     Raises:
-        ValueError: If there are fewer than two layers, or no such map has this rank.
+        ValueError: If there are fewer than two layers, or no product of matrices with these widths has rank `rank`.
     """
     if len(widths) < 3 or not 0 <= rank <= min(widths):
         raise ValueError(f"Expected three or more widths and a rank from 0 to {min(widths)}, got {widths}, {rank}.")
@@ -176,9 +176,9 @@ def localized_llc(
     nbeta: float,
     localization: float,
 ) -> float:
-    """Return the estimator's target in one to three dimensions, for a loss with its minimum L = 0 at w = 0.
+    """Return the mean of nbeta L under the localised density, in one to three dimensions, for a loss with its minimum L = 0 at w = 0.
 
-    It is computed by the trapezoidal rule, on nodes that are densest near zero on each axis.
+    The mean is computed by the trapezoidal rule, on nodes that are densest near zero on each axis.
 
     Raises:
         ValueError: If there are more than three dimensions, or no localization. Without localization, the density may not be normalisable.

@@ -53,7 +53,7 @@ class EstimateOptions:
     memory: float | None = None
     """Memory in bytes for the chains that run at once."""
     progress: Progress | None = None
-    """Called with the number of moves done and the total number of moves, over all chains."""
+    """Function that is called after every move of the chains, or None. See `Progress` for its arguments."""
     loss_name: str = "loss"
     """Name of the loss in the rows of results."""
     identities: Sequence[CheckpointId] | None = None
@@ -168,7 +168,7 @@ def estimate_llc(
         friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5.
         target_stderr: Standard error at which the chains stop; `num_draws` is then the largest number of draws.
         num_samples: The sample size n.
-        num_init_batches: Number of distinct batches for `init_loss`. We take the first ones that the chains get, or all if there are fewer.
+        num_init_batches: Number of distinct batches for `init_loss`: the first that the chains get, or all batches if there are fewer.
         trivial_loss: Loss of a trivial predictor, for example one that predicts zero. Without it, the verdict does not check whether the
             chains left the basin.
         vectorize: If False, chains run one after another by plain autograd. This is needed for losses that `vmap` cannot map.
@@ -238,7 +238,8 @@ def _require_loss_function(loss: Any) -> None:
         return
     except TypeError:
         raise ConfigError(
-            f"`loss` must be a function of (params, batch), got {_describe(loss)}. For a module, `module_loss(model, criterion)` makes one."
+            f"`loss` must be a function of (params, batch), got {_describe(loss)}. For a module, `module_loss(model, criterion)` returns "
+            "such a function."
         ) from None
 
 

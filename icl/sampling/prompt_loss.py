@@ -231,7 +231,8 @@ def _rows(tree: Any, i: int) -> Any:
 
 
 def _is_compiled(config: RunConfig, sampler: SamplerConfig, num_moves: int, device: torch.device) -> bool:
-    if config.model.is_language:  # speed not measured; for a batch in many parts, the compiled graph would be very long
+    # For language, we have not measured the speed, and the graph of a batch in many parts would be very long.
+    if config.model.is_language:
         return False
     return device.type in ("cpu", "cuda") and compiling_pays(
         num_params=shapes_of(config).num_params,
@@ -281,7 +282,7 @@ def _batches(config: RunConfig, sampler: SamplerConfig, device: torch.device) ->
 
 
 class _Ahead:
-    """Function from (chain, draw) to a minibatch, which generates minibatches for many draws at once.
+    """Callable that returns the minibatch of (chain, draw), and generates the minibatches of many draws at once.
 
     This is many times faster than generating them one by one, and gives the same minibatches.
     """

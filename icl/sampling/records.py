@@ -76,7 +76,7 @@ class Record(NamedTuple):
 
     @property
     def measurement(self) -> Measurement:
-        """The record as the content of an entry: the estimate's row comes first, then the rows for the positions."""
+        """Content of the entry that stores this record. The estimate's row comes first, then the rows for the positions."""
         arrays = {"traces": self.traces, "excess": self.excess}
         if self.susceptibilities.size:
             arrays["susceptibilities"] = self.susceptibilities

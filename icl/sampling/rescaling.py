@@ -62,7 +62,7 @@ def _powers(model: ModelConfig, block: str) -> dict[str, int]:
 
 
 def _rescaled_values(model: ModelConfig, params: Params, block: str, factor: float) -> Params:
-    """Multiply the values by the factor and divide the output projection by it.
+    """Multiply the attention's values by the factor, and divide its output projection by the factor.
 
     The rows of `qkv` are ordered by head, then by query, key and value, then by channel.
     """

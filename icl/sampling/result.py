@@ -30,7 +30,7 @@ _SETTINGS = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burn
 
 
 class CheckpointId(NamedTuple):
-    """Step and hash of an estimate's checkpoint. The noise of the chains depends only on the seed and the hash."""
+    """Step and hash of an estimate's checkpoint. The noise of a chain depends only on the seed, the hash and the chain's number."""
 
     step: int | None = None
     checkpoint_hash: str | None = None
@@ -41,9 +41,10 @@ class Fluctuation:
     """Fluctuation of the losses l_i of fixed samples under the posterior at nbeta (Watanabe 2009, sections 1.4 and 6.3)."""
 
     functional_variance: float | None
-    """V, the sum of Var_w[l_i] over n samples; None without `num_samples`."""
+    """Functional variance V, the sum of Var_w[l_i] over n samples; None without `num_samples`."""
     singular_fluctuation: float
-    """nu, which is nbeta/2 times the mean of Var_w[l_i] over samples. For a regular model that contains the truth, nu is d/2."""
+    """Singular fluctuation nu, which is nbeta/2 times the mean of Var_w[l_i] over samples. For a regular model that contains the truth, nu
+    is d/2."""
     stderr: float
     """Standard error of the singular fluctuation, from the spread between chains; NaN for one chain."""
 

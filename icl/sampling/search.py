@@ -11,8 +11,8 @@ lr (nbeta h_max + localization) is below 4, where h_max is the largest curvature
 
 Chains must be long enough to reach equilibrium in flat directions, where only the localization limits their spread. In a flat direction,
 the variance after t moves is 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in units of h_max
-and a stable lr, this takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So a plateau
-does not show whether chains are long enough.
+and a stable lr, equilibrium takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So
+equal estimates at different nbeta or lr do not show that chains are long enough.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ MIN_ESS = 300.0
 LENGTH_RULES = ("r hat", "effective sample size", "not significant")
 """Rules of the verdict that longer chains may satisfy."""
 LR_RULES = ("step size bias",)
-"""Rules of the verdict that a smaller lr may satisfy. The search has its own stage for them."""
+"""Rules of the verdict that a smaller lr may satisfy. A separate stage of the search tests them."""
 CHECKPOINT_RULES = ("negative", "not at a minimum", "lower loss at mean", "diverged down", "lower loss found")
 """Rules of the verdict that are broken under most settings if a checkpoint is not at its minimum."""
 _LATER_RULES = (*LENGTH_RULES, *LR_RULES)  # the stages after the survey decide about these
@@ -69,13 +69,14 @@ loss). At each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in 
 3. Among the settings that pass steps 1 and 2, we choose those with the largest number of healthy checkpoints. If several settings have
    the same number, we choose the smallest localization / nbeta (so that most directions count), then the smallest nbeta (least noise).
 4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. With a third of lr and chains three times as long,
-   the estimate may change by at most the standard error of the difference plus {PLATEAU:.0%}. Otherwise we test this third of lr in
-   the same way.
+   the estimate may change by at most the standard error of the difference plus {PLATEAU:.0%}. Otherwise this third of lr becomes the
+   new lr and is tested in the same way.
 5. Burn-in: 1.5 times the number of moves that the chains' mean loss takes to reach its later level, but at least 1.5 times the
-   burn-in of the search. Draws: at least as many as configured, and enough for an effective sample size of {MIN_ESS:g}.
+   burn-in that the search used for these settings. Draws: at least as many as configured, and enough for an effective sample size
+   of {MIN_ESS:g}.
 All chains of the search use the same minibatches and noise, so differences between estimates are due to the settings.
-Finally, chains of the chosen length with the next `seed` test the choice. It is accepted if their verdict at the last
-checkpoint is ok."""
+Finally, chains of the chosen length with the next `seed` test the choice. The choice is accepted if the verdict on
+these chains at the last checkpoint is ok."""
 
 
 class SearchPoint(NamedTuple):
@@ -89,7 +90,7 @@ class SearchPoint(NamedTuple):
     filling: int
     """Burn-in of the survey: the number of moves after which the variance in flat directions is 86% of its final value."""
     slowness: int = 1
-    """Factor by which the chains are longer than in the survey."""
+    """Length of the chains, relative to the survey."""
 
     @property
     def localization(self) -> float:
@@ -122,7 +123,7 @@ class Trial(NamedTuple):
 
     @property
     def num_healthy(self) -> int:
-        """Number of healthy checkpoints, if the rules that later stages of the search test are ignored."""
+        """Number of checkpoints whose estimate breaks no rule, apart from the rules that later stages of the search test."""
         return sum(is_healthy(result, but=_LATER_RULES) for result in self.results)
 
 
@@ -149,7 +150,7 @@ def survey(*, height: float, curvature: float, speed: float = 1.0) -> list[Searc
     Args:
         height: Height of a trivial predictor's loss above the last checkpoint's loss.
         curvature: The largest curvature at the last checkpoint.
-        speed: Factor by which the chains spread out in flat directions faster than SGLD (`ChainsConfig.speed`).
+        speed: Speed at which the chains spread out in flat directions, relative to SGLD (`ChainsConfig.speed`).
     """
     points = []
     for share, nbeta in itertools.product(RATIOS, NBETAS):
@@ -175,7 +176,7 @@ def search(
         height: See `survey`.
         curvature: See `survey`.
         speed: See `survey`.
-        say: Called with a line about every trial.
+        say: Function that is called with a line about every trial.
     """
     trials: list[Trial] = []
 
@@ -202,7 +203,7 @@ def search(
         if is_healthy(best.last) and on_plateau(best.last, slower.last):
             limit, error = extrapolated(best.last, slower.last)
             reason = (
-                f"Chosen: setting {trials.index(best)}. A third of its lr gives an LLC of {slower.last.llc:.4g} ± "
+                f"Chosen: setting {trials.index(best)}. With a third of its lr, the LLC is {slower.last.llc:.4g} ± "
                 f"{slower.last.stderr:.2g}. Extrapolation to lr = 0 gives {limit:.4g} ± {error:.2g}."
             )
             steps = max(burnin(best.last), 3 * best.point.slowness * best.point.filling // 2)
@@ -222,7 +223,7 @@ def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
     if num_beside <= len(trials) / 2:
         return reason
     return (
-        f"{reason} Under {num_beside} settings, the estimate shows that the checkpoint is not at a minimum, which no settings can "
+        f"{reason} Under {num_beside} of the settings, the estimate shows that the checkpoint is not at a minimum, which no settings can "
         "change. Choose --steps so that the last chosen checkpoint is at a minimum."
     )
 
@@ -259,7 +260,10 @@ def on_plateau(first: LLCResult, slower: LLCResult) -> bool:
 
 
 def extrapolated(first: LLCResult, slower: LLCResult) -> tuple[float, float]:
-    """Extrapolate the LLCs at lr and lr / 3 to lr = 0, for a bias proportional to lr (Richardson). Return the value and its error."""
+    """Extrapolate the LLCs at lr and lr / 3 to lr = 0 (Richardson), and return the value and its error.
+
+    The bias is assumed to be proportional to lr.
+    """
     weight = _SLOWER / (_SLOWER - 1)
     value = weight * slower.llc - (weight - 1) * first.llc
     return value, math.hypot(weight * slower.stderr, (weight - 1) * first.stderr)

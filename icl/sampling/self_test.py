@@ -3,9 +3,9 @@
 `sgld` and `baoab` run on all problems. `baoab` has three times the lr of `sgld` and a third of the moves. `rmsprop` runs on quadratics
 only. Its lr is smaller, because its preconditioner is above 1.
 
-The loss of every problem has its minimum, 0, at the checkpoint. If the estimator's target at finite nbeta with localization is known
-(`icl.sampling.known`), the estimate must agree with this target within `NUM_STDERRS` standard errors. If the loss is not quadratic, the
-bias of the step size is not known exactly. Then the estimate may differ by a further fraction `STEP_BIAS` of the target.
+The loss of every problem has its minimum, 0, at the checkpoint. If the true value of the estimate at finite nbeta with localization is
+known (`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. If the loss is not quadratic, the bias
+of the step size is not known exactly. Then the estimate may differ from the true value by an additional fraction `STEP_BIAS` of that value.
 
 For deep linear networks only the asymptotic value lambda is known, so we estimate at three values of nbeta. The estimates must rise with
 nbeta. In addition to the standard errors, an estimate may differ from lambda by lambda / sqrt(nbeta), because the localization has strength
@@ -48,8 +48,8 @@ class Problem:
     params: Params
     asymptotic: float
     finite: Callable[[float, float], float] | None
-    """Function from nbeta and lr to the target of SGLD; None if the target is not known. lr = 0 gives the target without the effect of the
-    step size."""
+    """Function from nbeta and lr to the true value of the estimate with SGLD; None if this value is not known. lr = 0 gives the value
+    without the effect of the step size."""
     nbetas: Sequence[float]
     sampler: dict[str, Any]
     batches: Batches = (None,)
@@ -107,8 +107,8 @@ def truth_table(rows: Sequence[Row]) -> str:
 def run_problem(problem: Problem, kernel: Kernel = "sgld") -> list[Row]:
     """Estimate the LLC of a test problem with one kernel, at each value of nbeta.
 
-    All values of nbeta run as one population at the largest nbeta. Each value has its own checkpoint, whose loss is multiplied by a
-    fixed factor.
+    All chains run as one population with the largest nbeta. For a smaller nbeta, the loss at a separate checkpoint is multiplied by nbeta /
+    (largest nbeta), so that the chains sample the same density.
     """
     largest = problem.nbetas[-1]
 

@@ -47,7 +47,7 @@ def susceptibility(
     """
     if difference.shape[:2] != excess.shape or excess.numel() < 2:
         raise ConfigError(
-            "`difference` must have as many chains and draws as `excess`, and at least two draws over all chains, got the shapes "
+            "`difference` must have as many chains and draws as `excess`, with at least two draws in total, got the shapes "
             f"{tuple(difference.shape)} and {tuple(excess.shape)}."
         )
     parts = difference.reshape(*excess.shape, -1).double()  # K S Q

@@ -34,7 +34,7 @@ StackedLosses: TypeAlias = Callable[[Params, Batch], Tensor]
 Gradient: TypeAlias = Callable[[Layout, Tensor, Params, Batch], tuple[Tensor, Tensor]]
 """`gradient(layout, rows, fixed, batch)` returns the gradient of each row (N, P), and the losses (N,) or (N, T).
 
-The layout says which parameters lie in the rows. `fixed` and `batch` are stacked on N.
+The layout says which parameters lie in the rows. `fixed` and `batch` are stacked on a leading axis N.
 """
 _RANDOM_LOSS = (
     "The loss draws random numbers, as dropout in training mode does, so `seed` would not determine the estimate. Put its modules "
@@ -62,7 +62,7 @@ class Target:
     shared_losses: StackedLosses | None = None
     """A faster function for the losses of stacked parameters, all on the same batch."""
     own_losses: StackedLosses | None = None
-    """A faster function for the losses of stacked parameters, each on its own batch."""
+    """A faster function for the losses of stacked parameters, with a separate batch for each member."""
     part: Callable[[Params, Batch], Batch] | None = None
     """Function that returns the rows of a batch that form one part, if `gradient` goes through a batch in parts to save memory; otherwise
     None. A gradient in parts is used for all purposes, because the default gradient needs memory for the whole batch."""
@@ -75,16 +75,16 @@ class Target:
 
     @cached_property
     def default_gradient(self) -> Gradient:
-        """The gradient of `loss`, by `vmap` or by a loop."""
+        """Function that computes the gradient of `loss`, by `vmap` or by a loop."""
         return vmapped_gradient(self.loss) if self._is_mapped else looped_gradient(self.loss)
 
     @cached_property
     def chain_gradient(self) -> Gradient:
-        """The gradient for the chains' moves."""
+        """Function that computes the gradient for the chains' moves."""
         return self.gradient or self.default_gradient
 
     def checkpoint_gradient(self, device: torch.device) -> Gradient:
-        """Return the gradient for measurements at a checkpoint, with few members.
+        """Return the function that computes the gradient for measurements at a checkpoint, which have few members.
 
         On a GPU the chains' gradient may be a compiled graph, which would have to be compiled again for so few members.
         """
@@ -92,12 +92,12 @@ class Target:
 
     @cached_property
     def losses_on_shared_batch(self) -> StackedLosses:
-        """The losses of stacked parameters, all on the same batch."""
+        """Function that computes the losses of stacked parameters, all on the same batch."""
         return self.shared_losses or stacked_losses(self.loss, own_batches=False, vectorize=self._is_mapped)
 
     @cached_property
     def losses_on_own_batches(self) -> StackedLosses:
-        """The losses of stacked parameters, each on its own batch."""
+        """Function that computes the losses of stacked parameters, with a separate batch for each member."""
         return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self._is_mapped)
 
     def require_dependence(self, layout: Layout, checkpoint: Params, batch: Batch) -> None:
@@ -244,7 +244,7 @@ def _batch_of(i: int, batch: Batch) -> Batch:
 
 @contextmanager
 def _refuse_random_loss(device: torch.device) -> Iterator[None]:
-    """If the block draws from a global generator of the CPU or of a CUDA device, restore the generator and raise an error."""
+    """If the code in the `with` block draws from a global generator of the CPU or of a CUDA device, restore it and raise an error."""
     before = _generator_states(device)
     try:
         yield

@@ -47,7 +47,7 @@ def negative(e: Evidence) -> str | None:
 
 @rule("suspect", source="the LLC is negative, but less than two standard errors below zero")
 def below_zero(e: Evidence) -> str | None:
-    """A negative estimate within two standard errors of zero may be due to its error alone."""
+    """A negative estimate within two standard errors of zero may be due to sampling error alone."""
     if not e.llc < 0 <= e.llc + 2 * e.error:
         return None
     return f"the LLC ({e.llc:.3g} ± {e.stderr:.2g}) is below zero, though not significantly: take more draws"
@@ -183,7 +183,10 @@ def _least_pull(e: Evidence) -> float:
 
 @rule("suspect", source="equipartition; the share of d is our choice")
 def not_spread_out(e: Evidence) -> str | None:
-    """In equilibrium pull + spread = d. If the sum is below four fifths of d, the chains are still spreading out in flat directions."""
+    """In equilibrium, pull + spread is the number d of sampled dimensions.
+
+    If the sum is below four fifths of d, the chains are still spreading out in flat directions.
+    """
     if not (e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params):
         return None
     return (
@@ -218,7 +221,8 @@ def improper(e: Evidence) -> str | None:
 
 
 @rule(
-    "note", source="same as `localization_outweighs`; at a ratio of 1/3, localization has half the weight of the data"
+    "note",
+    source="same as `localization_outweighs`; at sensitivity / LLC = 1/3, localization has half the weight of the data",
 )
 def localization_counts(e: Evidence) -> str | None:
     """A localization that is about as strong as the data changes the LLC."""
@@ -228,7 +232,9 @@ def localization_counts(e: Evidence) -> str | None:
     return f"note: the LLC would fall by {e.sensitivity:.2g} ± {e.sensitivity_stderr:.1g} if localization were 2.7 times as large"
 
 
-@rule("suspect", source="integration by parts; at a ratio of 2/3, localization has twice the weight of the data")
+@rule(
+    "suspect", source="integration by parts; at sensitivity / LLC = 2/3, localization has twice the weight of the data"
+)
 def localization_outweighs(e: Evidence) -> str | None:
     """The data, not the localization, must determine the LLC."""
     if not (e.localization > 0 and e.sensitivity - 2 * e.sensitivity_stderr > 2 / 3 * max(e.llc, 0.0)):
@@ -252,7 +258,7 @@ def mostly_flat(e: Evidence) -> str | None:
 
 @rule("note", source="same as `not_spread_out`")
 def hardly_spread_out(e: Evidence) -> str | None:
-    """In equilibrium pull + spread = d. The sum should be at least 95 % of d."""
+    """In equilibrium, pull + spread is the number d of sampled dimensions. The sum should be at least 95 % of d."""
     full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
     if not (e.localization > 0 and e.filled < 0.95 and not full):
         return None

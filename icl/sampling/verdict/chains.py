@@ -10,12 +10,12 @@ some directions are not in equilibrium.
 
 On quadratics, `baoab` with friction c has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of the amount
 that the noise adds to pull + spread in directions of small curvature. This is lr (1 + c) / (8 (1 - c)) times the variance of nbeta grad L
-over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds more, by the factor 1 / (1 - lr a / 4). We measure
-the variance from gradients at the same position on two minibatches.
+over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds more: this amount is multiplied by 1 / (1 - lr a /
+4). We measure the variance from gradients at the same position on two minibatches.
 
 For SGLD on quadratics, the bound is one to two times the bias from the step size. In a direction with a_i = nbeta h_i + localization, the
-bound is 1 + localization / a_i times the bias from the step size (`known.quadratic_llc`). For minibatch noise, the bound is a_i / (nbeta
-h_i) times the bias.
+bound is (1 + localization / a_i) times the bias from the step size (`known.quadratic_llc`). The part of the bound for minibatch noise is
+a_i / (nbeta h_i) times the bias from this noise.
 """
 
 import math
@@ -81,7 +81,7 @@ def one_chain(e: Evidence) -> str | None:
     """A single chain cannot be compared with another."""
     if e.num_chains_used != 1:
         return None
-    return "only one chain is left, so its convergence cannot be checked: use four or more"
+    return "only one chain is left, so its convergence cannot be checked: use four or more chains"
 
 
 @rule("suspect", source="fixed outcome")
@@ -96,7 +96,8 @@ def shared_minibatches(e: Evidence) -> str | None:
 def r_hat(e: Evidence) -> str | None:
     """If there are few chains, they must agree with each other.
 
-    Many short chains may disagree, because the spread between them gives the standard error (see `drift`).
+    Many short chains may disagree, because the standard error then comes from the spread between them. The rule `drift` is stricter for
+    such chains.
     """
     if not 1 < e.num_chains_used < MANY_CHAINS or e.rhat <= 1.05:
         return None

@@ -90,7 +90,7 @@ class Evidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Nominal 95 % interval by Student's t. If the bias bound exceeds half of the standard error, it is subtracted from the lower end.
+        """Nominal 95 % interval of the LLC, by Student's t. A bias bound above half of the standard error is subtracted from the lower end.
 
         The number of degrees of freedom is ESS / 10, because the estimated autocorrelation time has a relative variance of about 20 / ESS.
         Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most often. So for
@@ -110,12 +110,15 @@ class Evidence:
 
     @property
     def headroom(self) -> float:
-        """Height of the trivial predictor's loss above the checkpoint's loss: 0 instead of a negative height, NaN if it is unknown."""
+        """The trivial predictor's loss minus the checkpoint's loss, or 0 if the difference is negative; NaN without a trivial predictor."""
         return math.nan if self.trivial_loss is None else max(self.trivial_loss - self.init_loss, 0.0)
 
     @property
     def filled(self) -> float:
-        """The ratio of pull + spread to d: 1 in equilibrium, larger if the step size is too large."""
+        """The sum pull + spread as a fraction of the number d of sampled dimensions.
+
+        It is 1 in equilibrium, and larger if the step size is too large.
+        """
         return max(self.pull + self.spread, 0.0) / self.num_params
 
     @property
