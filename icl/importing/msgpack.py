@@ -33,7 +33,8 @@ _TYPES = (
 _MAX_VALUES = 2**22
 _MAX_AXES = 8
 
-# First byte of a value -> the struct format of its number, or of its length.
+# These tables map the first byte of a value to the struct format of its number or of its length. `_FIXED_EXTENSIONS` gives the length itself,
+# and `_CONSTANTS` the value.
 _NUMBERS = {
     0xCA: ">f",
     0xCB: ">d",
@@ -79,17 +80,17 @@ class _Reader:
     def __init__(self, data: bytes, *, is_array: bool = False) -> None:
         self.data, self.position, self.count = memoryview(data), 0, 0
         self.is_array = is_array
-        """Whether these are the bytes of an array, which contains no further arrays."""
+        """Whether `data` is the content of an array. Such data contain no further arrays."""
 
     def take(self, size: int) -> memoryview:
-        """Return the next bytes."""
+        """Return the next `size` bytes, and move past them."""
         if size > len(self.data) - self.position:
             raise ContentError("it was cut short, or is not msgpack of Flax")
         self.position += size
         return self.data[self.position - size : self.position]
 
     def number(self, form: str) -> Any:
-        """Return the next number. `form` is its format in Python's module `struct`."""
+        """Return the next number. `form` is the format of the number in Python's module `struct`."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def value(self, depth: int) -> Any:

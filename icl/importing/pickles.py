@@ -47,7 +47,7 @@ class _Ignored:
 
 
 class _NumberType(_Ignored):
-    """Stand-in for a NumPy type. It keeps only the type's code, such as f8."""
+    """Stand-in for a NumPy type. `code` is the short name of the type, such as f8."""
 
     code = ""
 
@@ -55,7 +55,7 @@ class _NumberType(_Ignored):
         self.code = args[0] if args and args[0] in _NUMBER_CODES else ""
 
     def __setstate__(self, state: Any) -> None:
-        """Clear the code if the numbers are not little-endian."""
+        """Set `code` to an empty string if the type is not little-endian, so that its numbers are not read."""
         if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|")):
             self.code = ""
 
@@ -70,7 +70,7 @@ def _number(*args: Any) -> Any:
 
 
 def _bytes(*args: Any) -> Any:
-    """Return bytes that a pickle contains as a string in Latin-1."""
+    """Return the bytes that a pickle stores as a Latin-1 string."""
     is_latin = (
         len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1" and all(c < "\u0100" for c in args[0])
     )
@@ -78,8 +78,9 @@ def _bytes(*args: Any) -> Any:
 
 
 _NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-# PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` with the learning-rate schedule. The pickle contains it as a
-# call of `getattr`. NumPy arrays in these files are recorded losses, which are not needed. NumPy numbers may be settings.
+# PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` with the learning-rate schedule. The pickle contains this function as a
+# call of `getattr`. NumPy arrays in these files are recorded losses, which are not needed. NumPy numbers are read, because they may be
+# settings.
 _STAND_INS: dict[str, Any] = {
     "builtins.getattr": _Ignored,
     "torch.optim.lr_scheduler.OneCycleLR": _Ignored,

@@ -284,7 +284,7 @@ def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict
     tensors = {name: _entry(about, 8 + length) for name, about in tree.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
-        raise _CutShortError(f"it has {size:,} bytes, but its header describes {end:,}")
+        raise _CutShortError(f"it has {size:,} bytes, but according to its header it must have {end:,}")
     return tensors, metadata
 
 
@@ -292,7 +292,8 @@ def _require_shapes(tensors: Mapping[str, _TensorEntry], config: RunConfig) -> N
     """Check that a file's tensors are all the parameters of the configured model, or Adam's moments of all these parameters.
 
     Raises:
-        ContentError: If they are not. The message names the first difference.
+        ContentError: If a tensor is missing or has a wrong shape, or if the tensors have different types. The message names the
+            first difference.
     """
     expected = shapes_of(config)
     kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in tensors) else [""]

@@ -16,7 +16,7 @@ from icl.store.base import LocalStore, Store, require_key
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
 """The folder of the weights, and the folder of Adam's moments, which exists if the run saves them."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the other files. They are copied after all other files except `config.yaml`, in this order."""
+"""Files that describe the other files. They are copied in this order, after all other files except `config.yaml`."""
 LAST = (*VOUCHERS, "config.yaml")
 """Files that are copied one by one, in this order, after all other files have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)

@@ -156,7 +156,7 @@ def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
 
 
 def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> bool:
-    """Return whether the rows that existed at a save have changed since then.
+    """Return whether the rows that existed at a save have changed since that save.
 
     Args:
         data: The whole file.

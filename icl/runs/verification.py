@@ -79,7 +79,7 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """Return a copy with its settings, resume file and status, if they can be read. Damage is reported later."""
+    """Return a copy with its settings, resume file and status. Those that cannot be read are None, and are reported later."""
     config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml", limit=size_limit("config.yaml")), str(store))

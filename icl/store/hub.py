@@ -51,7 +51,7 @@ class HubStore:
         return f"hf://{self.repository.name}{revision}/{self.prefix}".rstrip("/")
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key. If the Hub stores the SHA-256 of the value, compare them.
+        """Return the value of a key. If the Hub stores the SHA-256 of the value, check that the value matches it.
 
         Raises:
             MissingKeyError: If the key has no value.
@@ -158,7 +158,7 @@ class HubStore:
             return Path(file).read_bytes()
 
     def _commit(self, operations: Sequence[Any], message: str) -> None:
-        """Commit. If other programs commit at the same time, try again on top of their commits, unless they changed this folder."""
+        """Make a commit. If other programs commit at the same time, try again on top of their commits, unless they changed this folder."""
         with self.repository.lock:
             first = listing = self.repository.listing(is_new=True)
             for _ in range(_MAX_CONFLICTS):
@@ -174,7 +174,7 @@ class HubStore:
         raise StorageError(f"Other programs keep committing to {self}; run the same command again later.")
 
     def _try_commit(self, operations: Sequence[Any], message: str, parent: str | None) -> bool:
-        """Commit on top of `parent`. Return False if `parent` is no longer the newest commit."""
+        """Make a commit whose parent is `parent`. Return False if `parent` is no longer the newest commit."""
         try:
             self.repository.ask("write", functools.partial(self.repository.commit, operations, message, parent))
         except StorageError:

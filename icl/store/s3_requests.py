@@ -37,7 +37,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""The features that each server lacks, as far as this process has noticed."""
+"""The features that each server lacks, keyed by server, as far as this process has noticed."""
 
 Result = TypeVar("Result")
 

@@ -34,7 +34,7 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """A job's record of itself. A job that continues after its time limit keeps its record."""
+    """What a Slurm job has recorded about itself. A job that continues after its time limit keeps its record."""
 
     task: int
     """The job's index in the job array."""
@@ -46,7 +46,7 @@ class JobRecord:
     host: str = ""
     num_starts: int = 0
     num_idle: int = 0
-    """Number of starts without progress since the last start that made progress."""
+    """Number of times in succession that the job was started and reached its time limit without progress."""
     updated: float = 0.0
 
 
