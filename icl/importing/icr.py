@@ -24,7 +24,7 @@ from icl.model.stacked import Params
 
 PRESET = "icr"
 _ROUND = 16
-"""Number of values that `torch.randn` draws together on a CPU. If a tensor's size is not a multiple of it, its last 16 values are drawn again."""
+"""Number of values that `torch.randn` draws together on a CPU. If a tensor's size is not a multiple of 16, the last 16 values are drawn again."""
 _DOUBLE = {
     "D": "task.task_size",
     "K": "task.max_examples",

@@ -277,7 +277,7 @@ def _number(file: Path) -> int | None:
 
 
 def describe(config: RunConfig) -> str:
-    """Return the model and task of an imported run in one line."""
+    """Return one line that describes the task and the model of an imported run."""
     task, model = config.task, config.model
     if model.is_language:
         return (

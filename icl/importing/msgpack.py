@@ -1,9 +1,9 @@
 """Read files in the msgpack format of Flax: nested tables of arrays, numbers and strings. Nothing is unpickled.
 
 The format is described at https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as extension type 1. The data of
-this type is again msgpack: shape, name of the number type, bytes. A NumPy scalar is saved as extension type 3, in the same form. An
-array of more than 2^30 bytes is saved as a table of chunks. Every length is compared with the number of bytes that are left, so a small
-damaged file cannot make us allocate much memory.
+this type are msgpack again: a list of the shape, the name of the number type, and the bytes. A NumPy scalar is saved as extension type
+3, in the same form. An array of more than 2^30 bytes is saved as a table of chunks. Every length is compared with the number of bytes
+that are left, so a small damaged file cannot make us allocate much memory.
 """
 
 import math
@@ -188,7 +188,7 @@ def _joined(value: Any) -> Any:
         return {key: _joined(part) for key, part in value.items()}
     shape, chunks = value.get("shape"), value.get("chunks")
     if not (isinstance(shape, dict) and isinstance(chunks, dict)):
-        raise ContentError("it contains an array in chunks without its shape")
+        raise ContentError("it contains an array in chunks, but not the shape of this array")
     parts = [chunks.get(str(number)) for number in range(len(chunks))]
     sizes = [shape.get(str(axis)) for axis in range(len(shape))]
     if not all(isinstance(part, np.ndarray) for part in parts):

@@ -151,7 +151,7 @@ def _require_uncompressed(path: Path, data: bytes) -> None:
 
 
 def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-    """Return the content of a file and None, or if PyTorch cannot read the file, None and the error."""
+    """Return the content of a file and None. If PyTorch cannot read the file, return None and the error."""
     try:
         with (
             warnings.catch_warnings(),
@@ -164,7 +164,7 @@ def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | N
 
 
 def _refused_name(error: Exception) -> str | None:
-    """Return the name of the Python object that PyTorch refused, from its message."""
+    """Return the name of the Python object that PyTorch refused, or None if PyTorch's error message names none."""
     match = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose", str(error))
     return (match[1] or match[2]) if match else None
 
@@ -173,8 +173,8 @@ def _refuse(path: Path, error: Exception, name: str | None) -> NoReturn:
     if name is not None:
         raise OlderFileError(
             f"{path} contains the Python object `{name}`. It is not read, because a pickled object can run any code. In the "
-            "environment of the older code, save the file again with only model_state_dict or model, step, and a dict of the "
-            "config, and import that file."
+            "environment of the older code, save the file again with only the weights (as model_state_dict or model), the step, "
+            "and the config as a dict. Then import that file."
         ) from None
     reason = re.split(r"\.\s|\n", first_line(error))[0][:120].rstrip(".")
     raise OlderFileError(

@@ -37,7 +37,7 @@ def choose_tasks(
         is_seed_given: Whether the user gave the seed of the tasks.
 
     Returns:
-        The table, or None if the run has the Gaussian prior or the tasks remain unknown; and the phrase.
+        Two values: the table, or None if the run has the Gaussian prior or the tasks remain unknown; and the phrase.
 
     Raises:
         ConfigError: If the user has to choose, or the choice is impossible.

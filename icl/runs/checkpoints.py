@@ -284,7 +284,7 @@ def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict
     tensors = {name: _entry(about, 8 + length) for name, about in tree.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
-        raise _CutShortError(f"it has {size:,} bytes, but according to its header it must have {end:,}")
+        raise _CutShortError(f"it has {size:,} bytes, but its header describes a file of {end:,} bytes")
     return tensors, metadata
 
 

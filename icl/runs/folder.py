@@ -88,7 +88,7 @@ def require_place(word: str | Path) -> Path:
 
 
 def name_of(word: str | Path) -> str:
-    """Return the name of a run that is given by its path or its name. A path in `local_root()` becomes relative to it; others stay as they are."""
+    """Return the name of a run that is given by path or name. A path in `local_root()` becomes relative to it; any other word is unchanged."""
     path, root = Path(word), local_root()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 

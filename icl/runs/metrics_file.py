@@ -59,8 +59,8 @@ class MetricsFile:
 
         Args:
             logged_steps: The steps whose rows are kept.
-            known: Columns that are functions of the step, keyed by name. They are computed again in the kept rows, because version
-                0.1.0 wrote the learning rate of the next update instead of the last one.
+            known: Functions that compute a column from the step, keyed by the column's name. These columns are computed again in the
+                kept rows, because version 0.1.0 wrote the learning rate of the next update instead of the last one.
 
         Raises:
             RunError: If the row of one of the logged steps is missing.

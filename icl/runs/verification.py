@@ -243,7 +243,7 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
     ".json": _check_json,
     ".png": _check_picture,
 }
-"""The check for each file. Keys are names of files in the run's folder, or suffixes."""
+"""Functions that check files, keyed by a file's name in the run's folder or by its suffix."""
 
 
 def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder in it.
+"""A store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder in it.
 
 The package `huggingface_hub` sends all requests. It also finds the token (`HF_TOKEN`, or the login of `hf auth login`). Our code never
 reads the token, so it is never logged or saved. The server is `HF_ENDPOINT`, or huggingface.co.
@@ -197,7 +197,7 @@ class HubStore:
 
 
 _REPOSITORIES: dict[tuple[str, str, str], Repository] = {}
-"""Repositories in use, keyed by name, revision and server. All stores of this process share their listings and commits."""
+"""Repositories in use, keyed by name, revision and server. Stores of this process that have the same key share one of them."""
 
 
 def open_hub(path: str) -> HubStore:
@@ -220,10 +220,10 @@ class _Buffer(io.BytesIO):
 
 
 def _addition(path: str, data: bytes) -> CommitOperationAdd:
-    """Return the operation that adds a file, by HTTP.
+    """Return the operation that adds a file to a commit.
 
-    The client uploads a buffer by HTTP, and not by Xet. Xet needs a second server besides `HF_ENDPOINT`, ignores our time limits, and is
-    faster only for files of gigabytes.
+    The file is given as a buffer, because the client uploads buffers by HTTP and not by Xet. Xet needs a second server besides
+    `HF_ENDPOINT`, ignores our time limits, and is faster only for files of gigabytes.
     """
     return CommitOperationAdd(path, _Buffer(data))
 

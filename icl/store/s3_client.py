@@ -1,4 +1,4 @@
-"""Clients for S3 and servers with the same interface: time limits, retries, and progress while large bodies are sent.
+"""Make clients for S3 and for servers with the same interface. Set time limits and retries, and count sent bytes as progress.
 
 Checksum headers and trailers are not sent, because older servers refuse them (`icl.store.s3_requests`).
 """

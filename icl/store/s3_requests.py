@@ -263,7 +263,7 @@ def _require_listing(answer: dict[str, Any]) -> None:
 
 
 def _digest_in(answer: dict[str, Any]) -> str | None:
-    """Return our digest from the metadata of an object. Servers spell the names of metadata differently."""
+    """Return the digest that we saved in the metadata of an object, or None if there is none. Servers spell the names of metadata differently."""
     for name, value in answer.get("Metadata", {}).items():
         if name.lower().replace("_", "-") == _DIGEST:
             return str(value).strip().lower() or None

@@ -143,7 +143,7 @@ def is_alive(folder: Path, attempt: Attempt) -> bool:
 def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
     """Return the time at which the current session began.
 
-    A session is a series of attempts that lasts until now, without a pause of more than `_PAUSE_SECONDS`.
+    A session is a series of attempts that continues until now, without a pause of more than `_PAUSE_SECONDS`.
 
     Args:
         live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.

@@ -1,4 +1,4 @@
-"""Make the command and environment of a point from the command of a sweep, by replacing its macros.
+"""Make the command and environment of a point from the command of a sweep, by replacing the macros in it.
 
 The macros are W&B's: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they

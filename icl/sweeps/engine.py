@@ -207,7 +207,7 @@ class _Engine:
             program.stop()
 
     def _start_programs(self) -> None:
-        """Start programs for the first points that no other worker runs, up to the number of workers."""
+        """Start programs for the first points that no other worker runs, until `num_workers` programs run."""
         if len(self.programs) >= self.num_workers or time.monotonic() < self._next_search:
             return
         for point in list(self.pending):
@@ -303,7 +303,7 @@ class _Engine:
                     self._report(f"running  {point.name}: {self.state(point).reason}")
 
     def _close(self, point: Point, line: str) -> None:
-        """Report a point that needs no program. A job of Slurm does not report points that other jobs have reported."""
+        """Count a point as over that needs no program here, such as a point that is done, and report it. Jobs of Slurm do not report such points."""
         self.pending.remove(point)
         self._num_over += 1
         if self.job is None:

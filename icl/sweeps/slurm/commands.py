@@ -42,7 +42,7 @@ def submit(script: Path, *options: str) -> str:
     """
     environment = {key: value for key, value in os.environ.items() if key not in _OVERRIDES}
     answer = _run("sbatch", "--parsable", *options, str(script), environment=environment)
-    # After a semicolon comes the name of the cluster. Other lines are notices of the site.
+    # The answer is the number of the job, perhaps followed by a semicolon and the name of the cluster. Other lines are notices of the site.
     numbers = re.findall(r"^\s*(\d+)\s*(?:;.*)?$", answer, re.MULTILINE)
     if not numbers:
         raise SlurmError(

@@ -77,7 +77,7 @@ def read_record(folder: Path, task: int) -> JobRecord | None:
 
 
 def describe_jobs(submissions: Sequence[Path]) -> list[str]:
-    """Return a line for each job of some submissions: its state, its identifier, and where it runs or why it does not.
+    """Return a line for each job of some submissions: its state, its identifier, and the place where it runs or the reason why it does not run.
 
     Jobs of older submissions are left out once they have ended.
     """

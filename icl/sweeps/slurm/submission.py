@@ -132,7 +132,7 @@ def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
     if limit is not None and number == limit < min(num_programs, num_jobs or num_programs):
         return (
             number,
-            f"There is work for {num_programs:,} jobs, but this site allows only {limit:,} in an array, so these run all points.",
+            f"There is work for {num_programs:,} jobs, but this site allows only {limit:,} in an array, so that fewer jobs share the points.",
         )
     if num_jobs is not None and number < num_jobs:
         return number, f"Only {number:,} of {num_jobs:,} jobs are submitted, because there is no work for more jobs."
@@ -182,7 +182,7 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
 def _option_name(word: str) -> str:
     """Return the name of an option of sbatch, such as `--array` or `-a`.
 
-    Like sbatch, this completes an abbreviation (`--arr=0-3`), and skips leading letters that take no value (`-Qa0-3` has `-a`).
+    As sbatch does, complete an abbreviation (`--arr=0-3` is `--array`), and skip leading letters that take no value (`-Qa0-3` sets `-a`).
     """
     if not word.startswith("--"):
         return f"-{word[1:].lstrip(_LETTERS_WITHOUT_VALUE)[:1]}" if word.startswith("-") else word
