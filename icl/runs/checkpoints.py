@@ -9,7 +9,7 @@ little memory. Each file also contains a digest of its weights, and a digest of 
 altered or made by another program does not match these digests and is refused.
 
 If `checkpoints.moments` is true, Adam's moments are saved in the subfolder `moments/`, in a file with the same name and format. So
-loading weights does not read the moments. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
+the moments are not read when the weights are loaded. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
 import hashlib

@@ -266,7 +266,7 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
     If the body of the `with` statement fails before it writes a file into a new folder, the folder is deleted.
 
     Raises:
-        RunError, StorageError: For the same reasons as `RunFolder.lock`.
+        RunError, StorageError: If `RunFolder.lock` raises the error.
     """
     new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with run.lock():
@@ -287,7 +287,7 @@ def require_own_place(run: RunFolder) -> None:
     Otherwise, listings and copies would confuse the files of these runs.
 
     Raises:
-        RunError: If there is such a run. The message names the run.
+        RunError: If the folder is inside another run's folder or contains other runs. The message names such a run.
     """
     if run.config_file.is_file() or run.status_file.is_file():
         return

@@ -143,7 +143,7 @@ class Cache:
 
 
 def require_one_run(files: Sequence[Path]) -> None:
-    """Refuse checkpoints of different runs. This does not read their weights, so call it before the work on the checkpoints starts.
+    """Refuse checkpoints of different runs. Call this before the work on the checkpoints starts; it does not read their weights.
 
     Raises:
         CheckpointError: If a checkpoint and the first checkpoint belong to different runs.

@@ -3,8 +3,8 @@
 The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep the copy consistent:
 
 - *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *Order.* Files that describe other files are copied after those files (`icl.runs.copied_files`). If copying is interrupted, the
-  same command continues.
+- *Order.* Files that describe other files are copied after those files (`icl.runs.copied_files`). If the copying is interrupted,
+  the same command continues it.
 - *Age.* Files of an earlier step never replace files of a later step, unless the user forces it.
 """
 

@@ -19,7 +19,7 @@ def load_stored_checkpoint(url: str, step: int | None = None) -> tuple[Checkpoin
         step: The step; None means the last one.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, it is damaged, or the store has several runs.
+        CheckpointError: If there is no such checkpoint, if it is damaged, or if the store has several runs.
         StorageError: If the store cannot be used.
     """
     require_store(url, "path")

@@ -1,7 +1,7 @@
 """Verify a run's files in its folder and in its store, for `icl checkpoints RUN verify`.
 
-- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. No step of the schedule
-  may be missing.
+- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. No checkpoint of the
+  schedule may be missing.
 - `last.ckpt` and `previous.ckpt` are compared with their digests.
 - `metrics.csv` must have a row of numbers for every logged step. The rows up to the last save are compared with the digest in
   `last.ckpt`.

@@ -197,7 +197,7 @@ class HubStore:
 
 
 _REPOSITORIES: dict[tuple[str, str, str], Repository] = {}
-"""Repositories in use, keyed by name, revision and server. Stores of this process that have the same key share one of them."""
+"""Repositories in use, keyed by name, revision and server. Stores of this process that have the same key share one object."""
 
 
 def open_hub(path: str) -> HubStore:

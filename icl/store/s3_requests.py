@@ -127,7 +127,7 @@ class Requests:
         return True
 
     def knows_conditions(self, key: str, data: bytes) -> bool:
-        """Return whether the server supports conditional writes. This is tested, because some servers accept the condition but ignore it."""
+        """Return whether the server supports conditional writes. Because some servers ignore the condition, we test it with the existing object."""
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
         return not self.lacks("conditions")

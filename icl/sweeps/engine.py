@@ -3,8 +3,8 @@
 The whole state of a sweep is in the folders of its runs. So the same command continues a sweep after any interruption. Any
 number of engines, on any machines that share these folders, can work on one sweep without running a point twice.
 
-A point that fails does not stop the other points. The next command tries it again, unless the same settings would fail
-again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
+A point that fails does not stop the other points. The next command tries the point again, unless the same settings would
+fail again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
 have failed since the session began. If the engine receives a signal, it asks its programs to save and exit.
 
 In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. It does
@@ -303,7 +303,7 @@ class _Engine:
                     self._report(f"running  {point.name}: {self.state(point).reason}")
 
     def _close(self, point: Point, line: str) -> None:
-        """Count a point as over that needs no program here, such as a point that is done, and report it. Jobs of Slurm do not report such points."""
+        """Report a point for which no program is started, for example because it is done. In a job of Slurm, count the point without a report."""
         self.pending.remove(point)
         self._num_over += 1
         if self.job is None:
