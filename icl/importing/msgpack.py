@@ -152,7 +152,7 @@ def _array(extension: _Extension) -> np.ndarray:
         )
     parts = _Reader(extension.data, is_array=True).value(MAX_DEPTH - 2)
     if not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], list) and isinstance(parts[2], bytes)):
-        raise ContentError("it contains an array without shape, type and data")
+        raise ContentError("it contains an array that does not consist of shape, type and data")
     shape, name, data = parts
     if name == "bfloat16":
         if len(data) % 2:

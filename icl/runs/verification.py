@@ -192,7 +192,7 @@ def _check_metrics(copy: _Copy, name: str, data: bytes) -> str | None:
 def _check_archive(copy: _Copy, name: str, data: bytes) -> str | None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         bad = archive.testzip()
-    return f"its part {bad} does not match its checksum" if bad else None
+    return f"the part {bad} in this file does not match its checksum" if bad else None
 
 
 def _check_json(copy: _Copy, name: str, data: bytes) -> str | None:

@@ -121,7 +121,7 @@ def job_script(
 
 
 def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
-    """Return the number of jobs to submit, and a sentence that says why it is not the requested number (empty if it is).
+    """Return the number of jobs to submit, and a sentence that says why fewer jobs than requested are submitted (else empty).
 
     Args:
         num_jobs: Number of jobs that the user requests. None requests as many jobs as there is work for.
@@ -166,7 +166,7 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, SlurmError) and num_jobs > 1 and "Limit" in str(error):
             raise SlurmError(
-                f"{str(error).rstrip('.')}. If your account may have fewer jobs at a time, give a smaller `--jobs`."
+                f"{str(error).rstrip('.')}. If your account is allowed fewer jobs at a time, give a smaller `--jobs`."
             ) from None
         raise
     try:
