@@ -91,7 +91,7 @@ def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
     """Return the description and the arrays in an `.npz` file that `icl` 0.1.0 wrote. The description is JSON, saved as `about`.
 
     Raises:
-        ContentError: If the file is missing, damaged, or claims more than it contains.
+        ContentError: If the file is missing or damaged, or if a header claims more numbers than the file contains.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -30,7 +30,7 @@ MAX_SMALL_FILE = 2**20
 MAX_YAML = 2**18
 """Largest number of bytes of a YAML file. PyYAML needs a few seconds to read a file of this size."""
 MAX_TABLE = 2**29
-"""Largest number of bytes of a table's file. The table for 190 checkpoints has about 30 million bytes."""
+"""Largest number of bytes of a table's file. For a run with 190 checkpoints, a table has about 30 million bytes."""
 _MAX_YAML_VALUES = 2**18
 _MAX_DIGITS = 300
 _TYPES: dict[type, str] = {

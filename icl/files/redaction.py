@@ -9,9 +9,9 @@ _CREDENTIALS = re.compile(rf"({_SCHEME})\S*@")
 _SECRET_NAME = r"(?:\w*_)?(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)"
 _SECRETS = re.compile(_SECRET_NAME)
 _ASSIGNED = re.compile(r"\b(\w{1,64})=[^\s&\"']+")
-"""A variable and its value, as in an `env` command or in the query of a URL."""
+"""Pattern of a variable and its value, as in an `env` command or in the query of a URL."""
 _HUB_REVISION = re.compile(r"hf://[\w.-]+/[\w.-]+@[\w.%/-]")
-"""Address of a repository at a revision, such as hf://USER/REPO@v1. The part before its @ is not a credential."""
+"""Pattern of the address of a repository at a revision, such as hf://USER/REPO@v1. The part before the @ is not a credential."""
 _LEAST = 6
 """Minimum length of a secret that is removed from text. Shorter secrets are kept, because they may occur inside ordinary words."""
 

@@ -38,7 +38,7 @@ class LockedError(Exception):
 
 
 def lock_file(descriptor: int, folder: Path, *, shared: bool = False, wait: bool = False) -> bool:
-    """Lock an open file until it is closed. Return False if its file system has no locks.
+    """Lock an open file until it is closed. Return False if the file system does not support locks.
 
     Args:
         descriptor: The file's descriptor.
@@ -123,7 +123,7 @@ def warn_of_limits(folder: Path, refusal: OSError) -> None:
 
 
 def _create(path: Path, data: bytes) -> None:
-    """Write a new file in place. Other processes may see it incomplete for a moment."""
+    """Create a file under its final name and write it. Other processes may see an incomplete file for a moment."""
     with path.open("xb") as file:
         try:
             file.write(data)

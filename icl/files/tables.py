@@ -25,7 +25,7 @@ TEXTS = (
     "checkpoint_hash",
     "num_tasks",
 )
-"""Columns that are text, although some of their values look like numbers."""
+"""Columns that are read as text, although some of their values look like numbers."""
 _NUMBERS = frozenset(
     (
         "step",

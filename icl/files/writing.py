@@ -30,7 +30,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     Args:
         path: The file. Missing folders are made.
         data: All bytes of the file.
-        durable: Whether to wait until the bytes are on disk. Without waiting, a power cut may bring the old bytes back.
+        durable: Whether to wait until the bytes are on disk. Otherwise, a power cut may bring the old bytes back.
 
     Raises:
         StorageError: If the file cannot be written. The message says why, and the old file is unchanged.

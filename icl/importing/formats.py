@@ -23,7 +23,7 @@ class Format(NamedTuple):
     preset: str
     """The preset with the published settings of the code base."""
     patterns: tuple[str, ...]
-    """Patterns of the names of the code base's files in a folder."""
+    """Patterns of the names of checkpoint files of this code base in a folder."""
     read: Callable[[Path], Any]
     is_mine: Callable[[Any], bool]
     step_of: Callable[[Any], int | None]

@@ -24,7 +24,7 @@ from icl.model.stacked import Params
 
 PRESET = "icr"
 _ROUND = 16
-"""Size of the groups in which `torch.randn` draws numbers on a CPU. The last group is drawn again if it is not full."""
+"""Number of values that `torch.randn` draws together on a CPU. If a tensor's size is not a multiple of 16, the last 16 values are drawn again."""
 _DOUBLE = {
     "D": "task.task_size",
     "K": "task.max_examples",
@@ -130,13 +130,13 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     rows, size, count = table.get("max_M"), config.task.task_size, int(config.task.num_tasks)
     if not is_count(rows) or rows < count:
         raise ConfigError(
-            f"The tasks cannot be drawn again, because the file does not contain `max_M`, which is at least {count:,}. Give the tasks with "
-            "--tasks FILE, or write --tasks unknown."
+            f"The tasks cannot be drawn again, because the file contains no `max_M` (the size of the whole table) of at least {count:,}. "
+            "Give the tasks with --tasks FILE, or write --tasks unknown."
         )
     generator = torch.Generator().manual_seed(config.seeds.tasks)
     needed = -(-count * size // _ROUND) * _ROUND
     is_prefix = needed <= rows * size - _ROUND or rows * size % _ROUND == 0
-    # All groups except the last one are the same for every size of the table. So we draw only the first M tasks, even if max_M is 2^25.
+    # Except for its last 16 numbers, a table does not depend on its size. So we draw only the first M tasks, even if max_M is 2^25.
     drawn = torch.randn(max(needed, _ROUND) if is_prefix else rows * size, generator=generator)
     return drawn[: count * size].unflatten(0, (count, size)).clone()
 

@@ -27,7 +27,7 @@ _NEEDED = {
     "model.num_heads": "the number of attention heads",
     "model.layer_norm": "pre, post or none",
 }
-"""Settings that affect predictions or results, but are missing in some files. Each has a description for messages."""
+"""Settings that affect predictions or results, but are missing in some files. The values are descriptions for messages."""
 _EXAMPLES = {"task.num_tasks": 64, "task.noise_variance": 0.125, "model.num_heads": 4, "model.layer_norm": "pre"}
 _EXAMPLES |= {"model.activation": "gelu"}
 _UNKNOWN = (
@@ -39,11 +39,11 @@ _UNKNOWN = (
     "seeds.data",
     "seeds.noise",
 )
-"""Settings of training that do not affect later results. `icl import` lists those that neither files nor options contain."""
+"""Settings of training that no prediction or analysis of a saved model uses. `icl import` lists those that neither files nor options contain."""
 
 
 _NOT_OPTIONS = ("preset", "run_name", "population.", "checkpoints.", "task.imported_tasks")
-"""Beginnings of the names of settings that the import itself determines, so options cannot set them."""
+"""Beginnings of the names of settings that the user cannot give as options, because the import itself determines them."""
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:(?:.*[_.-])?(?:step|checkpoint|ckpt|iter|iteration)[_=.-]?)?([0-9]{1,15})")
 """Pattern of a file name that contains a step: a number alone, or a number after a word such as `step`. Other numbers may be seeds."""
@@ -55,7 +55,7 @@ class OlderStep(NamedTuple):
     file: Path
     step: int
     tree: Any
-    """The content of the file, for the functions of its `Format`."""
+    """The content of the file, as `Format.read` returns it."""
     digest: str
     """SHA-256 of the file."""
 
@@ -107,7 +107,7 @@ def number_files(files: list[Path], source: Format, step: int | None) -> list[tu
     Args:
         files: The files.
         source: The code base of the files.
-        step: The step of a single file, if neither its name nor its content contains the step.
+        step: The step, if there is only one file and neither its name nor its content contains the step.
 
     Raises:
         OlderFileError: If the step of a file is not known.
@@ -178,7 +178,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
         base["trainer.max_steps"] = last
     elif read_value("trainer.max_steps", known["trainer.max_steps"]) < last:
         raise ConfigError(
-            f"`trainer.max_steps` is {known['trainer.max_steps']}, but there is a file of step {last:,}; it must be at least {last:,}."
+            f"`trainer.max_steps` is {known['trainer.max_steps']}, but there is a file of step {last:,}; give a value of at least {last:,}."
         )
     unknown = [key for key in _UNKNOWN if key not in known]
     config = resolve(base, known, {"checkpoints.imported_from": source.name})
@@ -277,7 +277,7 @@ def _number(file: Path) -> int | None:
 
 
 def describe(config: RunConfig) -> str:
-    """Return the model and task of an imported run in one line."""
+    """Return one line that describes the task and the model of an imported run."""
     task, model = config.task, config.model
     if model.is_language:
         return (

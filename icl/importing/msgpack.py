@@ -1,9 +1,9 @@
 """Read files in the msgpack format of Flax: nested tables of arrays, numbers and strings. Nothing is unpickled.
 
 The format is described at https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as extension type 1. The data of
-this type is again msgpack: shape, name of the number type, bytes. A NumPy scalar is saved as extension type 3, in the same form. An
-array of more than 2^30 bytes is saved as a table of chunks. Every length is compared with the number of bytes that are left, so a small
-damaged file cannot make us allocate much memory.
+this type are msgpack again: a list of the shape, the name of the number type, and the bytes. A NumPy scalar is saved as extension type
+3, in the same form. An array of more than 2^30 bytes is saved as a table of chunks. Every length is compared with the number of bytes
+that are left, so a small damaged file cannot make us allocate much memory.
 """
 
 import math
@@ -33,7 +33,8 @@ _TYPES = (
 _MAX_VALUES = 2**22
 _MAX_AXES = 8
 
-# First byte of a value -> the struct format of its number, or of its length.
+# These tables map the first byte of a value to the struct format of its number or of its length. `_FIXED_EXTENSIONS` gives the length itself,
+# and `_CONSTANTS` the value.
 _NUMBERS = {
     0xCA: ">f",
     0xCB: ">d",
@@ -79,17 +80,17 @@ class _Reader:
     def __init__(self, data: bytes, *, is_array: bool = False) -> None:
         self.data, self.position, self.count = memoryview(data), 0, 0
         self.is_array = is_array
-        """Whether these are the bytes of an array, which contains no further arrays."""
+        """Whether `data` is the content of an array. Such data contain no further arrays."""
 
     def take(self, size: int) -> memoryview:
-        """Return the next bytes."""
+        """Return the next `size` bytes, and move past them."""
         if size > len(self.data) - self.position:
             raise ContentError("it was cut short, or is not msgpack of Flax")
         self.position += size
         return self.data[self.position - size : self.position]
 
     def number(self, form: str) -> Any:
-        """Return the next number. `form` is its format in Python's module `struct`."""
+        """Return the next number. `form` is the format of the number in Python's module `struct`."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def value(self, depth: int) -> Any:
@@ -151,7 +152,7 @@ def _array(extension: _Extension) -> np.ndarray:
         )
     parts = _Reader(extension.data, is_array=True).value(MAX_DEPTH - 2)
     if not (isinstance(parts, list) and len(parts) == 3 and isinstance(parts[0], list) and isinstance(parts[2], bytes)):
-        raise ContentError("it contains an array without shape, type and data")
+        raise ContentError("it contains an array that does not consist of shape, type and data")
     shape, name, data = parts
     if name == "bfloat16":
         if len(data) % 2:
@@ -187,7 +188,7 @@ def _joined(value: Any) -> Any:
         return {key: _joined(part) for key, part in value.items()}
     shape, chunks = value.get("shape"), value.get("chunks")
     if not (isinstance(shape, dict) and isinstance(chunks, dict)):
-        raise ContentError("it contains an array in chunks without its shape")
+        raise ContentError("it contains an array in chunks, but not the shape of this array")
     parts = [chunks.get(str(number)) for number in range(len(chunks))]
     sizes = [shape.get(str(axis)) for axis in range(len(shape))]
     if not all(isinstance(part, np.ndarray) for part in parts):

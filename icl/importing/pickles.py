@@ -47,7 +47,7 @@ class _Ignored:
 
 
 class _NumberType(_Ignored):
-    """Stand-in for a NumPy type. It keeps only the type's code, such as f8."""
+    """Stand-in for a NumPy type. `code` is the short name of the type, such as f8."""
 
     code = ""
 
@@ -55,7 +55,7 @@ class _NumberType(_Ignored):
         self.code = args[0] if args and args[0] in _NUMBER_CODES else ""
 
     def __setstate__(self, state: Any) -> None:
-        """Clear the code if the numbers are not little-endian."""
+        """Set `code` to an empty string if the type is not little-endian, so that its numbers are not read."""
         if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|")):
             self.code = ""
 
@@ -70,7 +70,7 @@ def _number(*args: Any) -> Any:
 
 
 def _bytes(*args: Any) -> Any:
-    """Return bytes that a pickle contains as a string in Latin-1."""
+    """Return the bytes that a pickle stores as a Latin-1 string."""
     is_latin = (
         len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1" and all(c < "\u0100" for c in args[0])
     )
@@ -78,8 +78,9 @@ def _bytes(*args: Any) -> Any:
 
 
 _NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-# PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` with the learning-rate schedule. The pickle contains it as a
-# call of `getattr`. NumPy arrays in these files are recorded losses, which are not needed. NumPy numbers may be settings.
+# PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` with the learning-rate schedule. The pickle contains this function as a
+# call of `getattr`. NumPy arrays in these files are recorded losses, which are not needed. NumPy numbers are read, because they may be
+# settings.
 _STAND_INS: dict[str, Any] = {
     "builtins.getattr": _Ignored,
     "torch.optim.lr_scheduler.OneCycleLR": _Ignored,
@@ -150,7 +151,7 @@ def _require_uncompressed(path: Path, data: bytes) -> None:
 
 
 def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-    """Return the content of a file and None, or if PyTorch cannot read the file, None and the error."""
+    """Return the content of a file and None. If PyTorch cannot read the file, return None and the error."""
     try:
         with (
             warnings.catch_warnings(),
@@ -163,7 +164,7 @@ def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | N
 
 
 def _refused_name(error: Exception) -> str | None:
-    """Return the name of the Python object that PyTorch refused, from its message."""
+    """Return the name of the Python object that PyTorch refused, or None if PyTorch's error message names none."""
     match = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose", str(error))
     return (match[1] or match[2]) if match else None
 
@@ -172,8 +173,8 @@ def _refuse(path: Path, error: Exception, name: str | None) -> NoReturn:
     if name is not None:
         raise OlderFileError(
             f"{path} contains the Python object `{name}`. It is not read, because a pickled object can run any code. In the "
-            "environment of the older code, save the file again with only model_state_dict or model, step, and a dict of the "
-            "config, and import that file."
+            "environment of the older code, save the file again with only the weights (as model_state_dict or model), the step, "
+            "and the config as a dict. Then import that file."
         ) from None
     reason = re.split(r"\.\s|\n", first_line(error))[0][:120].rstrip(".")
     raise OlderFileError(

@@ -78,7 +78,7 @@ def folder_facts(path: Path) -> dict[str, Any]:
     """Return the settings in the `config.json` of the run's folder, keyed by dotted name. The dict is empty if there is no such file.
 
     Raises:
-        OlderFileError: If `config.json` cannot be read, or scales inputs or tasks.
+        OlderFileError: If `config.json` cannot be read, or sets a scale of inputs or tasks other than 1.
     """
     folders = path.parents[: 2 if path.name == "checkpoint" else 1]
     file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)

@@ -67,7 +67,7 @@ def import_run(
         options: Settings that the files do not contain, keyed by dotted name.
         tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default, the tasks are those in the checkpoint, or
             those that the older code draws in every run.
-        step: The step of a single file, if neither its name nor its content contains the step.
+        step: The step, if there is only one file and neither its name nor its content contains the step.
 
     Raises:
         OlderFileError: If a file cannot be read safely, comes from another code base, or belongs to a different run.
@@ -88,7 +88,7 @@ def import_run(
     table, where = None, "none: it is a language run"
     if not is_language:
         table, where = choose_tasks(tasks, last.tree, form, settings.config, is_seed_given=is_seed_given)
-    convert(last, form, settings.config)  # a file that does not fit is refused before anything is written
+    convert(last, form, settings.config)  # so that a file that does not fit is refused before anything is written
     with leaving_nothing(run), _no_half_run(run):
         pool = None if is_language or settings.config.task.is_gaussian else "unknown"
         if table is not None:
@@ -165,13 +165,15 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
     try:
         settings = settings_of(step, form, {key: value for key, value in given.items() if key not in known})
     except ConfigError as error:
-        raise OlderFileError(f"{error} `icl import` takes these options; in Python, pass `cfg`.") from None
+        raise OlderFileError(
+            f"{error} Give these options to `icl import`, or in Python, pass the settings as `cfg`."
+        ) from None
     params = convert(step, form, settings.config)
     return Checkpoint(step.step, settings.config, params, weights_digest(params))
 
 
 def _name(run: RunFolder) -> str | None:
-    """Return the run's name for listings and stores, or None if its folder cannot be a run's name."""
+    """Return the run's name for listings and stores, made from the path of its folder, or None if this gives no valid run name."""
     try:
         require_run_name(name := name_of(run.path))
     except ConfigError:

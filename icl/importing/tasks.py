@@ -37,7 +37,7 @@ def choose_tasks(
         is_seed_given: Whether the user gave the seed of the tasks.
 
     Returns:
-        The table, or None if the run has the Gaussian prior or the tasks remain unknown; and the phrase.
+        Two values: the table, or None if the run has the Gaussian prior or the tasks remain unknown; and the phrase.
 
     Raises:
         ConfigError: If the user has to choose, or the choice is impossible.
@@ -126,7 +126,7 @@ def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
     table = table.squeeze(-1) if table.ndim == 3 and table.shape[-1] == 1 else table
     if table.ndim != 2 or table.shape[1] != size or len(table) < count:
         raise OlderFileError(
-            f"{name} has shape {tuple(table.shape)}, but must have {count:,} tasks of D = {size} numbers."
+            f"{name} has shape {tuple(table.shape)}, but must contain {count:,} tasks of D = {size} numbers each."
         )
     table = table[:count].float().contiguous()
     if not table.isfinite().all():

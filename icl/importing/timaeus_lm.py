@@ -36,7 +36,7 @@ PATTERNS = ("checkpoints/checkpoint_*.pth", "checkpoint_*.pth", "checkpoints/*.s
 """Patterns of the paths of files. Only files of the first pattern that matches any file are used."""
 _SETTINGS = ("config.json", "model.yaml")
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-"""TransformerLens's names of activations, each with its name in `icl`."""
+"""Activation functions: the names in TransformerLens, each with the name in `icl`."""
 _STATE = ("model_state_dict", "state_dict", "model")
 
 

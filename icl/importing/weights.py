@@ -16,7 +16,7 @@ _MAX_LAYERS = 1000
 
 
 class Weights:
-    """The tensors of an older model, keyed by name. Each tensor is taken once, with its expected shape. At the end, none may be left."""
+    """The tensors of an older model, keyed by name. A conversion takes each tensor once, with its expected shape, and may leave none."""
 
     def __init__(self, tensors: Mapping[Any, Any]) -> None:
         self._left: dict[str, Tensor] = {}
@@ -74,10 +74,10 @@ class Weights:
         return count
 
     def finish(self) -> None:
-        """Check that no tensor is left.
+        """Check that every tensor has been taken.
 
         Raises:
-            ContentError: If a tensor is left. The message names it.
+            ContentError: If a tensor has not been taken. The message names this tensor.
         """
         if self._left:
             names = sorted(self._left)
@@ -101,6 +101,6 @@ def same_type(params: Params) -> Params:
 
 
 def _without_wrappers(name: str) -> str:
-    for prefix in (*_WRAPPERS, *_WRAPPERS):  # both may be present, in any order
+    for prefix in (*_WRAPPERS, *_WRAPPERS):  # both prefixes may be present, in any order
         name = name.removeprefix(prefix)
     return name

@@ -45,7 +45,7 @@ def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
     begin, end = f"<!-- icl run {name} -->", f"<!-- end of icl run {name} -->"
     section = f"{begin}\n{_section(run, name, store)}\n{end}"
     card = old if old.strip() else _HEAD
-    # If the comment that ends a section is missing, the section is not replaced, because text of the user may follow its beginning.
+    # If the comment that ends a section is missing, the section is not replaced, because the text after the first comment may be the user's.
     pattern = re.compile(f"{re.escape(begin)}(?:(?!{re.escape(begin)}).)*?{re.escape(end)}", re.DOTALL)
     if pattern.search(card):
         return pattern.sub(lambda match: section, card, count=1)
@@ -77,7 +77,9 @@ def _settings(config: RunConfig) -> str:
     is_language = model.is_language
     world = f", {task.world}" if task.world else ""
     if is_language:
-        rows = {"Text": f"{text.source}, rows of {text.context_size:,} of {text.vocab_size:,} tokens"}
+        rows = {
+            "Text": f"{text.source}, in rows of {text.context_size:,} tokens, vocabulary of {text.vocab_size:,} tokens"
+        }
     else:
         data = f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}"
         rows = {"Task": data + world}

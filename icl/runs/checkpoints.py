@@ -9,7 +9,7 @@ little memory. Each file also contains a digest of its weights, and a digest of 
 altered or made by another program does not match these digests and is refused.
 
 If `checkpoints.moments` is true, Adam's moments are saved in the subfolder `moments/`, in a file with the same name and format. So
-loading weights does not read the moments. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
+the moments are not read when the weights are loaded. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
 import hashlib
@@ -284,7 +284,7 @@ def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict
     tensors = {name: _entry(about, 8 + length) for name, about in tree.items()}
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end != size:
-        raise _CutShortError(f"it has {size:,} bytes, but its header describes {end:,}")
+        raise _CutShortError(f"it has {size:,} bytes, but its header describes a file of {end:,} bytes")
     return tensors, metadata
 
 
@@ -292,7 +292,8 @@ def _require_shapes(tensors: Mapping[str, _TensorEntry], config: RunConfig) -> N
     """Check that a file's tensors are all the parameters of the configured model, or Adam's moments of all these parameters.
 
     Raises:
-        ContentError: If they are not. The message names the first difference.
+        ContentError: If a tensor is missing or has a wrong shape, or if the tensors have different types. The message names the
+            first difference.
     """
     expected = shapes_of(config)
     kinds = [f"{kind}/" for kind in MOMENTS] if any("/" in name for name in tensors) else [""]

@@ -3,8 +3,8 @@
 The file `run-id` contains a run's id and settings. The id is drawn at random once, in the folder where the run begins. A copy belongs
 to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same. A new folder has
 no id yet. If a new folder has the settings of the copy, it takes over the copy and the copy's id. This happens when the same run is
-resumed on another machine. Since `run-id` contains the settings, this also works if the first machine was lost before `config.yaml`
-arrived in the store.
+resumed on another machine. Since `run-id` contains the settings, the new folder can do so even if the first machine was lost before
+`config.yaml` arrived in the store.
 
 A `run-id` is never replaced. So if two machines claim a copy at the same moment, they agree on the id and compute the same run.
 """
@@ -40,7 +40,7 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
-        # Without config.yaml, the store has only the id, because the owner's machine has just started, or was lost.
+        # Without config.yaml, the copy consists only of `run-id`: the machine of its run has just started, or was lost.
         is_begun = read_or_none(there, "config.yaml") is None
         if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))
@@ -55,7 +55,10 @@ def _new_id(config: RunConfig) -> bytes:
 
 
 def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
-    """Return whether the owner of a copy has these settings. In a copy that version 0.1.0 wrote, only checkpoints contain settings."""
+    """Return whether a copy belongs to a run with these settings. `owner` is the content of the copy's `run-id`.
+
+    A `run-id` that version 0.1.0 wrote contains no settings, so they are read from the first checkpoint.
+    """
     settings = owner.partition(b"\n")[2]
     checkpoints = open_store(f"{there}/checkpoints")
     try:

@@ -14,9 +14,9 @@ from icl.runs.resume_file import parse_resume
 from icl.store.base import LocalStore, Store, require_key
 
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
-"""The folder of the weights, and the folder of Adam's moments, which exists if the run saves them."""
+"""The folder of the weights, and the folder of Adam's moments, which exists only if the run saves moments."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the other files. They are copied after all other files except `config.yaml`, in this order."""
+"""Files that describe the other files. They are copied in this order, after all other files except `config.yaml`."""
 LAST = (*VOUCHERS, "config.yaml")
 """Files that are copied one by one, in this order, after all other files have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)

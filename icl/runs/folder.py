@@ -36,7 +36,7 @@ _OWN_NAMES = frozenset(
 
 
 class RunError(UserError, RuntimeError):
-    """Raised if a run cannot continue. The message says why, and what to do."""
+    """Raised if a run cannot start or continue. The message says why, and what to do."""
 
 
 def fails_again(run: "RunFolder", status: Status) -> bool:
@@ -60,19 +60,24 @@ def local_root() -> Path:
 
 
 def place_of(word: str | Path) -> Path:
-    """Return the path that a user means by a word: an existing path, or else the run of that name below `local_root()`."""
+    """Return the path of the run that a user names by its path or its run name. An existing path has precedence.
+
+    Otherwise, the result is the folder with this name below `local_root()` if it exists, or the given path if neither exists.
+    """
     path, named = Path(word), local_root() / name_of(word)
     return named if named.exists() and not path.exists() else path
 
 
 def require_place(word: str | Path) -> Path:
-    """Return the path that a user means by a word, as `place_of` does. The path must exist.
+    """Return the path of the run that a user names by its path or its run name, as `place_of` does. Refuse a path that does not exist.
 
     Raises:
-        RunError: If there is neither such a path nor such a run. The message names both.
+        RunError: If there is neither a path nor a run of this name. The message names both paths that were tried.
     """
     if not str(word).strip():
-        raise RunError("RUN must be the name of a run or a folder, got an empty name; `icl runs` lists all runs.")
+        raise RunError(
+            "RUN must be the name of a run or the path of its folder, got an empty string; `icl runs` lists all runs."
+        )
     path, named = place_of(word), local_root() / name_of(word)
     if not path.exists():
         if str(word).startswith(("hf:/", "s3:/")):  # `Path` has removed the second slash
@@ -83,7 +88,7 @@ def require_place(word: str | Path) -> Path:
 
 
 def name_of(word: str | Path) -> str:
-    """Return a run's name: the path of its folder relative to `local_root()`, or the word itself if it is not a path in `local_root()`."""
+    """Return the name of a run that is given by path or name. A path in `local_root()` becomes relative to it; any other word is unchanged."""
     path, root = Path(word), local_root()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
@@ -149,10 +154,10 @@ class RunFolder:
     def require_own_files(self) -> None:
         """Refuse a folder in which one of the files or folders that `icl` uses is a symbolic link out of the folder.
 
-        Otherwise, somebody else who made the folder could choose where `icl` writes.
+        Otherwise, a folder from another person could make `icl` write to any place.
 
         Raises:
-            StorageError: If there is such a link, or a pipe or device in place of a file. The message names it.
+            StorageError: If there is such a link, or a pipe or device in place of a file. The message names the link, pipe or device.
         """
         foreign = dict.fromkeys(self.store.pipes(), "neither a file nor a folder")
         foreign |= dict.fromkeys(self.store.links_out(), "a symbolic link out of the run's folder")
@@ -261,7 +266,7 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
     If the body of the `with` statement fails before it writes a file into a new folder, the folder is deleted.
 
     Raises:
-        RunError, StorageError: For the same reasons as `RunFolder.lock`.
+        RunError, StorageError: If `RunFolder.lock` raises the error.
     """
     new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with run.lock():
@@ -282,7 +287,7 @@ def require_own_place(run: RunFolder) -> None:
     Otherwise, listings and copies would confuse the files of these runs.
 
     Raises:
-        RunError: If there is such a run. The message names the run.
+        RunError: If the folder is inside another run's folder or contains other runs. The message names such a run.
     """
     if run.config_file.is_file() or run.status_file.is_file():
         return

@@ -35,7 +35,7 @@ class Measurement(NamedTuple):
     """The result of measuring one checkpoint."""
 
     rows: list[dict[str, Any]]
-    """Rows of the table, without step, hash and settings. JSON must be able to store the values; NaN is allowed."""
+    """Rows of the table, without the columns for step, hash and settings. JSON must be able to store the values; NaN is allowed."""
     arrays: Mapping[str, np.ndarray] = MappingProxyType({})
     """Arrays for later analyses of the whole run, keyed by name. All arrays have the same dtype."""
 
@@ -73,7 +73,7 @@ class Cache:
 
         Args:
             step: Step of the checkpoint.
-            key: Required key. If it is None, an entry with any key is returned.
+            key: Key that the entry must have. If it is None, the entry may have any key.
         """
         try:
             content = self._content(step)
@@ -110,7 +110,7 @@ class Cache:
         self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)
 
     def stored_array(self, step: int, name: str) -> StoredArray:
-        """Return a reference to an array of an entry, flattened. The numbers stay in the file until the array is sliced.
+        """Return a reference to one array in the entry of a step, flattened. The numbers stay in the file until the array is sliced.
 
         Raises:
             ContentError: If the entry is missing or damaged.
@@ -143,7 +143,7 @@ class Cache:
 
 
 def require_one_run(files: Sequence[Path]) -> None:
-    """Refuse checkpoints of different runs. This does not read their weights, so call it before the work on the checkpoints starts.
+    """Refuse checkpoints of different runs. Call this before the work on the checkpoints starts; it does not read their weights.
 
     Raises:
         CheckpointError: If a checkpoint and the first checkpoint belong to different runs.

@@ -59,8 +59,8 @@ class MetricsFile:
 
         Args:
             logged_steps: The steps whose rows are kept.
-            known: Columns that are functions of the step, keyed by name. They are computed again in the kept rows, because version
-                0.1.0 wrote the learning rate of the next update instead of the last one.
+            known: Functions that compute a column from the step, keyed by the column's name. These columns are computed again in the
+                kept rows, because version 0.1.0 wrote the learning rate of the next update instead of the last one.
 
         Raises:
             RunError: If the row of one of the logged steps is missing.
@@ -156,7 +156,7 @@ def lost_rows(run: RunFolder, config: RunConfig, step: int) -> str | None:
 
 
 def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> bool:
-    """Return whether the rows that existed at a save have changed since then.
+    """Return whether the rows that existed at a save have changed since that save.
 
     Args:
         data: The whole file.

@@ -3,8 +3,8 @@
 The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep the copy consistent:
 
 - *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *Order.* Files that describe other files are copied after those files (`icl.runs.copied_files`). If copying is interrupted, the
-  same command continues.
+- *Order.* Files that describe other files are copied after those files (`icl.runs.copied_files`). If the copying is interrupted,
+  the same command continues it.
 - *Age.* Files of an earlier step never replace files of a later step, unless the user forces it.
 """
 
@@ -57,7 +57,7 @@ class Mirror:
 
     @property
     def checkpoints(self) -> Store:
-        """The copy's checkpoints, for the functions of `icl.runs.checkpoints`."""
+        """The copy's folder of checkpoints, as a store that can be passed to the functions of `icl.runs.checkpoints`."""
         return open_store(f"{self.there}/checkpoints")
 
 
@@ -118,7 +118,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     is_new = not mirror.run.config_file.exists()
     if theirs is not None:
         require_same_config(theirs, config, str(mirror.there))
-    # If the folder is new and the copy has begun, the transfer below also fetches `run-id`. The folder claims the copy after that.
+    # If the folder is new and the copy contains settings, the transfer below also fetches `run-id`. Only after that, the folder claims the copy.
     if not (is_new and theirs is not None):
         claim(mirror.here, mirror.there, config)
     is_behind = saved_step(mirror.there) > saved_step(mirror.here)
@@ -155,8 +155,8 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
 
     Raises:
         RunError: If the store does not contain the run, or the folder contains another run or is at a later step.
-        DamagedError: If files in the store are damaged. All other files were fetched. In the folder, the versions of the damaged
-            files are unchanged.
+        DamagedError: If files in the store are damaged. All other files were fetched. The folder keeps its old versions of
+            the damaged files.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)
@@ -183,8 +183,8 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
 
     Raises:
         RunError: If the copy belongs to another run, or is at a later step.
-        DamagedError: If files in the folder are damaged. All other files were sent. In the store, the versions of the damaged files
-            are unchanged.
+        DamagedError: If files in the folder are damaged. All other files were sent. The store keeps its old versions of the
+            damaged files.
         StorageError: If the store or the folder cannot be used.
     """
     require_no_links_out(mirror.here, mirror.there)

@@ -13,9 +13,9 @@ State = Literal["waiting", "running", "finished", "stopped_early", "preempted", 
 DONE: tuple[State, ...] = ("finished", "stopped_early")
 """States of a run that has ended successfully."""
 FAILS_AGAIN = "the same settings would fail again"
-"""Words in the `reason` of a failed run that would fail again with the same settings."""
+"""Phrase that `reason` contains if a run failed and would fail again with the same settings."""
 WAS_REMOVED = "was moved or removed while the run was trained"
-"""Words in the `reason` of a run that ended because its folder was missing."""
+"""Phrase that `reason` contains if a run ended because its folder was missing."""
 _LAST_TIME = 253_402_300_799
 """Unix time of the end of the year 9999, which is the last date in Python."""
 

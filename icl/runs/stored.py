@@ -19,7 +19,7 @@ def load_stored_checkpoint(url: str, step: int | None = None) -> tuple[Checkpoin
         step: The step; None means the last one.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, it is damaged, or the store has several runs.
+        CheckpointError: If there is no such checkpoint, if it is damaged, or if the store has several runs.
         StorageError: If the store cannot be used.
     """
     require_store(url, "path")
@@ -45,7 +45,7 @@ def load_stored_checkpoint(url: str, step: int | None = None) -> tuple[Checkpoin
     if not runs:
         raise CheckpointError(
             f"There are no checkpoints at {store}. Check the address; a private store needs its owner's token or keys. "
-            "`icl checkpoints RUN push --store URL` sends a run there."
+            "To send a run there, use `icl checkpoints RUN push --store URL`."
         )
     if len(runs) > 1:
         raise CheckpointError(

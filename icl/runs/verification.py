@@ -1,7 +1,7 @@
 """Verify a run's files in its folder and in its store, for `icl checkpoints RUN verify`.
 
-- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. No step of the schedule
-  may be missing.
+- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. No checkpoint of the
+  schedule may be missing.
 - `last.ckpt` and `previous.ckpt` are compared with their digests.
 - `metrics.csv` must have a row of numbers for every logged step. The rows up to the last save are compared with the digest in
   `last.ckpt`.
@@ -79,7 +79,7 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """Return a copy with its settings, resume file and status, if they can be read. Damage is reported later."""
+    """Return a copy with its settings, resume file and status. Those that cannot be read are None, and are reported later."""
     config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml", limit=size_limit("config.yaml")), str(store))
@@ -192,7 +192,7 @@ def _check_metrics(copy: _Copy, name: str, data: bytes) -> str | None:
 def _check_archive(copy: _Copy, name: str, data: bytes) -> str | None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         bad = archive.testzip()
-    return f"its part {bad} does not match its checksum" if bad else None
+    return f"the part {bad} in this file does not match its checksum" if bad else None
 
 
 def _check_json(copy: _Copy, name: str, data: bytes) -> str | None:
@@ -243,7 +243,7 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
     ".json": _check_json,
     ".png": _check_picture,
 }
-"""The check for each file. Keys are names of files in the run's folder, or suffixes."""
+"""Functions that check files, keyed by a file's name in the run's folder or by its suffix."""
 
 
 def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:

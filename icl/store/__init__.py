@@ -1,1 +1,1 @@
-"""Stores that map keys to bytes, in a folder, a bucket or a repository of the Hugging Face Hub. They do not depend on runs."""
+"""Stores that map keys to bytes, in a folder, a bucket or a repository of the Hugging Face Hub. This package does not use `icl.runs`."""

@@ -1,11 +1,11 @@
-"""Stores that map keys to bytes, behind one small protocol. A store writes, reads, lists and deletes whole values.
+"""Stores that map keys to bytes, with one small interface (`Store`). A store writes, reads, lists and deletes whole values.
 
 A key is a relative path with forward slashes that stays inside its store. `require_key` refuses any other key. The local store
 follows no symbolic link that leads out of its root, although the root itself may be a link.
 
 A value is either complete or absent. The local store writes a temporary file in the folder of the final file, flushes it to disk and
 then renames it. If the process is killed before it renames the file, only a temporary file is left, which listings do not show.
-`icl.store.opening` opens a folder or a URL. It imports boto3 only for a bucket.
+`icl.store.opening` opens a store by its path or URL. It imports boto3 only for a bucket.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Store(Protocol):
     """Largest number of files that `write_many` writes at once. If this is 1, `write_many` is no faster than several calls of `write`."""
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key. If a digest was saved with the value, compare them.
+        """Return the value of a key. If a digest was saved with the value, check that the value matches it.
 
         Raise MissingKeyError if the key has no value, and StorageError if the value has more than `limit` bytes.
         """
@@ -70,12 +70,12 @@ class Store(Protocol):
 
 
 class OneByOne:
-    """The methods of a store that writes files one by one."""
+    """Methods for stores that write files one by one."""
 
     files_per_write = 1
 
     def write_many(self: Any, files: Mapping[str, bytes], *, delete: Sequence[str] = ()) -> None:
-        """Set the values of several keys in order, and delete others. After an error, earlier values stay."""
+        """Delete some keys, and then set the values of others in order. If one write fails, the values written before it stay."""
         for key in delete:
             self.delete(key)
         for key, data in files.items():
@@ -87,7 +87,7 @@ class OneByOne:
 
 
 class LocalStore(OneByOne):
-    """Store in a folder, which is made on the first write."""
+    """A store in a folder. The first write makes the folder."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -228,7 +228,7 @@ def require_key(key: str, store: object) -> None:
         store: The key's store, for the message.
 
     Raises:
-        StorageError: If the key could lead out of the store, or is not a valid name on every file system.
+        StorageError: If the key could lead out of the store, or is not a valid name on some file system.
     """
     is_plain = not _NOT_PLAIN.search(key) and all(part not in ("", ".", "..") for part in key.split("/"))
     if not is_plain:

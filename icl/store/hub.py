@@ -1,4 +1,4 @@
-"""Store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder in it.
+"""A store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder in it.
 
 The package `huggingface_hub` sends all requests. It also finds the token (`HF_TOKEN`, or the login of `hf auth login`). Our code never
 reads the token, so it is never logged or saved. The server is `HF_ENDPOINT`, or huggingface.co.
@@ -51,7 +51,7 @@ class HubStore:
         return f"hf://{self.repository.name}{revision}/{self.prefix}".rstrip("/")
 
     def read(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the value of a key. If the Hub stores the SHA-256 of the value, compare them.
+        """Return the value of a key. If the Hub stores the SHA-256 of the value, check that the value matches it.
 
         Raises:
             MissingKeyError: If the key has no value.
@@ -158,7 +158,7 @@ class HubStore:
             return Path(file).read_bytes()
 
     def _commit(self, operations: Sequence[Any], message: str) -> None:
-        """Commit. If other programs commit at the same time, try again on top of their commits, unless they changed this folder."""
+        """Make a commit. If other programs commit at the same time, try again on top of their commits, unless they changed this folder."""
         with self.repository.lock:
             first = listing = self.repository.listing(is_new=True)
             for _ in range(_MAX_CONFLICTS):
@@ -174,7 +174,7 @@ class HubStore:
         raise StorageError(f"Other programs keep committing to {self}; run the same command again later.")
 
     def _try_commit(self, operations: Sequence[Any], message: str, parent: str | None) -> bool:
-        """Commit on top of `parent`. Return False if `parent` is no longer the newest commit."""
+        """Make a commit whose parent is `parent`. Return False if `parent` is no longer the newest commit."""
         try:
             self.repository.ask("write", functools.partial(self.repository.commit, operations, message, parent))
         except StorageError:
@@ -197,7 +197,7 @@ class HubStore:
 
 
 _REPOSITORIES: dict[tuple[str, str, str], Repository] = {}
-"""Repositories in use, keyed by name, revision and server. All stores of this process share their listings and commits."""
+"""Repositories in use, keyed by name, revision and server. Stores of this process that have the same key share one object."""
 
 
 def open_hub(path: str) -> HubStore:
@@ -220,10 +220,10 @@ class _Buffer(io.BytesIO):
 
 
 def _addition(path: str, data: bytes) -> CommitOperationAdd:
-    """Return the operation that adds a file, by HTTP.
+    """Return the operation that adds a file to a commit.
 
-    The client uploads a buffer by HTTP, and not by Xet. Xet needs a second server besides `HF_ENDPOINT`, ignores our time limits, and is
-    faster only for files of gigabytes.
+    The file is given as a buffer, because the client uploads buffers by HTTP and not by Xet. Xet needs a second server besides
+    `HF_ENDPOINT`, ignores our time limits, and is faster only for files of gigabytes.
     """
     return CommitOperationAdd(path, _Buffer(data))
 

@@ -1,6 +1,6 @@
 """One revision of a repository on the Hugging Face Hub: its listing, its commits, and the repetition of failed requests.
 
-All stores of a process in the same repository share one object. So they share the listing, and commit one after another.
+All stores of a process that use the same revision share one `Repository`. So they share the listing, and commit one after another.
 """
 
 import logging
@@ -40,7 +40,7 @@ class Listing(NamedTuple):
 
 
 class Repository:
-    """One revision of a repository, shared by all stores of this process below it."""
+    """One revision of a repository. All stores of this process that use this revision share one object."""
 
     def __init__(self, name: str, revision: str, endpoint: str) -> None:
         self.name, self.revision, self.endpoint = name, revision, endpoint
@@ -70,10 +70,10 @@ class Repository:
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def commit(self, operations: Sequence[Any], message: str, parent: str | None) -> None:
-        """Add a commit on top of `parent`. If the repository does not exist (`parent` is None), make a private one.
+        """Make a commit whose parent is `parent`. If the repository does not exist (`parent` is None), make a private one.
 
         Raises:
-            Exception: Errors of the client, such as that `parent` is no longer the newest commit.
+            Exception: Any error of the client, for example because `parent` is no longer the newest commit.
         """
         if parent is None:
             self.api.create_repo(self.name, exist_ok=True, private=True)
@@ -87,7 +87,7 @@ class Repository:
         """Return the result of a call. Repeat it while the server is busy or the network fails.
 
         Args:
-            verb: Verb for messages that says what the call does.
+            verb: Verb that says in messages what the call does, such as `read`.
             act: The call.
             key: The file that the call is about, for messages.
 
@@ -121,7 +121,7 @@ class Repository:
 
 
 def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, Exception | None]:
-    """Make a call. Return its result and None, or if it fails, None and the error."""
+    """Make a call. If it succeeds, return its result and None. If it fails, return None and the error."""
     try:
         return waiting.await_result(act, seconds=CALL_SECONDS, awaited=endpoint), None
     except waiting.StalledError:
@@ -134,6 +134,6 @@ def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, E
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return False for warnings of the client that would only confuse the user: about uploads by HTTP, and about each retry."""
+    """Return whether to show a log message of the client. Warnings about uploads by HTTP and about retries would only confuse the user."""
     text = record.getMessage()
     return not any(words in text for words in _NO_NEWS)

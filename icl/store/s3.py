@@ -24,7 +24,7 @@ PART_SIZE = 16 * 2**20
 CHECK_SECONDS = 20.0
 """Seconds without an answer after which `check` gives up."""
 SETTLE_SECONDS = 2.0
-"""Seconds to wait after creating a key on a server without conditional writes. Then we check whether another process created it too."""
+"""Seconds to wait after creating a key on a server without conditional writes. After that, we check whether another process created it too."""
 _NUM_READS = 3
 
 Result = TypeVar("Result")
@@ -102,7 +102,7 @@ class S3Store(OneByOne):
         self._ask(key, lambda: self._requests.delete(self._full(key)))
 
     def check(self) -> None:
-        """Ask the bucket for one key, so that a wrong bucket, server or credentials are noticed at once.
+        """Ask the bucket for one key, so that a wrong bucket, a wrong server or wrong credentials are noticed at once.
 
         Raises:
             StorageError: If the bucket does not answer. The message says what is wrong.
@@ -121,7 +121,7 @@ class S3Store(OneByOne):
         raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes differ from the bytes that were saved.")
 
     def _get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return the bytes of a key and the digest that they should have. Repeat a download that breaks off."""
+        """Return the bytes of a key and their saved digest, or None for a missing digest. Repeat a download that breaks off."""
         for attempt in range(_NUM_READS):
             try:
                 data, digest = self._requests.get(self._full(key), limit)
@@ -140,13 +140,13 @@ class S3Store(OneByOne):
         )
 
     def _write(self, key: str, data: bytes) -> None:
-        """Write a value. Check that the server has the value, by its length, digest and tag, or by reading the value back."""
+        """Write a value. Check that the server has it, by the length, digest and tag (ETag) that the server gives, or by reading it back."""
         tag = self._requests.put(self._full(key), data)
         kept = _unless_absent(lambda: self._requests.about(self._full(key)))
         if kept is None or kept.length != len(data) or kept.digest not in (None, sha256(data)):
             raise self._lost(key)
-        # A server that keeps no metadata gives no digest, so we read back every value. If a tag is not the expected MD5, we read back only the
-        # first such value of each server, because some servers use other tags.
+        # A server that keeps no metadata gives no digest, so we read back every value. Some servers use tags that are not MD5 digests. From each
+        # of these servers, we read back only the first value whose tag differs.
         lack = "metadata" if kept.digest is None else "MD5 tags" if kept.tag not in (tag, "") else None
         if lack == "metadata" or (lack is not None and not self._requests.lacks(lack)):
             if self._get(key)[0] != data:

@@ -1,4 +1,4 @@
-"""Clients for S3 and servers with the same interface: time limits, retries, and progress while large bodies are sent.
+"""Make clients for S3 and for servers with the same interface. Set time limits and retries, and count sent bytes as progress.
 
 Checksum headers and trailers are not sent, because older servers refuse them (`icl.store.s3_requests`).
 """
@@ -15,9 +15,9 @@ from botocore.config import Config
 from icl.store import waiting
 
 NUM_ATTEMPTS = 8
-"""Number of tries of one request, unless `AWS_MAX_ATTEMPTS` is set."""
+"""Largest number of attempts of one request, unless `AWS_MAX_ATTEMPTS` is set."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
-"""Time limits of one try in seconds: for the connection, and for the answer."""
+"""Time limits in seconds of each attempt of a request: to connect, and to receive the answer."""
 _CHUNK = 2**16
 """If a request's body has more than this number of bytes, its bytes count as progress while they are sent."""
 
@@ -40,9 +40,9 @@ def make_client(
 
     Args:
         session: A session of botocore.
-        num_attempts: Number of tries of one request, unless `AWS_MAX_ATTEMPTS` is set.
-        connect_seconds: Time limit of one try for the connection.
-        answer_seconds: Time limit of one try for the answer.
+        num_attempts: Largest number of attempts of one request, unless `AWS_MAX_ATTEMPTS` is set.
+        connect_seconds: Time limit of each attempt to connect.
+        answer_seconds: Time limit of each attempt to receive the answer.
     """
     retries: dict[str, Any] = {"mode": "adaptive"}
     if "AWS_MAX_ATTEMPTS" not in os.environ:
@@ -63,7 +63,7 @@ def make_client(
 
 @cache
 def _loader() -> Any:
-    """Return the loader of botocore's description of S3. The first call takes a third of a second."""
+    """Return the object with which botocore loads its description of the S3 interface. The first call takes a third of a second."""
     return botocore.loaders.create_loader()
 
 

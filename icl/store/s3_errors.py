@@ -94,7 +94,7 @@ _BY_FAILURE = {
     "UnknownCredentialError",
     _NAME: "ParamValidationError InvalidDNSNameError InvalidHostLabelError UnsupportedS3ArnError "
     "UnsupportedS3AccesspointConfigurationError UnsupportedOutpostResourceError",
-    _ELSEWHERE: "RecursionError",  # botocore follows a redirection without a region for ever
+    _ELSEWHERE: "RecursionError",  # if a redirect names no region, botocore follows it endlessly
     "AWS_DEFAULT_REGION is not the name of a region; correct it": "InvalidRegionError UnknownRegionError NoRegionError "
     "UnknownEndpointError",
     "AWS_ENDPOINT_URL is not the address of a server, such as https://host:9000; correct it": "ValueError UnicodeError "

@@ -37,7 +37,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""The features that each server lacks, as far as this process has noticed."""
+"""The features that each server lacks, keyed by server, as far as this process has noticed."""
 
 Result = TypeVar("Result")
 
@@ -127,7 +127,7 @@ class Requests:
         return True
 
     def knows_conditions(self, key: str, data: bytes) -> bool:
-        """Return whether the server supports conditional writes. This is tested, because some servers accept the condition but ignore it."""
+        """Return whether the server supports conditional writes. Because some servers ignore the condition, we test it with the existing object."""
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
         return not self.lacks("conditions")
@@ -263,7 +263,7 @@ def _require_listing(answer: dict[str, Any]) -> None:
 
 
 def _digest_in(answer: dict[str, Any]) -> str | None:
-    """Return our digest from the metadata of an object. Servers spell the names of metadata differently."""
+    """Return the digest that we saved in the metadata of an object, or None if there is none. Servers spell the names of metadata differently."""
     for name, value in answer.get("Metadata", {}).items():
         if name.lower().replace("_", "-") == _DIGEST:
             return str(value).strip().lower() or None

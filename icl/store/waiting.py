@@ -55,7 +55,7 @@ def moved(num_bytes: int = _ENOUGH_BYTES) -> None:
 
 @contextlib.contextmanager
 def giving_up() -> Iterator[None]:
-    """Give up at once on all calls of this process while the context is open. Use this after the user has interrupted the program."""
+    """While the context is open, give up at once on all calls of this process. Use this after the user has interrupted the program."""
     _is_given_up.set()
     try:
         yield
@@ -65,7 +65,7 @@ def giving_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Do not print what this thread waits for while the context is open. Use this in threads that work in the background."""
+    """While the context is open, do not print what this thread waits for. Use this in threads that work in the background."""
     _thread.is_silent = True
     try:
         yield
@@ -89,7 +89,7 @@ def await_result(
         is_stopped: Function that returns whether to give up at once. It is called many times a second.
 
     Raises:
-        StalledError: If we gave up on the call. Its thread continues, but does not keep the program from ending.
+        StalledError: If we gave up on the call. The thread of the call continues, but does not keep the program from ending.
     """
     seconds = SECONDS if seconds is None else seconds
     future: Future[Result] = Future()
@@ -101,7 +101,7 @@ def await_result(
             future.set_exception(error)
 
     began = time.monotonic()
-    # A thread of a pool would keep the program from ending.
+    # This is a daemon thread, because Python would wait at exit for the thread of a pool.
     thread = threading.Thread(target=work, name="icl-waiting", daemon=True)
     thread.start()
     try:
@@ -120,9 +120,9 @@ def await_result(
 
 
 def would_block_exit() -> bool:
-    """Return whether Python would wait at exit for a call on which we gave up. It waits if the call still runs and uses a pool of threads.
+    """Return whether Python would wait at exit for a call on which we gave up. This is so if the call still runs and uses a thread pool.
 
-    The client of the Hugging Face Hub sends files in such a pool. If the server does not answer, its threads run for minutes.
+    The client of the Hugging Face Hub sends files with a thread pool. If the server does not answer, the threads run for minutes.
     """
     has_pool = any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
     return has_pool and any(thread.is_alive() for thread in _left)

@@ -3,11 +3,12 @@
 Only the attempt with the highest number counts. Once the previous attempt has ended or its worker has died, another worker can
 begin an attempt. For this, the worker creates the file with the next number. The creation is exclusive, so only one process can
 succeed. Files are never deleted, so no number is used twice. A worker that was considered dead by mistake finds a file with a
-higher number, so it knows that another worker has taken over the point. There are two ways to check whether an attempt is alive:
+higher number, so it knows that another worker has taken over the point. There are two ways
+to check whether an attempt is alive:
 
-- On the machine where the attempt runs, a lock shows this. The worker and its program keep the lock until both have ended.
-- On other machines, the modification time of the file shows this, because the worker refreshes it. All times come from the file
-  server, so the clocks of the machines need not agree.
+- On the machine of the attempt, check whether its file is locked. The worker and its program keep the lock until both have ended.
+- On any other machine, check whether the file was modified recently, because the worker refreshes it every few seconds. All times
+  come from the file server, so the clocks of the machines need not agree.
 """
 
 import contextlib
@@ -142,7 +143,7 @@ def is_alive(folder: Path, attempt: Attempt) -> bool:
 def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
     """Return the time at which the current session began.
 
-    A session is a series of attempts that lasts until now, without a pause of more than `_PAUSE_SECONDS`.
+    A session is a series of attempts that continues until now, without a pause of more than `_PAUSE_SECONDS`.
 
     Args:
         live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.

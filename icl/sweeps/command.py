@@ -1,4 +1,4 @@
-"""Make the command and environment of a point from the command of a sweep, by replacing its macros.
+"""Make the command and environment of a point from the command of a sweep, by replacing the macros in it.
 
 The macros are W&B's: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
@@ -68,7 +68,7 @@ def refuse_unused_macros(command: Sequence[str]) -> None:
 
 
 def _separate_words(word: str, name: str) -> str:
-    """Return advice on how to write a word that contains a macro as separate words."""
+    """Return advice on how to split a word that contains a macro, so that the macro is a separate word."""
     macro = f"${{{name}}}"
     before, _, after = word.partition(macro)
     if before.endswith("=") and before.startswith("-") and not after and name == "args_json_file":
@@ -121,7 +121,7 @@ def require_packable(command: Sequence[str]) -> None:
 
 
 def with_own_icl(words: Sequence[str]) -> list[str]:
-    """Return a command in which `icl` is the program of this environment, even if the environment is not activated.
+    """Return a command in which `icl` starts the installation of `icl` that runs now, even if its environment is not activated.
 
     `python -m icl` is replaced too, because it would import from the working folder, which may contain other modules named `icl` or
     `yaml`.
@@ -138,7 +138,7 @@ def with_own_icl(words: Sequence[str]) -> list[str]:
 
 
 def _is_this_python(word: str) -> bool:
-    """Return whether a word of the command is the Python that runs this program."""
+    """Return whether a word of the command starts the Python interpreter that runs `icl`."""
     path = shutil.which(word, path=_search_path())
     return word == sys.executable or (path is not None and Path(path).resolve() == Path(sys.executable).resolve())
 
@@ -194,7 +194,7 @@ def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict
     """Return the environment variables of a point's program.
 
     `POINT_VARIABLE` contains the path of the point's file. `OMP_NUM_THREADS` limits the program to its share of the cores, unless the
-    user has set it. Variables of a W&B sweep are removed, so that the program does not join that sweep.
+    user has set this variable. Variables of a W&B sweep are removed, so that the program does not join that sweep.
     """
     environment = {key: value for key, value in os.environ.items() if key not in _SWEEP_VARIABLES}
     environment[POINT_VARIABLE] = str(point_file.resolve())
@@ -206,7 +206,7 @@ def child_environment(point_file: Path, root: Path, *, num_workers: int) -> dict
 
 
 def _search_path() -> str:
-    """Return the PATH for a point's program. The folder of this Python comes first."""
+    """Return the PATH for a point's program. It begins with the folder of the Python interpreter that runs `icl`."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 

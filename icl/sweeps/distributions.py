@@ -23,7 +23,7 @@ class Distribution(NamedTuple):
     defaults: dict[str, float]
     """Options that may be left out, with their defaults."""
     quantile: Callable[[float, Options], Any]
-    """Function of a probability u in (0, 1) and the options. It returns the u-quantile, the value that a draw is below with probability u."""
+    """Function of a probability u in (0, 1) and the options. It returns the u-quantile: a draw is below this value with probability u."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def has_too_long_grid(parameter: Parameter, most: int) -> bool:
 
 def _num_steps(options: Options) -> int:
     ratio = (options["max"] - options["min"]) / options["q"]
-    return math.ceil(min(ratio, 2.0**60))  # no list can be longer
+    return math.ceil(min(ratio, 2.0**60))  # the bound avoids an overflow, and no list is that long
 
 
 def _uniform(share: float, options: Options) -> float:
@@ -165,7 +165,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "q_log_uniform": Distribution(_BOUNDS, _STEP, _quantised(_log_uniform)),
     "q_log_uniform_values": Distribution(_BOUNDS, _STEP, _quantised(_log_uniform_values)),
     "inv_log_uniform": Distribution(_BOUNDS, {}, _inv_log_uniform),
-    "inv_log_uniform_values": Distribution(_BOUNDS, {}, _log_uniform_values),  # log X is uniform if log(1/X) is
+    "inv_log_uniform_values": Distribution(_BOUNDS, {}, _log_uniform_values),  # log X is uniform if log(1/X) is uniform
     "normal": Distribution((), _MOMENTS, _normal),
     "q_normal": Distribution((), _MOMENTS | _STEP, _quantised(_normal)),
     "log_normal": Distribution((), _MOMENTS, _log_normal),

@@ -1,10 +1,10 @@
-"""The engine of `icl sweep`. It runs the missing points of a sweep, a few at a time, each in a separate program.
+"""The engine of `icl sweep`. It runs the points that are not done, a few at a time, each in a separate program.
 
 The whole state of a sweep is in the folders of its runs. So the same command continues a sweep after any interruption. Any
 number of engines, on any machines that share these folders, can work on one sweep without running a point twice.
 
-A point that fails does not stop the other points. The next command tries it again, unless the same settings would fail
-again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
+A point that fails does not stop the other points. The next command tries the point again, unless the same settings would
+fail again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
 have failed since the session began. If the engine receives a signal, it asks its programs to save and exit.
 
 In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. It does
@@ -171,17 +171,17 @@ class _Engine:
             self._stop()
 
     def _bear_lost_storage(self) -> None:
-        """Mark all programs as having lost their storage. If the sweep is being stopped, forget the programs that have ended."""
+        """Record that no program could reach the folder of the runs. If the sweep is being stopped, forget the programs that have ended."""
         for program in self.programs:
             program.has_lost_storage = True
         if self._stopping is not None:
             self.programs = [program for program in self.programs if program.is_running()]
 
     def _count_earlier_attempts(self) -> dict[int, int]:
-        """Return the number of each point's last attempt before this session. A point with a later, failed attempt is not tried again.
+        """Return the number of the last attempt before this session, keyed by point. A point that has failed in a later attempt is not tried again.
 
         If other engines are at work, this engine joins their session, so points that have failed since that session began are not
-        tried again either. The session of Slurm's jobs begins with their submission.
+        tried again either. In jobs of Slurm, the session begins when the jobs are submitted.
         """
         states = {point.number: self.state(point) for point in self.points}
         last = {point.number: last_attempt(self.root / point.name) for point in self.points}
@@ -207,7 +207,7 @@ class _Engine:
             program.stop()
 
     def _start_programs(self) -> None:
-        """Start programs for the first points that no other worker runs, up to the number of workers."""
+        """Start programs for the first points that no other worker runs, until `num_workers` programs run."""
         if len(self.programs) >= self.num_workers or time.monotonic() < self._next_search:
             return
         for point in list(self.pending):
@@ -303,7 +303,7 @@ class _Engine:
                     self._report(f"running  {point.name}: {self.state(point).reason}")
 
     def _close(self, point: Point, line: str) -> None:
-        """Report a point that needs no program. A job of Slurm does not report points that other jobs have reported."""
+        """Report a point for which no program is started, for example because it is done. In a job of Slurm, count the point without a report."""
         self.pending.remove(point)
         self._num_over += 1
         if self.job is None:

@@ -4,7 +4,7 @@ The settings of all points are checked before any point runs. If a point has inv
 points run, as under `wandb agent`.
 
 A grid is the product of the values in W&B's order, where the last parameter changes fastest. Point i of a random sweep
-is a pure function of (seed, i). The name of a point depends only on its configuration, so the point is the same run
+depends only on the sweep file, the seed and i. The name of a point depends only on its configuration, so the point is the same run
 under `icl sweep` and under `wandb agent`.
 """
 
@@ -130,7 +130,7 @@ def _random(sweep: SweepFile, seed: int) -> Iterator[Settings]:
 
 
 def _settings(chosen: Iterable[tuple[Parameter, Any]]) -> Settings:
-    """Return the settings of a point in the form that W&B passes on: dotted names as they are, nested groups as dicts."""
+    """Return the settings of a point in the form that W&B gives to a program: dotted names stay as they are, and nested groups become dicts."""
     settings: Settings = {}
     for parameter, value in chosen:
         group = settings

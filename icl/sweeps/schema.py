@@ -179,7 +179,7 @@ def _read_parameter(path: tuple[str, ...], entry: Any) -> Parameter:
         raise SweepFileError(f"`{name}` must be a table such as `{{value: 3}}` or `{{values: [1, 2]}}`, got {entry!r}.")
     kind = entry["distribution"] if "distribution" in entry else _infer_distribution(name, entry)
     if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
-        raise SweepFileError(f"`{name}` has no distribution {kind!r}.{_hint(kind, DISTRIBUTIONS)}")
+        raise SweepFileError(f"`{name}`: W&B has no distribution {kind!r}.{_hint(kind, DISTRIBUTIONS)}")
     distribution = DISTRIBUTIONS[kind]
     allowed = ("distribution", *distribution.required, *distribution.defaults)
     _refuse_unknown(entry, allowed, f"`{name}` ({kind}) has no key")

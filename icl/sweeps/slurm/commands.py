@@ -27,7 +27,7 @@ class QueuedJob(NamedTuple):
     id: str
     """Slurm's identifier of the job, such as `12_0`."""
     state: str
-    """Slurm's word for the job's state, in small letters: `pending`, `running`, `completing` and so on."""
+    """Slurm's word for the job's state, in lower case: `pending`, `running`, `completing` and so on."""
     place: str
     """The nodes of a running job, or the reason why a job waits, in parentheses as Slurm gives it."""
     elapsed: str
@@ -42,7 +42,7 @@ def submit(script: Path, *options: str) -> str:
     """
     environment = {key: value for key, value in os.environ.items() if key not in _OVERRIDES}
     answer = _run("sbatch", "--parsable", *options, str(script), environment=environment)
-    # After a semicolon comes the name of the cluster. Other lines are notices of the site.
+    # The answer is the number of the job, perhaps followed by a semicolon and the name of the cluster. Other lines are notices of the site.
     numbers = re.findall(r"^\s*(\d+)\s*(?:;.*)?$", answer, re.MULTILINE)
     if not numbers:
         raise SlurmError(
@@ -55,7 +55,7 @@ def requeue(job: str) -> None:
     """Put a running job back in the queue. Slurm then ends this process with SIGTERM.
 
     Args:
-        job: Identifier of a job, such as `12_0`. (A number alone may mean a whole array.)
+        job: Identifier of a job, such as `12_0`. (A number without `_0` may name a whole array.)
 
     Raises:
         SlurmError: If the site or the job does not allow this.
@@ -69,7 +69,7 @@ def seconds_left(job: str) -> float | None:
         answer = _run("squeue", "--noheader", f"--jobs={job}", "--format=%L", timeout=_JOB_TIMEOUT_SECONDS)
     except SlurmError:
         return None
-    # Some sites print notices in other lines.
+    # Lines that are not a duration are notices of the site.
     durations = [parse_duration(line.strip()) for line in answer.splitlines()]
     return next((duration for duration in durations if duration is not None), None)
 

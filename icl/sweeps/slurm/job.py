@@ -1,4 +1,4 @@
-"""One job of an array, in the job's own process: when it must stop, and how its work continues.
+"""Decide, inside a job of a Slurm array, when the job must stop and how its work continues.
 
 Before its time limit, the job saves its points and returns to the queue with `scontrol requeue`. If the site does not allow this, the
 job submits a successor, which begins when the job has ended. A job that reaches its time limit twice in succession without any
@@ -68,14 +68,14 @@ class SlurmJob:
             old, job=self.id, state="running", reason="", host=platform.node(), num_starts=old.num_starts + 1
         )
         self._write(self._record)
-        if hasattr(signal, "SIGUSR1"):  # until now, the script has ignored the signal
+        if hasattr(signal, "SIGUSR1"):  # until now, the signal was ignored, as set in the job's script
             signal.signal(signal.SIGUSR1, self._warn)
 
     def stop_reason(self) -> str | None:
         """Return the reason why the job must save its points and stop now, or None if it can continue."""
         if self._reason is None and (self._is_warned or (self._stop_at or time.monotonic() + 1) <= time.monotonic()):
             left = seconds_left(self.id)  # ask again, because the time limit may have changed
-            # A signal with much time left announces a preemption, so the job stops at once.
+            # If a signal arrives when much time is left, it announces a preemption, so the job stops at once.
             is_early = (
                 left is not None and left > self._margin + 1 and (not self._is_warned or left < _warned_at_most())
             )
@@ -93,7 +93,7 @@ class SlurmJob:
         return self._reason is not None and time.monotonic() > (self._stop_at or 0.0) + 0.6 * self._margin
 
     def end(self, result: "SweepResult") -> int:
-        """Record how the job ends. If it has more to do, put it back in the queue. Return the exit status."""
+        """Record how the job ends. If the job still has work, put it back in the queue. Return the exit status."""
         is_stopped_by_slurm = result.received is not None and is_preempted(self.id)
         if result.received is not None and not is_stopped_by_slurm:
             self._finish("ended", f"stopped by {result.received.name}: cancelled, queued again or preempted")
@@ -112,7 +112,7 @@ class SlurmJob:
         return 0
 
     def _go_on(self, event: str, *, is_idle: bool) -> int:
-        """Put the job back in the queue after an event, or submit a successor, unless it makes no progress."""
+        """Put the job back in the queue after an event, or submit a successor. Do neither if the job has repeatedly made no progress."""
         self._record = replace(self._record, num_idle=self._record.num_idle + 1 if is_idle else 0)
         if self._record.num_idle >= MAX_IDLE:
             self._finish(

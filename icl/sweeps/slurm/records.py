@@ -34,7 +34,7 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """A job's record of itself. A job that continues after its time limit keeps its record."""
+    """What a Slurm job has recorded about itself. A job that continues after its time limit keeps its record."""
 
     task: int
     """The job's index in the job array."""
@@ -46,7 +46,7 @@ class JobRecord:
     host: str = ""
     num_starts: int = 0
     num_idle: int = 0
-    """Number of starts without progress since the last start that made progress."""
+    """Number of times in succession that the job was started and reached its time limit without progress."""
     updated: float = 0.0
 
 
@@ -77,7 +77,7 @@ def read_record(folder: Path, task: int) -> JobRecord | None:
 
 
 def describe_jobs(submissions: Sequence[Path]) -> list[str]:
-    """Return a line for each job of some submissions: its state, its identifier, and where it runs or why it does not.
+    """Return a line for each job of some submissions: its state, its identifier, and the place where it runs or the reason why it does not run.
 
     Jobs of older submissions are left out once they have ended.
     """

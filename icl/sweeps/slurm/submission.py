@@ -121,7 +121,7 @@ def job_script(
 
 
 def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
-    """Return the number of jobs to submit. If it is not the requested number, also return a sentence that says why.
+    """Return the number of jobs to submit, and a sentence that says why fewer jobs than requested are submitted (else empty).
 
     Args:
         num_jobs: Number of jobs that the user requests. None requests as many jobs as there is work for.
@@ -132,10 +132,10 @@ def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
     if limit is not None and number == limit < min(num_programs, num_jobs or num_programs):
         return (
             number,
-            f"This site allows only {limit:,} jobs in an array, although there is work for {num_programs:,}; they share all points.",
+            f"There is work for {num_programs:,} jobs, but this site allows only {limit:,} in an array, so that fewer jobs share the points.",
         )
     if num_jobs is not None and number < num_jobs:
-        return number, f"{number:,} of {num_jobs:,} jobs are submitted, because the others would find nothing to do."
+        return number, f"Only {number:,} of {num_jobs:,} jobs are submitted, because there is no work for more jobs."
     return number, ""
 
 
@@ -146,7 +146,7 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
         folder: Folder of the submission, which must not exist.
         script: The script.
         num_jobs: Number of jobs.
-        copy: Name and content of a further file.
+        copy: Name and content of one more file to write, such as the copy of the sweep file. None writes no such file.
 
     Raises:
         SlurmError: If Slurm refuses the script.
@@ -166,7 +166,7 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, SlurmError) and num_jobs > 1 and "Limit" in str(error):
             raise SlurmError(
-                f"{str(error).rstrip('.')}. If your account may have fewer jobs at a time, give a smaller `--jobs`."
+                f"{str(error).rstrip('.')}. If your account is allowed fewer jobs at a time, give a smaller `--jobs`."
             ) from None
         raise
     try:
@@ -182,7 +182,7 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
 def _option_name(word: str) -> str:
     """Return the name of an option of sbatch, such as `--array` or `-a`.
 
-    Like sbatch, this completes an abbreviation (`--arr=0-3`), and skips leading letters that take no value (`-Qa0-3` has `-a`).
+    As sbatch does, complete an abbreviation (`--arr=0-3` is `--array`), and skip leading letters that take no value (`-Qa0-3` sets `-a`).
     """
     if not word.startswith("--"):
         return f"-{word[1:].lstrip(_LETTERS_WITHOUT_VALUE)[:1]}" if word.startswith("-") else word
