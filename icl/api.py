@@ -128,7 +128,7 @@ def train_ic_regression(
         eval_every: Number of steps between evaluations on `pretrain` and `true` tasks.
         print_every: Number of steps between rows of `metrics.csv`.
         early_stopping_patience: Number of evaluations without improvement after which training stops. It needs `eval_every`.
-        early_stopping_min_delta: Smallest decrease that counts as improvement.
+        early_stopping_min_delta: Smallest decrease of the evaluated loss that counts as improvement.
 
     Returns:
         The trained model, on the CPU.
@@ -177,7 +177,7 @@ def load_checkpoint(
         path: A checkpoint file, or a run's folder. The file may also be a `.pt` file of older code, such as
             `checkpoint_step_150000.pt` (`icl.importing`). Instead of a path, it may be the address of a run or a checkpoint in a store,
             such as `hf://USER/REPO`, `hf://USER/REPO@REVISION/RUN` or `s3://BUCKET/RUN`.
-        cfg: Settings of the task and the model that the checkpoint must have. By default, any settings are accepted. If a `.pt` file
+        cfg: Required settings of the checkpoint's task and model. By default, any settings are accepted. If a `.pt` file
             contains no config, the number of heads is taken from `cfg`.
         step: The step to load from a folder or a store. By default the last one.
 

@@ -11,8 +11,9 @@ anything later. All functions except `ols` and `lasso` compute the predictions f
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies between
   `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
 
-Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return predictions with the dtype
-and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the CPU.
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return predictions
+with the dtype and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the
+CPU.
 
 To add a baseline, write a function of the same form, add it to the table `BASELINES`, and test it against an independent implementation.
 The contract tests cover all entries of this table.
@@ -153,7 +154,7 @@ def dmmse(
     is not Gaussian, the computation is in float64.
 
     Raises:
-        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative. Also if `noise_variance` is zero
+        ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is negative, or `noise_variance` is zero
             and the noise is not Gaussian.
     """
     xs, ys = _prompts(xs, ys)
@@ -273,7 +274,7 @@ def covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) ->
 
 
 def _computing_device(tensor: Tensor) -> torch.device:
-    """Return the tensor's device if it has float64, else the CPU."""
+    """Return the tensor's device if it supports float64, else the CPU."""
     return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 

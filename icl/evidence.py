@@ -28,7 +28,7 @@ from icl.config.validation import real
 from icl.tasks.laws import GAUSSIAN, Law, log_peak, squared_error_equivalent
 
 _TASKS_AT_ONCE = 2**21
-"""Largest number of pairs of a prompt and a task that are processed at once: 16 MiB for each array."""
+"""Largest number of (prompt, task) pairs that are processed at once. Each array of this size needs 16 MiB."""
 _LOG_2_PI = math.log(2 * math.pi)
 
 

@@ -149,7 +149,10 @@ def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor
 def _words(
     key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int, first_block: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return four random words for each step, index and block. The counter is (block, index, step low, step high)."""
+    """Return four random words for each step, index and block.
+
+    The counter is (block, index, low 32 bits of the step, high 32 bits of the step).
+    """
     shape = (len(steps), len(indices), num_blocks)
     block = (first_block + torch.arange(num_blocks, device=steps.device)).expand(shape)
     index = indices[:, None].expand(shape)

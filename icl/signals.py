@@ -27,7 +27,7 @@ def defer(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """Use these signal handlers while the body runs.
+    """Use these signal handlers while the body of the `with` statement runs.
 
     Python handles signals only in the main thread, so this function does nothing in another thread. A signal that was already
     ignored when the program started, for example because of `nohup`, is still ignored.

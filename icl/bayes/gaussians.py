@@ -83,7 +83,10 @@ class State(NamedTuple):
 
 
 def exact_components(law: TaskLaw, task_size: int) -> Components | None:
-    """Return a prior as a finite mixture of Gaussians, in float64. Return None if it is no such mixture or has over `MAX_COMPONENTS` components."""
+    """Return a prior as a finite mixture of Gaussians, in float64.
+
+    Return None if the prior is not such a mixture, or has more than `MAX_COMPONENTS` components.
+    """
     unit = torch.eye(task_size, dtype=torch.float64)
     if law.name == "gaussian":
         return _equal_components(torch.zeros(1, task_size), unit)

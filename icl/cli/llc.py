@@ -90,11 +90,15 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
     if "calibrate" not in flags:
         return _estimate(job, wandb_run)
     if job.rescale is not None or job.path.is_file():
-        raise ConfigError("`--calibrate` needs a run's folder, and cannot be combined with --rescale.")
+        raise ConfigError(
+            "`--calibrate` needs a run's folder, not a single checkpoint, and cannot be combined with --rescale."
+        )
     try:
         return _calibrate(job)
     except KeyboardInterrupt:
-        print("icl: interrupted; finished settings are stored, and the same command continues.", file=sys.stderr)
+        print(
+            "icl: interrupted; finished settings are stored. Run the same command again to continue.", file=sys.stderr
+        )
         return 130
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Job(NamedTuple):
-    """The settings of one command: the run, its sampler, and the file for the rows."""
+    """Settings of one `icl llc` command: the run, the sampler, and the file to which the rows are written."""
 
     path: Path
     config: RunConfig
@@ -39,7 +39,7 @@ def read_job(
     swept: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Job:
-    """Return the run and the settings of the sampler. Settings come from the run, files, the sweep and the command line."""
+    """Return the settings of an `icl llc` command. They come from the run, files, the sweep and the command line."""
     from_files = [read_config_file(file) for file in options.get("config", ())]
     is_published = "published" in flags
     refuse_conflicts(swept, given)

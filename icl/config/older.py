@@ -30,7 +30,7 @@ OLDER_COMMANDS = {
     "task_prior": "icl analyse RUN --what behaviour",
     "llcs": "icl llc RUN",
 }
-"""The command that replaces each older script, module, function or notebook. Keys are older names without folder and suffix."""
+"""Commands that replace older scripts, modules, functions and notebooks. Keys are older names without folder and suffix."""
 
 OLDER_SETTINGS = {
     "learning_rate": "optim.lr",
@@ -75,7 +75,7 @@ OLDER_SETTINGS = {
     "restoring_force": "sampler.localization",
     "num_burn_in": "sampler.num_burnin_steps",
 }
-"""The setting that replaces each older flag or setting, or an empty string if it has no replacement. Keys are older names in lower case,
+"""Settings that replace older flags and settings, or an empty string for an older name without a replacement. Keys are older names in lower case,
 without section."""
 
 _SUFFIXES = (".py", ".sh", ".ipynb")

@@ -234,7 +234,7 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def typed_record(kind: type[Record], tree: Any) -> Record | None:
-    """Build a dataclass of plain values from a table of its fields. Return None if a field is unknown or has the wrong type."""
+    """Build a dataclass of plain values from a dict of its fields. Return None if a field is unknown or has the wrong type."""
     try:
         record = kind(**tree)
     except TypeError:

@@ -260,7 +260,7 @@ def test_an_interrupted_calibration_says_that_it_continues(folder, monkeypatch, 
 
     monkeypatch.setattr(llc, "_calibrate", interrupted)
     assert main(["llc", str(folder.path), "--calibrate"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "Run the same command again to continue" in capsys.readouterr().err
 
 
 def test_words_may_come_in_any_order():
