@@ -3,7 +3,7 @@
 Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and x_k, never y_k or
 anything later. All functions except `ols` and `lasso` compute the predictions for all prefixes in one pass.
 
-- `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. They ignore the examples (Hoogland et al. 2024).
+- `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. Both ignore the examples (Hoogland et al. 2024).
 - `averaging`, `knn`, `ols`: as in the file models.py of Garg et al. (2022). Without examples, they predict 0.
 - `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a suitable baseline for sparse tasks.
 - `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2). The sigma^2 of
@@ -51,7 +51,7 @@ def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Te
 def task_mean(
     xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, tasks: Float[Tensor, "M D"]
 ) -> Float[Tensor, "*S B K"]:
-    """Predict with the mean task. Before the first example this is the Bayes predictor under a uniform prior on the tasks.
+    """Predict with the mean task. For the first target of a prompt, this is the Bayes predictor under a uniform prior on the tasks.
 
     Raises:
         ConfigError: If the shapes do not agree or there are no tasks.

@@ -254,7 +254,7 @@ def train_parser() -> CommandParser:
 
 @cache
 def llc_parser() -> CommandParser:
-    """Return the parser of `icl llc`. Its result `flags` lists which of --published, --calibrate and --self-test are given."""
+    """Return the parser of `icl llc`. The parsed option `flags` lists which of --published, --calibrate and --self-test are given."""
     parser = CommandParser(
         "llc",
         """\

@@ -62,7 +62,7 @@ def gaussian_evidence(
 ) -> Float[Tensor, "B K"]:
     """Return the log density of the first k targets under w ~ N(0, I), for every k.
 
-    The covariance X X^T + sigma^2 I is L L^T. With z = L^-1 y, the log density is -sum_{j<=k} (z_j^2 / 2 + log |L_jj| + log(2 pi) / 2).
+    The covariance is X X^T + sigma^2 I = L L^T, with L lower triangular. With z = L^-1 y, the log density is -sum_{j<=k} (z_j^2 / 2 + log |L_jj| + log(2 pi) / 2).
 
     Raises:
         ConfigError: If `noise_variance` is not positive.

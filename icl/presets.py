@@ -164,7 +164,8 @@ TRANSIENCE = RunConfig(
 # Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler have the settings in the authors' files. At step
 # 25,000, the authors change to a second training text. To do so too, add --language.next_source hf://georgeyw/dsir-pile-5m-2
 # --language.change_step 25000. The preset leaves these settings out, because both texts would be fetched before the first step. The authors
-# save every 100 steps. In the sampler, `nbeta` is n / ln n with n = 100, as in their settings. We have not checked estimates with this sampler at this size.
+# save every 100 steps. In the sampler, `nbeta` is n / ln n with n = 100, as in their settings. We have not checked estimates with this
+# sampler at this size.
 L2W256 = RunConfig(
     preset="L2W256",
     language=LanguageConfig(
@@ -204,7 +205,7 @@ L2W256 = RunConfig(
     ),
 )
 
-# Our own preset: the same architecture at a smaller width, which trains in about five minutes on two CPU cores and needs no download. In the
+# Our own preset: the architecture of `L2W256` at a smaller width, which trains in about five minutes on two CPU cores and needs no download. In the
 # synthetic language, the model first learns the frequencies of tokens, then bigrams, then copying. At the last step, the loss along the
 # chains rises by 9 % of the difference between the checkpoint's loss and the loss of the uniform distribution. With nbeta and localization of
 # 100, chains leave the basin.

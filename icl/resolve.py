@@ -84,7 +84,7 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting such as `seeds.model` that a population sets for each member, if the population's source or a later one also sets it.
+    """Refuse a setting such as `seeds.model` if a population sets it for each member, and the same or a later source also sets it.
 
     Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
 

@@ -170,7 +170,7 @@ def evaluate_run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
 
-    Many checkpoints are evaluated at a time, as a population. The results for a run are cached in its `results/evaluation/`.
+    Several checkpoints are evaluated at the same time, as a population. The results for a run are cached in its `results/evaluation/`.
     After an interruption, repeat the call to continue. After further training, a repeated call evaluates only the new steps. For several
     runs, use one `RunEvaluator`, which is faster because it shares prompts and baselines.
 

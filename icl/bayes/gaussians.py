@@ -44,7 +44,10 @@ class BayesPredictions(NamedTuple):
 
 
 class State(NamedTuple):
-    """Weights of N components or particles, and their posteriors of w, for each of B prompts. R is an axis for independent runs."""
+    """Weights of N components or particles, and their posteriors of w, for each of B prompts.
+
+    R is the axis of independent runs of a particle filter.
+    """
 
     log_weights: Float[Tensor, "B *R N"]
     means: Float[Tensor, "B *R N D"]
@@ -73,7 +76,7 @@ class State(NamedTuple):
         return self.log_weights.logsumexp(-1) - before.log_weights.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
 
     def sample(self, uniforms: Float[Tensor, " B"], normals: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return a task from the posterior of every prompt. The uniform numbers choose the components. The state must have no axis R."""
+        """Return a task drawn from the posterior of each prompt. The uniform numbers choose the components. The state must have no axis R."""
         cumulative = self.log_weights.softmax(-1).cumsum(-1)  # B N
         chosen = torch.searchsorted(cumulative, (uniforms.unsqueeze(-1) * cumulative[:, -1:]).contiguous(), right=True)
         rows = torch.arange(len(chosen), device=chosen.device), chosen[:, 0].clamp(max=cumulative.shape[-1] - 1)

@@ -51,7 +51,7 @@ def particle_filter(
 ) -> BayesPredictions:
     """Estimate the posterior mean of each target, with its standard error over independent runs.
 
-    All prompts share the random numbers, so the prediction for a prompt does not depend on the other prompts.
+    All prompts use the same random numbers, so the prediction for a prompt does not depend on the other prompts.
     """
     filters = _Filter(law, noise, noise_variance, _Draws(rng.stream(seed, "bayes"), num_runs, num_particles, xs.device))
     parts, densities = [], []

@@ -2,10 +2,11 @@
 
 - `pool`: task m has the posterior weight exp(sum of the log densities of the residuals). This is exact for every distribution of the noise.
 - `gaussian` with Gaussian noise: the posterior is Gaussian.
-- Other finite mixtures of Gaussians with Gaussian noise: exact (`icl.bayes.gaussians`).
-- All other cases: a particle filter (`icl.bayes.particles`). The prompts are divided into `NUM_FILTERS` blocks of neighbouring prompts, and
-  each block has its own filter. So a standard error over these blocks (the jackknife of `icl.analysis.prior.energy`) includes the error of
-  the filters. This standard error does not include the bias of a filter, which is of the order of 1 / 512 for 512 particles.
+- Other finite mixtures of Gaussians with Gaussian noise: the posterior is computed exactly (`icl.bayes.gaussians`).
+- All other cases: the posterior is approximated by a particle filter (`icl.bayes.particles`). The prompts are divided into `NUM_FILTERS`
+  blocks of neighbouring prompts, and each block has its own filter. So a standard error over these blocks (the jackknife of
+  `icl.analysis.prior.energy`) includes the error of the filters. This standard error does not include the bias of a filter, which is of the
+  order of 1 / 512 for 512 particles.
 
 Without examples, all draws are exact: they come from the prior itself.
 """

@@ -63,8 +63,8 @@ Train the same model on M = 2, 4, 8, ..., 2^P tasks and with M = inf, one run af
 folder, such as checkpoints/checkpoints_M8/. Then draw the gaps to dMMSE and to ridge against M, in and out of
 distribution.
 
-After any interruption, run the same command again to continue. It skips finished runs, resumes an unfinished run, and
-tries failed runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and
+After any interruption, run the same command again to continue. The command then skips finished runs, resumes an
+unfinished run, and tries failed runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and
 SIGTERM stop the experiment after saving. checkpoints/experiment_metadata.json shows the progress.
 
 If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, it does

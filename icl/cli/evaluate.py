@@ -240,7 +240,7 @@ def _announce_seeds() -> None:
 
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
-    """Evaluate experiments. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
+    """Evaluate the runs of task-diversity experiments. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
     from icl.diversity.tables import COLUMNS, evaluate_seeds, require_same_experiment, save_tables
     from icl.whole_runs import RunEvaluator, headline_table
 

@@ -35,7 +35,9 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
     """
     runs = list(checkpoints)
     seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)
-    work = f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if none is done yet"
+    work = (
+        f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if no checkpoint is done yet"
+    )
     return f"{work}; finished checkpoints are not evaluated again."
 
 

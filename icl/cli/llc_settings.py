@@ -94,7 +94,7 @@ def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
 
 
 def saved_config(path: Path) -> RunConfig:
-    """Return the configuration in the run's folder, or the one in the first checkpoint if the folder has no config.yaml."""
+    """Return the configuration in the run's folder, or the configuration in the first checkpoint if the folder has no config.yaml."""
     from icl.sampling.run import run_files
 
     run = run_of(path)

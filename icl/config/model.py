@@ -34,7 +34,7 @@ class ModelConfig:
     num_heads: int = 4
     """Number H of attention heads per block. H must divide `embed_size`, unless `head_size` is set."""
     head_size: int | None = None
-    """Number c of channels of each head in a language model. By default `embed_size` / `num_heads`."""
+    """Number c of channels of each head in a language model. The default is `embed_size` / `num_heads`."""
     embed_size: int = 32
     """Width C of the residual stream."""
     mlp_size: int = 64
@@ -100,7 +100,7 @@ class ModelConfig:
 
     @property
     def has_density(self) -> bool:
-        """Whether the model outputs a predictive distribution of y, so that it is trained by negative log-likelihood."""
+        """Whether the model outputs a predictive distribution of y. If so, it is trained by negative log-likelihood."""
         return self.output in ("gaussian", "mixture")
 
     @property

@@ -51,7 +51,7 @@ class OptimConfig:
     """Number of steps over which the rate rises linearly. The default for `triangle` is half of `schedule_steps`. The schedule `warmup`
     has no default, and `constant` does not allow this setting."""
     schedule_steps: int | None = None
-    """Length of the schedule in steps. By default `trainer.max_steps`. To train only the first part of a schedule, set this to the full
+    """Length of the schedule in steps. The default is `trainer.max_steps`. To train only the first part of a schedule, set this to the full
     length of the schedule."""
     grad_clip: float | None = None
     """Largest norm of the gradient; larger gradients are scaled down to it. Each member of a population is clipped separately. By

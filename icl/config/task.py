@@ -14,7 +14,7 @@ from typing import Literal
 from icl.config.validation import Bound, is_table_name, parse_num_tasks, require, validate
 
 MAX_POOL_STEPS = 2**40
-"""Largest value of `pool_steps`. It limits the binary tree from which a walk is computed to 46 levels."""
+"""Largest value of `pool_steps`. A walk is computed from a binary tree over the steps, and this limit keeps the tree to 46 levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class TaskConfig:
 
     @property
     def is_usual(self) -> bool:
-        """Whether tasks, noise and inputs are Gaussian and the pool is fixed, so ridge and dMMSE are the Bayes predictors."""
+        """Whether tasks, noise and inputs are Gaussian and the pool is fixed. If so, ridge and dMMSE are the Bayes predictors."""
         return (self.prior, self.noise, self.inputs, self.pool) == ("gaussian", "gaussian", "gaussian", "fixed")
 
     @property

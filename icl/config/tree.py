@@ -1,6 +1,6 @@
 """Settings of a run: a tree of frozen dataclasses, documented and validated.
 
-A run is a pure function of one `RunConfig`. The leaves of the tree are plain values, and the whole tree is saved with the run
+The result of a run depends only on its `RunConfig`. The leaves of the tree are plain values, and the whole tree is saved with the run
 and in every checkpoint. `icl.presets` has the settings of the papers. `icl.resolve` reads settings from files and command lines.
 """
 
@@ -130,7 +130,7 @@ class RunConfig:
     def members(self) -> list["RunConfig"]:
         """Return the configuration of each run in the population. Each configuration is that of the same run trained alone.
 
-        Without a population, the result is this configuration alone. If the population has a `run_name`, its runs are in subfolders of
+        Without a population, the list contains only this configuration. If the population has a `run_name`, its runs are in subfolders of
         the folder of that name.
         """
         if not self.population:

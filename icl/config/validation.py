@@ -35,7 +35,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """Error for a setting or an argument that cannot be used. The message says which one, and why."""
+    """Error for a setting or an argument that cannot be used. The message names the setting or argument, and says why it cannot be used."""
 
     exit_status = 2
 
