@@ -1,4 +1,4 @@
-"""Baselines to compare a model with: the Bayes predictors of both priors, least squares, and simpler predictors.
+"""Baselines to compare a model with: the Bayes predictors ridge and dMMSE, least squares, and simpler predictors.
 
 Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and x_k, never y_k or
 anything later. All functions except `ols` and `lasso` compute the predictions for all prefixes in one pass.

@@ -133,7 +133,7 @@ def _position_loss() -> type:
             self.add_state("moments", torch.zeros(3, max_examples + 1), dist_reduce_fx=_combine)
 
         def update(self, predictions: Float[Tensor, "B K"], targets: Float[Tensor, "B K"]) -> None:
-            """Add a batch."""
+            """Add a batch of predictions and targets."""
             errors = squared_error(predictions, targets)
             columns = torch.cat((errors.T, errors.mean(-1).unsqueeze(0)))  # K+1 B
             self.moments = _combine(torch.stack((self.moments, _moments(columns).to(self.moments))))

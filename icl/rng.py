@@ -75,7 +75,7 @@ def normal(
     The first numbers are the same for every `size`.
     """
     device = steps.device
-    if device.type == "mps":  # it has no float64
+    if device.type == "mps":  # MPS has no float64
         key = Stream(*(word.cpu() if isinstance(word, Tensor) else word for word in key))
         return normal(key, steps.cpu(), indices.cpu(), size).to(device)
     first, second, third, fourth = _words(key, steps, indices, num_blocks=-(-size // 4))
@@ -89,7 +89,7 @@ def normal(
 def uniform(
     key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int, *, first_block: int = 0
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` uniform numbers in (0, 1) for each step and index, in float64. MPS has no float64.
+    """Draw `size` uniform numbers in (0, 1) for each step and index, in float64. MPS devices cannot do this, because they have no float64.
 
     Args:
         key: The stream or streams.

@@ -1,4 +1,4 @@
-"""Bayes predictors and posteriors of candidate priors, at every prefix of a prompt, for all laws of tasks and noise in `icl.tasks.laws`.
+"""Bayes predictors and posteriors of candidate priors, at every prefix of a prompt, for all distributions in `icl.tasks.laws`.
 
 The candidates are the priors that a model may have learned (`candidates`):
 

@@ -136,7 +136,7 @@ def mixture_posterior(
     components: Components,
     noise_variance: float,
 ) -> Float[Tensor, "B D"]:
-    """Return a task for each prompt from its exact posterior given n examples, in float64."""
+    """Draw a task for each prompt from the exact posterior given the prompt's n examples, in float64."""
     parts, done = [], 0
     for inputs, targets in batches(xs, ys, components.covariances.numel()):
         state = start_state(components, len(inputs), xs.device)

@@ -34,7 +34,7 @@ _PAIRS_AT_ONCE = 2**22
 
 
 def candidates(config: RunConfig) -> tuple[Candidate, ...]:
-    """Return the candidate priors of a run. The first is the prior of its training tasks."""
+    """Return the candidate priors of a run. The first candidate is the prior of the run's training tasks."""
     pool: tuple[Candidate, ...] = () if config.task.is_gaussian else ("pool",)
     new: tuple[Candidate, ...] = ("gaussian",) if task_law(config) == laws.GAUSSIAN_TASKS else ("prior", "gaussian")
     return (*pool, *new)

@@ -22,7 +22,7 @@ class Job(NamedTuple):
 
     path: Path
     config: RunConfig
-    """The run's configuration, with the sampler's settings."""
+    """Configuration of the run, in which the section `sampler` contains the settings of this command."""
     mode: str
     """Label of the rows: `published` and the settings that differ from the published ones; empty for other samplers."""
     rescale: float | None
