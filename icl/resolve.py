@@ -125,7 +125,7 @@ def refuse_unknown(keys: Iterable[Any]) -> None:
     """Refuse a dotted key that is not a setting.
 
     Raises:
-        ConfigError: If there is such a key. The message names it, and the key that was probably meant.
+        ConfigError: If there is such a key. The message names the key, and the setting that was probably meant.
     """
     known = known_keys()
     for key in keys:

@@ -43,4 +43,4 @@ def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
         yield
     finally:
         for number, former in before.items():
-            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: not set by Python
+            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: Python did not set it

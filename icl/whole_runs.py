@@ -154,7 +154,7 @@ class RunEvaluator:
         task = config.task
         if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the pool matters
             task, step = dataclasses.replace(task, num_tasks=math.inf, pool="fixed", pool_steps=None), None
-            if task.prior not in ("low_rank", "mixture"):  # these have a structure that depends on the seed
+            if task.prior not in ("low_rank", "mixture"):  # these two priors depend on the seed
                 seeds = dataclasses.replace(seeds, tasks=0)
         # Only a model with a predictive distribution needs the negative log-likelihoods of the baselines.
         model = ModelConfig(output="gaussian" if config.model.has_density else "token")

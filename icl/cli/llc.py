@@ -65,7 +65,7 @@ def run(words: list[str]) -> int:
 
 
 def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
-    """Estimate the LLCs of the sweep's point that `wandb agent` assigned."""
+    """Estimate the LLCs for the point of a sweep that `wandb agent` assigned to this program."""
     from icl.training.wandb.agent import describe_run, work_at_point
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
@@ -119,7 +119,7 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     if job.rescale is not None:
         control = _run_sampler(job, job.rescale).table
         print(
-            f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, with the function unchanged.\n"
+            f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, with the model's function unchanged.\n"
         )
         print(f"{format_rows(control)}\n\n" + "\n".join(compare_rescaled(table, control)))
         table = pd.concat([table, control], ignore_index=True)

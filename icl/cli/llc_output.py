@@ -190,7 +190,7 @@ def write_rows(out: Path, table: "pd.DataFrame") -> Path:
 
 
 def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
-    """Log a row to W&B for each step that is later than the last step in W&B."""
+    """Log a row to W&B for each step after the last step that W&B already has."""
     from icl.training.wandb.log import sent_step
 
     sent = sent_step(wandb_run)

@@ -110,7 +110,7 @@ def _require_step(file: Path, steps: str) -> None:
 
 
 def require_rescalable(path: Path, factor: float) -> None:
-    """Refuse a factor or an architecture that cannot be used, before the LLCs of the original weights are estimated."""
+    """Refuse a factor, or an architecture, for which weights cannot be rescaled, before the LLCs of the original weights are estimated."""
     from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
     from icl.sampling.rescaling import rescaled
 

@@ -42,7 +42,7 @@ def run(words: list[str]) -> int:
 
 
 def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
-    """Train the sweep's point that `wandb agent` assigned."""
+    """Train the point of a sweep that `wandb agent` assigned to this program."""
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         config = resolve(*filed, swept, given)

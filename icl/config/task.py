@@ -45,7 +45,7 @@ class TaskConfig:
     prior_components: int | None = None
     """Number of Gaussians of the prior `mixture`, at least 2."""
     prior_between: float | None = None
-    """Share of the variance of the prior `mixture` that lies between the means of its Gaussians, from 0 to below 1."""
+    """Fraction of the variance of the prior `mixture` that is due to differences between the means of its Gaussians, at least 0 and below 1."""
     noise: Literal["gaussian", "student_t", "laplace"] = "gaussian"
     """Distribution of the noise. Its variance is `noise_variance`."""
     noise_df: float | None = None
