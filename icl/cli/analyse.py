@@ -23,7 +23,8 @@ HELP = "measure how a run develops: " + ", ".join(ANALYSES)
 
 _DESCRIPTION = """\
 Analyse every saved step of a run, or analyse a table. Results are stored step by step. After an interruption, run the
-same command again to continue with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
+same command again to continue with the next step. If the run has saved more steps in the meantime, only the new steps
+are analysed.
 
 If FOLDER contains runs, each run is analysed. The findings of `behaviour`, `mixture` and `stages` are then pooled over the runs that
 differ only in their seeds. The means and their standard errors over seeds are in FOLDER/NAME-seeds.csv and FOLDER/NAME-seeds.png.

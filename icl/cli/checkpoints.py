@@ -68,9 +68,8 @@ def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror
     folder = RunFolder(word if is_folder else local_root() / name_of(word))
     config = folder.read_config() if folder.config_file.exists() else None
     url = store or store_url(config or RunConfig())
-    is_lost = (
-        action == "verify" and folder.status_file.is_file()
-    )  # the run has lost its settings; `verify` reports this
+    # If the run has lost its settings, `verify` reports this.
+    is_lost = action == "verify" and folder.status_file.is_file()
     if url is None and config is None and not is_lost:
         raise ConfigError(
             f"There is no run {folder.path}, and no store in which to look for it; `icl runs` lists the runs here."

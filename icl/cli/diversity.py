@@ -64,8 +64,8 @@ folder, such as checkpoints/checkpoints_M8/. Then draw the gaps to dMMSE and to 
 distribution.
 
 After any interruption, run the same command again to continue. The command then skips finished runs, resumes an
-unfinished run, and tries failed runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and
-SIGTERM stop the experiment after saving. checkpoints/experiment_metadata.json shows the progress.
+unfinished run, and tries failed runs again. Runs whose loss became NaN are not tried again, because they would fail
+again. Ctrl-C and SIGTERM stop the experiment after saving. checkpoints/experiment_metadata.json shows the progress.
 
 If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, it does
 not need the terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to the

@@ -56,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(status)  # without a network, W&B's exit handler would wait for days
     waiting = sys.modules.get("icl.store.waiting")
-    if (
-        arguments is None and waiting is not None and waiting.would_block_exit()
-    ):  # only if the process runs nothing but `icl`
+    # `arguments` is None only if the process runs nothing but `icl`.
+    if arguments is None and waiting is not None and waiting.would_block_exit():
         sys.stdout.flush()
         os._exit(status)
     return status
