@@ -116,19 +116,19 @@ def train_ic_regression(
     """Train a model. If `checkpoint_dir` already contains the run, resume it, or load its model if training is finished.
 
     Args:
-        cfg: Settings of the task and the model. By default `ICRegConfig()`.
-        M: Number of training tasks, `"inf"` or `math.inf`. By default `cfg.M`.
+        cfg: Settings of the task and the model. The default is `ICRegConfig()`.
+        M: Number of training tasks, `"inf"` or `math.inf`. The default is `cfg.M`.
         num_steps: Number of optimiser steps.
         batch_size: Number of prompts per step.
         learning_rate: Constant learning rate, or the peak of a triangular schedule if `warmup_steps` is given.
         warmup_steps: Number of steps over which the rate rises linearly. Then the rate falls linearly to zero at `num_steps`.
         grad_clip: Largest norm of the gradient; larger gradients are scaled down. None means no clipping.
-        checkpoint_dir: The run's folder. By default `$LOCAL_ROOT/<run name>`.
+        checkpoint_dir: The run's folder. The default is `$LOCAL_ROOT/<run name>`.
         checkpoint_every: Number of steps between checkpoints. The first and the last step are always saved.
         eval_every: Number of steps between evaluations on `pretrain` and `true` tasks.
         print_every: Number of steps between rows of `metrics.csv`.
         early_stopping_patience: Number of evaluations without improvement after which training stops. It needs `eval_every`.
-        early_stopping_min_delta: Smallest decrease that counts as improvement.
+        early_stopping_min_delta: Smallest decrease of the evaluated loss that counts as improvement.
 
     Returns:
         The trained model, on the CPU.
@@ -177,9 +177,9 @@ def load_checkpoint(
         path: A checkpoint file, or a run's folder. The file may also be a `.pt` file of older code, such as
             `checkpoint_step_150000.pt` (`icl.importing`). Instead of a path, it may be the address of a run or a checkpoint in a store,
             such as `hf://USER/REPO`, `hf://USER/REPO@REVISION/RUN` or `s3://BUCKET/RUN`.
-        cfg: Settings of the task and the model that the checkpoint must have. By default, any settings are accepted. If a `.pt` file
+        cfg: Required settings of the checkpoint's task and model. By default, any settings are accepted. If a `.pt` file
             contains no config, the number of heads is taken from `cfg`.
-        step: The step to load from a folder or a store. By default the last one.
+        step: The step to load from a folder or a store. The default is the last step.
 
     Returns:
         The model on the CPU (a `Transformer`, or the `LanguageModel` of a language run), and a dict with the keys `step`, `config` (a
@@ -234,7 +234,7 @@ def evaluate_ood_score(
 
     Args:
         model: A trained model. Predictions are computed in its dtype.
-        cfg: Settings of the task. By default `ICRegConfig()`.
+        cfg: Settings of the task. The default is `ICRegConfig()`.
         n_samples: Number of prompts.
         batch_size: Number of prompts in one forward pass.
 

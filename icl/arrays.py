@@ -62,7 +62,7 @@ def real_tensor(
 
 
 class _Masked(Exception):
-    """Raised for an array with masked entries."""
+    """Error for an array with masked entries."""
 
 
 def _as_array(value: Any) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Baselines to compare a model with: the Bayes predictors of both priors, least squares, and simpler predictors.
+"""Baselines to compare a model with: the Bayes predictors ridge and dMMSE, least squares, and simpler predictors.
 
 Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and x_k, never y_k or
 anything later. All functions except `ols` and `lasso` compute the predictions for all prefixes in one pass.
 
-- `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. They ignore the examples (Hoogland et al. 2024).
+- `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. Both ignore the examples (Hoogland et al. 2024).
 - `averaging`, `knn`, `ols`: as in the file models.py of Garg et al. (2022). Without examples, they predict 0.
 - `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a suitable baseline for sparse tasks.
 - `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2). The sigma^2 of
@@ -11,8 +11,9 @@ anything later. All functions except `ols` and `lasso` compute the predictions f
 - `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies between
   `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
 
-Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return predictions with the dtype
-and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the CPU.
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return predictions
+with the dtype and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the
+CPU.
 
 To add a baseline, write a function of the same form, add it to the table `BASELINES`, and test it against an independent implementation.
 The contract tests cover all entries of this table.
@@ -50,7 +51,7 @@ def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Te
 def task_mean(
     xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, tasks: Float[Tensor, "M D"]
 ) -> Float[Tensor, "*S B K"]:
-    """Predict with the mean task. Before the first example this is the Bayes predictor under a uniform prior on the tasks.
+    """Predict with the mean task. For the first target of a prompt, this is the Bayes predictor under a uniform prior on the tasks.
 
     Raises:
         ConfigError: If the shapes do not agree or there are no tasks.
@@ -153,7 +154,7 @@ def dmmse(
     is not Gaussian, the computation is in float64.
 
     Raises:
-        ConfigError: If the shapes do not agree, there are no tasks, or `noise_variance` is negative. Also if `noise_variance` is zero
+        ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is negative, or `noise_variance` is zero
             and the noise is not Gaussian.
     """
     xs, ys = _prompts(xs, ys)
@@ -273,7 +274,7 @@ def covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) ->
 
 
 def _computing_device(tensor: Tensor) -> torch.device:
-    """Return the tensor's device if it has float64, else the CPU."""
+    """Return the tensor's device if it supports float64, else the CPU."""
     return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 

@@ -141,7 +141,7 @@ class _StoreOnce(argparse.Action):
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Store the value. Refuse a second value."""
+        """Store the value of an option, or report an error if the option already has a value."""
         if (earlier := getattr(namespace, self.dest)) is not None:
             parser.error(f"`{self.option_strings[0]}` is given twice: {earlier} and {values}")
         setattr(namespace, self.dest, values)
@@ -254,14 +254,14 @@ def train_parser() -> CommandParser:
 
 @cache
 def llc_parser() -> CommandParser:
-    """Return the parser of `icl llc`. Its result `flags` lists which of --published, --calibrate and --self-test are given."""
+    """Return the parser of `icl llc`. The parsed option `flags` lists which of --published, --calibrate and --self-test are given."""
     parser = CommandParser(
         "llc",
         """\
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
-Finished steps are stored: after an interruption, the same command continues. RUN is a folder or a run's name; without it,
-the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every estimate is
-invalid, except in a sweep, where an invalid estimate is also a result.""",
+Finished steps are stored. After an interruption, run the same command again to continue. RUN is a folder or a run's name;
+without it, the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every
+estimate is invalid, except in a sweep, where an invalid estimate is also a result.""",
         """icl llc runs/quickstart
         icl llc runs/quickstart --steps last --sampler.num_draws 1000
         icl llc runs/quickstart --calibrate
@@ -276,13 +276,13 @@ invalid, except in a sweep, where an invalid estimate is also a result.""",
     parser.add("path RUN|CHECKPOINT", "a run's folder or name, or a checkpoint", nargs="?")
     parser.add(
         "--steps STEPS",
-        "saved steps to estimate: all, last, a list (1,2,3 or 1 2 3) or a range (0:1000:100); default: the run's `sampler.steps`",
+        "saved steps at which to estimate the LLC: all, last, a list (1,2,3 or 1 2 3) or a range (0:1000:100); default: the run's `sampler.steps`",
     )
     add_config_option(parser)
     parser.add("--out FILE", "also write the rows to FILE (.csv or .json)")
     parser.add(
         "--rescale C",
-        "also estimate, as a control, with weights rescaled by C in a way that does not change the model's function",
+        "as a control, also estimate the LLC with weights rescaled by C in a way that does not change the model's function",
     )
     parser.add(
         "--stderr X",
@@ -292,13 +292,13 @@ invalid, except in a sweep, where an invalid estimate is also a result.""",
     )
     parser.add(
         "--components heads|layers",
-        "estimate each attention head, or each layer, with the rest of the model fixed: refined LLCs and susceptibilities",
+        "estimate the refined LLC and the susceptibilities of each attention head, or of each layer, with the rest of the model fixed",
         choices=("heads", "layers"),
     )
     flags = {
-        "published": "use the sampler settings of Hoogland et al. 2024, and say what they measure",
+        "published": "use the sampler settings of Hoogland et al. 2024, and say what the estimates measure",
         "calibrate": "choose lr, nbeta, localization and burn-in by a search over a few checkpoints (or over --steps); this takes some "
-        "minutes on a CPU (the command first prints how many); after an interruption, the same command continues",
+        "minutes on a CPU (the command first prints how many); after an interruption, run the same command again to continue",
         "self-test": "run the sampler on losses whose learning coefficient is known; takes about a minute and needs no run",
     }
     for flag, text in flags.items():

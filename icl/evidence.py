@@ -1,10 +1,10 @@
-"""Marginal likelihoods of prompts under both priors, and the negative log-likelihood of the Bayes predictive distributions.
+"""Evidence (marginal likelihood) of prompts under the Gaussian prior and the prior on M tasks, and the NLL of both Bayes predictors.
 
 Given the inputs, the targets y_1, ..., y_k of a prompt have a log density, which we call the evidence:
 
 - `gaussian_evidence`, under w ~ N(0, I), is log N(y; 0, X X^T + sigma^2 I).
 - `discrete_evidence`, under w uniform on M tasks, is log (1/M) sum_m N(y; X w_m, sigma^2 I), an exact log-sum-exp. The noise may also have
-  one of the other laws of `icl.tasks.laws`.
+  one of the other distributions in `icl.tasks.laws`.
 
 The chain rule gives the predictive density of each target: log p(y_k | earlier examples, x_k) is the evidence of the first k targets minus
 the evidence of the first k - 1. The negative of this log density is the negative log-likelihood (NLL), in nats per target:
@@ -12,8 +12,8 @@ the evidence of the first k - 1. The negative of this log density is the negativ
 - `ridge_nll` is the NLL under the Gaussian N(ridge's prediction, x_k^T (X^T X / sigma^2 + I)^-1 x_k + sigma^2), with X the earlier inputs.
 - `dmmse_nll` is the NLL under a mixture of M Gaussians N(w_m . x_k, sigma^2) with the posterior weights of the tasks.
 
-On prompts from the prior, no predictor has a smaller expected NLL. So these numbers are lower bounds for models whose `model.output` is
-`gaussian` or `mixture`. The lower bounds for other task priors are in `icl.bayes`. Everything is computed in float64.
+On prompts from the prior that one of them assumes, no predictor has a smaller expected NLL. So these numbers are lower bounds for models whose
+`model.output` is `gaussian` or `mixture`. The lower bounds for other task priors are in `icl.bayes`. Everything is computed in float64.
 """
 
 import math
@@ -28,7 +28,7 @@ from icl.config.validation import real
 from icl.tasks.laws import GAUSSIAN, Law, log_peak, squared_error_equivalent
 
 _TASKS_AT_ONCE = 2**21
-"""Largest number of pairs of a prompt and a task that are processed at once: 16 MiB for each array."""
+"""Largest number of (prompt, task) pairs that are processed at once. Each array of this size needs 16 MiB."""
 _LOG_2_PI = math.log(2 * math.pi)
 
 
@@ -62,7 +62,8 @@ def gaussian_evidence(
 ) -> Float[Tensor, "B K"]:
     """Return the log density of the first k targets under w ~ N(0, I), for every k.
 
-    The covariance X X^T + sigma^2 I is L L^T. With z = L^-1 y, the log density is -sum_{j<=k} (z_j^2 / 2 + log |L_jj| + log(2 pi) / 2).
+    The covariance is X X^T + sigma^2 I = L L^T, with L lower triangular. With z = L^-1 y, the log density is
+    -sum_{j<=k} (z_j^2 / 2 + log |L_jj| + log(2 pi) / 2).
 
     Raises:
         ConfigError: If `noise_variance` is not positive.

@@ -1,9 +1,9 @@
 """Metrics of predictions: losses by position, gaps to other predictors, in-context learning scores.
 
-All metrics are pure functions of tensors (..., B, K). Leading axes are members of a population, and each member gets its own results. A
-result is a mean over the B prompts, with a standard error, which is the sample standard deviation divided by sqrt(B). So prompts must be
-independent, but the positions of one prompt need not be. Squared errors are per target and never divided by D (Raventos et al. 2023 divide
-by D).
+All metrics are pure functions of tensors (..., B, K). Leading axes are members of a population, and each member gets its own results. A result is a
+mean over the B prompts, with a standard error, which is the sample standard deviation divided by sqrt(B). The standard error is correct only for
+independent prompts; the positions of one prompt may be correlated. Squared errors are per target and never divided by D (Raventos et al. 2023
+divide by D).
 
 - Loss: `position_mean` and `overall_mean` of the `squared_error` to the targets (Hoogland et al. 2024, eq. 1 and 4).
 - Gap to another predictor (delta): the same means, but of the squared difference of predictions (Raventos et al. 2023, eq. 4).
@@ -90,7 +90,7 @@ def _moments(values: Float[Tensor, "*N B"]) -> Float[Tensor, "3 *N"]:
 
 
 def _combine(moments: Float[Tensor, "R 3 *N"]) -> Float[Tensor, "3 *N"]:
-    """Return the moments of R samples joined into one, without subtracting large sums (Chan, Golub and LeVeque 1983)."""
+    """Join R samples into one and return its moments, without subtracting large sums (Chan, Golub and LeVeque 1983)."""
     counts, means, squares = moments.unbind(1)  # each R *N
     count = counts.sum(0)
     mean = (counts * means).sum(0) / count.clamp(min=1)
@@ -133,7 +133,7 @@ def _position_loss() -> type:
             self.add_state("moments", torch.zeros(3, max_examples + 1), dist_reduce_fx=_combine)
 
         def update(self, predictions: Float[Tensor, "B K"], targets: Float[Tensor, "B K"]) -> None:
-            """Add a batch."""
+            """Add a batch of predictions and targets."""
             errors = squared_error(predictions, targets)
             columns = torch.cat((errors.T, errors.mean(-1).unsqueeze(0)))  # K+1 B
             self.moments = _combine(torch.stack((self.moments, _moments(columns).to(self.moments))))

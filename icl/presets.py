@@ -11,7 +11,7 @@ be trusted. We choose the sampler by three rules:
   square weight, so chains stay in the basin.
 - `nbeta` equals `localization`. So the LLC counts mostly directions whose curvature is above one, and the loss along the
   chains rises only a little.
-- lr x nbeta x (largest curvature) is between 1 and 3. Above 4, the chains of `sgld` are unstable.
+- lr x nbeta x h is between 1 and 3, where h is the largest eigenvalue of the loss's Hessian. Above 4, the chains of `sgld` are unstable.
 
 We have checked estimates with these samplers for the quickstart, and for `L2H4` at one checkpoint. For another model or task,
 `icl llc RUN --calibrate` searches for settings, and the verdicts say whether they work.
@@ -35,8 +35,9 @@ from icl.config import (
 )
 from icl.config.validation import ConfigError
 
-# The quickstart's sampler is the default `SamplerConfig`. The largest curvature is 140 at step 832 and 85 at the last step. The
-# weights are about 0.2. At the last checkpoint, chains leave the basin with nbeta = localization = 300, and lr = 1e-4 is too large.
+# The quickstart's sampler is the default `SamplerConfig`. The largest eigenvalue of the Hessian is 140 at step 832 and 85 at the last step.
+# The root mean square of the weights is about 0.2. At the last checkpoint, chains leave the basin with nbeta = localization = 300, and
+# lr = 1e-4 is too large.
 
 # Hoogland et al. (2024), arXiv 2402.02364, linear-regression transformer. Hyperparameters are from the authors' sweep file
 # L2H4Minf.yaml (January 2024) and their config.py: K = 8, Adam, batch 256, 500,000 steps, a triangular schedule with peak 3e-3,
@@ -49,10 +50,10 @@ L2H4 = RunConfig(
     trainer=TrainerConfig(max_steps=500_000, batch_size=256),
     evaluation=EvaluationConfig(every=1000, num_prompts=1024),
     checkpoints=CheckpointsConfig(num_log=100, num_linear=100),
-    # The largest eigenvalue of the Hessian of the released models is up to 660 (at step 9,000), and 24 to 140 later. Initial
-    # weights are about 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at every step up to 46,000.
-    # At step 40,293 this sampler gives an LLC of 159 ± 1.6 with an effective sample size of 105, if each chain makes only 150
-    # draws (2,384 gradients of 1,024 prompts). SGLD with lr = 3e-6 gave 158.7 ± 3.1 from 6,000 gradients of 256 prompts.
+    # For the released models, the largest eigenvalue of the Hessian reaches 660 at step 9,000, and is between 24 and 140 later. The root
+    # mean square of the initial weights is about 0.11. With the published nbeta = 67 and localization = 6.7, chains leave the basin at
+    # every step up to 46,000. At step 40,293, this sampler with only 150 draws per chain (2,384 gradients of 1,024 prompts) gives an LLC of
+    # 159 ± 1.6 and an effective sample size of 105. SGLD with lr = 3e-6 gave 158.7 ± 3.1 from 6,000 gradients of 256 prompts.
     sampler=SamplerConfig(
         lr=5e-6,
         friction=0.7,
@@ -66,8 +67,8 @@ L2H4 = RunConfig(
     ),
 )
 
-# The weights of these models are about 0.02 to 0.05 (GPT-2's initialisation, or wide layers), so they need a stronger
-# localization than the small models. The kernel is SGLD, because we have not measured `baoab` on these models.
+# The root mean square of the initial weights of these models is only about 0.03 to 0.06 (GPT-2's initialisation, or wide layers), so
+# chains need a stronger localization than for the small models. The kernel is SGLD, because we have not measured `baoab` on these models.
 _WIDE = SamplerConfig(
     kernel="sgld",
     lr=1e-6,
@@ -147,8 +148,8 @@ ICR = RunConfig(
     sampler=_WIDE,
 )
 
-# Our own preset, which shows transient ridge (Carroll et al. 2025) on a laptop. The loss on new tasks is smallest at about step 700. There it
-# has fallen by 71 % of the difference between the loss of predicting zero and ridge's loss. It then rises while the model learns its ten
+# Our own preset, which shows transient ridge (Carroll et al. 2025) on a laptop. The loss on new tasks is smallest at about step 700. By
+# then it has fallen by 71 % of the distance from the loss of predicting zero to ridge's loss. It then rises while the model learns its ten
 # tasks. (docs/reproduction.md lists the settings that we tried.) With batches of 256 prompts and a constant rate, the scatter between steps is
 # less than a tenth of the rise. The preset uses the quickstart's sampler. We have not checked the sampler for this model.
 TRANSIENCE = RunConfig(
@@ -160,10 +161,11 @@ TRANSIENCE = RunConfig(
     checkpoints=CheckpointsConfig(num_log=60, num_linear=60),
 )
 
-# Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler have the settings in the authors' files. The
-# authors' text changes to a second part at step 25,000: --language.next_source hf://georgeyw/dsir-pile-5m-2 --language.change_step 25000. The
-# preset leaves this out, because both texts would be fetched before the first step. The authors save every 100 steps. In the sampler,
-# `nbeta` is n / ln n with n = 100, as in their settings. We have not checked estimates with this sampler at this size.
+# Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler have the settings in the authors' files. At step
+# 25,000, the authors change to a second training text. To do so too, add --language.next_source hf://georgeyw/dsir-pile-5m-2
+# --language.change_step 25000. The preset leaves these settings out, because both texts would be fetched before the first step. The authors
+# save every 100 steps. In the sampler, `nbeta` is n / ln n with n = 100, as in their settings. We have not checked estimates with this
+# sampler at this size.
 L2W256 = RunConfig(
     preset="L2W256",
     language=LanguageConfig(
@@ -203,8 +205,8 @@ L2W256 = RunConfig(
     ),
 )
 
-# Our own preset: the same architecture at a smaller width, which trains in about five minutes on two CPU cores and needs no download. In the
-# synthetic language, the model learns the frequencies of tokens, bigrams and copies one after the other. At the last step, the loss along the
+# Our own preset: the architecture of `L2W256` at a smaller width, which trains in about five minutes on two CPU cores and needs no download. In the
+# synthetic language, the model first learns the frequencies of tokens, then bigrams, then copying. At the last step, the loss along the
 # chains rises by 9 % of the difference between the checkpoint's loss and the loss of the uniform distribution. With nbeta and localization of
 # 100, chains leave the basin.
 LANGUAGE_QUICKSTART = RunConfig(

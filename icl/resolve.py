@@ -60,7 +60,7 @@ def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, A
     """Read the settings of the sweep points that this program has to run, from the file that `$ICL_SWEEP_POINT` names.
 
     Returns:
-        One table of settings per point. Outside a sweep, one empty table.
+        A list with one table of settings per point. Outside a sweep, the list contains one empty table.
 
     Raises:
         ConfigError: If the file is missing or has no settings.
@@ -71,10 +71,10 @@ def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, A
 
 
 def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse a command line that sets a swept key to a value that differs from the sweep.
+    """Refuse a command line whose value for a swept key differs from the sweep's value.
 
     Raises:
-        ConfigError: If there is such a key. The message names it and both values.
+        ConfigError: If there is such a key. The message names the key and both values.
     """
     for key, value in flatten(dict(swept)).items():
         if key in given and read_value(key, given[key]) != read_value(key, value):
@@ -84,7 +84,7 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting such as `seeds.model` that a population sets for each member, if the population's source or a later one also sets it.
+    """Refuse a setting such as `seeds.model` if a population sets it for each member, and the same or a later source also sets it.
 
     Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
 
@@ -111,7 +111,7 @@ def refuse_twice_set(settings: Mapping[str, Any]) -> None:
     """Refuse a key that is set both by its dotted name and within a table, because it is unclear which value counts.
 
     Raises:
-        ConfigError: If there is such a key. The message names it.
+        ConfigError: If there is such a key. The message names the key.
     """
     seen: set[str] = set()
     for name, value in settings.items():
@@ -125,7 +125,7 @@ def refuse_unknown(keys: Iterable[Any]) -> None:
     """Refuse a dotted key that is not a setting.
 
     Raises:
-        ConfigError: If there is such a key. The message names it, and the key that was probably meant.
+        ConfigError: If there is such a key. The message names the key, and the setting that was probably meant.
     """
     known = known_keys()
     for key in keys:

@@ -75,7 +75,7 @@ def normal(
     The first numbers are the same for every `size`.
     """
     device = steps.device
-    if device.type == "mps":  # it has no float64
+    if device.type == "mps":  # MPS has no float64
         key = Stream(*(word.cpu() if isinstance(word, Tensor) else word for word in key))
         return normal(key, steps.cpu(), indices.cpu(), size).to(device)
     first, second, third, fourth = _words(key, steps, indices, num_blocks=-(-size // 4))
@@ -89,7 +89,7 @@ def normal(
 def uniform(
     key: Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int, *, first_block: int = 0
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` uniform numbers in (0, 1) for each step and index, in float64. MPS has no float64.
+    """Draw `size` uniform numbers in (0, 1) for each step and index, in float64. MPS devices cannot do this, because they have no float64.
 
     Args:
         key: The stream or streams.
@@ -149,7 +149,10 @@ def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor
 def _words(
     key: Stream, steps: Tensor, indices: Tensor, *, num_blocks: int, first_block: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return four random words for each step, index and block. The counter is (block, index, step low, step high)."""
+    """Return four random words for each step, index and block.
+
+    The counter is (block, index, low 32 bits of the step, high 32 bits of the step).
+    """
     shape = (len(steps), len(indices), num_blocks)
     block = (first_block + torch.arange(num_blocks, device=steps.device)).expand(shape)
     index = indices[:, None].expand(shape)

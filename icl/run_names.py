@@ -73,7 +73,10 @@ def sampler_name(config: RunConfig) -> str:
 
 
 def _short(key: str, keys: Iterable[str]) -> str:
-    """Return the last word of a dotted key if no other key ends in the same word, else the whole key. Keys of seeds are never shortened."""
+    """Return the part of a dotted key after the last dot if no other key ends in the same part, else the whole key.
+
+    Keys of the section `seeds` are never shortened.
+    """
     section, _, leaf = key.rpartition(".")
     is_unique = sum(other.rpartition(".")[2] == leaf for other in keys) == 1
     return leaf if is_unique and section != "seeds" else key

@@ -3,8 +3,8 @@
 Training, uploads, sweeps and experiments respond to Ctrl-C and SIGTERM in different ways. All of them use `handling`, which restores
 the previous handlers at the end. So when an inner piece of work has ended, the handlers of the outer work are in use again.
 
-A program that W&B has started as a point of a sweep must report to W&B how it ends. It cannot do this before it has joined the sweep.
-Until then, the handler `defer` stores signals in the list `deferred`.
+A program that W&B has started as a point of a sweep must report to W&B how it ends. The program cannot report this before it has joined the
+sweep. Until then, the handler `defer` stores signals in the list `deferred`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def defer(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """Use these signal handlers while the body runs.
+    """Use these signal handlers while the body of the `with` statement runs.
 
     Python handles signals only in the main thread, so this function does nothing in another thread. A signal that was already
     ignored when the program started, for example because of `nohup`, is still ignored.
@@ -43,4 +43,4 @@ def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
         yield
     finally:
         for number, former in before.items():
-            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: not set by Python
+            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: Python did not set it

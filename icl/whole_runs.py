@@ -35,8 +35,8 @@ from icl.tasks.rows import TEST
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
 PROMPTS = "report"
-"""Value of the column `prompts` for the fixed prompts of `icl.evaluation.sets.REPORT`. A table without this column was written by an older
-version, on the prompts with which training evaluates and stops early (`MONITOR`)."""
+"""Value of the column `prompts` for the fixed prompts of `icl.evaluation.sets.REPORT`. A table without this column comes from an
+older version, which used the prompts that training uses for its evaluations and early stopping (`MONITOR`)."""
 _HEADLINES = ("loss", "bayes_excess", "delta_dmmse", "delta_ridge")
 _SETS_KEPT = 64
 """Number of evaluation sets kept in memory, enough for about three runs. Runs that share sets usually follow each other."""
@@ -154,7 +154,7 @@ class RunEvaluator:
         task = config.task
         if name in SHIFTS:  # a shift uses new tasks and no dMMSE, so neither M nor the pool matters
             task, step = dataclasses.replace(task, num_tasks=math.inf, pool="fixed", pool_steps=None), None
-            if task.prior not in ("low_rank", "mixture"):  # these have a structure that depends on the seed
+            if task.prior not in ("low_rank", "mixture"):  # these two priors depend on the seed
                 seeds = dataclasses.replace(seeds, tasks=0)
         # Only a model with a predictive distribution needs the negative log-likelihoods of the baselines.
         model = ModelConfig(output="gaussian" if config.model.has_density else "token")
@@ -170,8 +170,8 @@ def evaluate_run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate every saved step of a run, or one checkpoint, in and out of distribution.
 
-    Many checkpoints are evaluated at a time, as a population. The results for a run are cached in its `results/evaluation/`.
-    After an interruption the same call continues, and after further training it evaluates only the new steps. For several
+    Several checkpoints are evaluated at the same time, as a population. The results for a run are cached in its `results/evaluation/`.
+    After an interruption, repeat the call to continue. After further training, a repeated call evaluates only the new steps. For several
     runs, use one `RunEvaluator`, which is faster because it shares prompts and baselines.
 
     Args:
@@ -183,7 +183,7 @@ def evaluate_run(
     Returns:
         A table with one row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr, prompts), and a
         table with the losses of the baselines in the same columns without `step` and `checkpoint_hash`. The column `prompts` is
-        `report`: the prompts differ from those on which training evaluates and stops early.
+        `report`: these prompts differ from those on which training evaluates and stops early.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoints belong to different models.

@@ -1,9 +1,9 @@
-"""Bayes predictors and posteriors of candidate priors, at every prefix of a prompt, for all laws of tasks and noise in `icl.tasks.laws`.
+"""Bayes predictors and posteriors of candidate priors, at every prefix of a prompt, for all distributions in `icl.tasks.laws`.
 
 The candidates are the priors that a model may have learned (`candidates`):
 
 - `pool`: uniform on the run's M tasks. The Bayes predictor is dMMSE (`icl.baselines`), and its NLL is in `icl.evidence`. Both are exact for
-  every noise.
+  every distribution of the noise.
 - `gaussian`: N(0, I). With Gaussian noise, the Bayes predictor is ridge.
 - `prior`: the run's prior of new tasks, if it is not N(0, I).
 
@@ -15,7 +15,7 @@ noise of each target, w and the targets are jointly Gaussian. The Bayes predicto
 - `icl.bayes.particles` draws the scales with a particle filter, and gives a standard error.
 - `icl.bayes.posterior` draws tasks from the posterior of a candidate given a few examples.
 
-The distribution of the inputs does not matter, because predictors are given the inputs. So under `student_t` and `ar1` inputs, ridge and
+The distribution of the inputs does not matter, because all posteriors are conditional on the inputs. So under `student_t` and `ar1` inputs, ridge and
 dMMSE remain the Bayes predictors.
 """
 

@@ -44,7 +44,10 @@ class BayesPredictions(NamedTuple):
 
 
 class State(NamedTuple):
-    """Weights of N components or particles, and their posteriors of w, for each of B prompts. R is an axis for independent runs."""
+    """Weights of N components or particles, and their posteriors of w, for each of B prompts.
+
+    R is the axis of independent runs of a particle filter.
+    """
 
     log_weights: Float[Tensor, "B *R N"]
     means: Float[Tensor, "B *R N D"]
@@ -73,7 +76,7 @@ class State(NamedTuple):
         return self.log_weights.logsumexp(-1) - before.log_weights.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
 
     def sample(self, uniforms: Float[Tensor, " B"], normals: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return a task from the posterior of every prompt. The uniform numbers choose the components. The state must have no axis R."""
+        """Return a task drawn from the posterior of each prompt. The uniform numbers choose the components. The state must have no axis R."""
         cumulative = self.log_weights.softmax(-1).cumsum(-1)  # B N
         chosen = torch.searchsorted(cumulative, (uniforms.unsqueeze(-1) * cumulative[:, -1:]).contiguous(), right=True)
         rows = torch.arange(len(chosen), device=chosen.device), chosen[:, 0].clamp(max=cumulative.shape[-1] - 1)
@@ -83,7 +86,10 @@ class State(NamedTuple):
 
 
 def exact_components(law: TaskLaw, task_size: int) -> Components | None:
-    """Return a prior as a finite mixture of Gaussians, in float64. Return None if it is no such mixture or has over `MAX_COMPONENTS` components."""
+    """Return a prior as a finite mixture of Gaussians, in float64.
+
+    Return None if the prior is not such a mixture, or has more than `MAX_COMPONENTS` components.
+    """
     unit = torch.eye(task_size, dtype=torch.float64)
     if law.name == "gaussian":
         return _equal_components(torch.zeros(1, task_size), unit)
@@ -130,7 +136,7 @@ def mixture_posterior(
     components: Components,
     noise_variance: float,
 ) -> Float[Tensor, "B D"]:
-    """Return a task for each prompt from its exact posterior given n examples, in float64."""
+    """Draw a task for each prompt from the exact posterior given the prompt's n examples, in float64."""
     parts, done = [], 0
     for inputs, targets in batches(xs, ys, components.covariances.numel()):
         state = start_state(components, len(inputs), xs.device)

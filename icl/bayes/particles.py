@@ -1,19 +1,20 @@
 """Rao-Blackwellised particle filter for priors and noise that are scale mixtures of Gaussians.
 
-A particle has scales, which are variances with mean 1. One scale for each coordinate of the task is drawn from the prior at the start. A
-scale for the noise of each target is drawn when the filter reads this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). If the effective number
-of particles falls below half of their number, they are resampled. Then a new value of each scale of the coordinates is proposed from the prior, and
-accepted by a Metropolis-Hastings test in which w is integrated out. So the distribution of the particles stays the posterior (resample-move:
-Gilks and Berzuini 2001). The filter runs several times independently. The prediction is the mean of these runs, and their spread gives the
-standard error. The loss of the estimated predictor exceeds the loss of the exact predictor by the squared standard error, averaged over
-prompts.
+Each particle is a set of scales, one for each coordinate of the task. A scale is the random factor, with mean 1, of a Gaussian's variance. The
+scales of the coordinates are drawn from the prior at the start. A scale for the noise of each target is drawn when the filter reads this target.
+Given the scales, w is Gaussian (`icl.bayes.gaussians`). The particles are resampled if the effective sample size falls below half the number of
+particles. Then a new value of each coordinate's scale is proposed from the prior, and accepted by a Metropolis-Hastings test in which w is
+integrated out. These moves leave the posterior unchanged (resample-move: Gilks and Berzuini 2001). The filter runs several times independently. The
+prediction is the mean of these runs, and their spread gives the standard error. The loss of the estimated predictor exceeds the loss of the exact
+predictor by the squared standard error, averaged over prompts.
 
 The predictive density of y_k is the weighted mean of the likelihoods of the particles. We average this density over the runs, and its
 negative logarithm is the NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
 
-Student's t with df degrees of freedom has the scale (df - 2) / chi^2_df. Laplace has an exponential scale (Andrews and Mallows 1974). A
-coordinate of a `sparse` task has the scale 1 / p with probability p, otherwise 0. In the filter, 1e-6 replaces 0, so that a coordinate can
-become non-zero. Under `mixture`, each particle has one of the components instead of scales, and particles are only resampled.
+For Student's t with df degrees of freedom, the scale is distributed as (df - 2) / chi^2_df. For Laplace, the scale has an exponential
+distribution (Andrews and Mallows 1974). The scale of a coordinate of a `sparse` task is 1 / p with probability p, otherwise 0. In the filter,
+1e-6 replaces 0, so that a coordinate can become non-zero. Under the prior `mixture`, each particle has one component of the mixture instead of
+scales, and particles are only resampled.
 """
 
 import math
@@ -29,11 +30,12 @@ from icl.bayes.gaussians import BayesPredictions, State, batches, exact_componen
 from icl.tasks.laws import Law, TaskLaw
 
 NUM_RUNS, NUM_PARTICLES = 8, 128
-"""Default numbers of independent runs of the particle filter, and of particles in each."""
+"""Default number of independent runs of the particle filter, and default number of particles in each run."""
 NUM_SAMPLING_PARTICLES = 512
 """Default number of particles from which a task is drawn."""
 _SPIKE = 1e-6
-"""Variance that the particle filter uses instead of 0. It adds at most this variance to each coordinate of a sparse task."""
+"""Variance that the particle filter uses instead of 0 for the zero coordinates of `sparse` tasks. It adds at most this variance to each
+coordinate."""
 
 
 def particle_filter(
@@ -49,7 +51,7 @@ def particle_filter(
 ) -> BayesPredictions:
     """Estimate the posterior mean of each target, with its standard error over independent runs.
 
-    All prompts share the random numbers, so the prediction for a prompt does not depend on the other prompts.
+    All prompts use the same random numbers, so the prediction for a prompt does not depend on the other prompts.
     """
     filters = _Filter(law, noise, noise_variance, _Draws(rng.stream(seed, "bayes"), num_runs, num_particles, xs.device))
     parts, densities = [], []
@@ -97,7 +99,7 @@ def particle_posterior(
 
 
 def _mean_density(log_densities: Float[Tensor, "B K R"]) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
-    """Return -log of the mean density over runs, with the standard error by the delta method."""
+    """Return -log(mean density over runs), and its standard error by the delta method."""
     count = log_densities.shape[-1]
     log_mean = log_densities.logsumexp(-1) - math.log(count)
     ratios = (log_densities - log_mean.unsqueeze(-1)).exp()  # densities divided by their mean
@@ -105,14 +107,14 @@ def _mean_density(log_densities: Float[Tensor, "B K R"]) -> tuple[Float[Tensor, 
 
 
 class _Weighted(NamedTuple):
-    """Particles of all runs for B prompts: their weights and posteriors, and the scales of the coordinates."""
+    """Particles of all runs of the filter, for B prompts: weights, posteriors of w, and scales of the coordinates."""
 
     state: State
     scales: Float[Tensor, "B R N D"]
 
 
 class _Filter(NamedTuple):
-    """Particle filter of one prior and noise law, with the random numbers of its runs."""
+    """Particle filter for one prior and one noise distribution, with the random numbers of its runs."""
 
     law: TaskLaw
     noise: Law
@@ -120,7 +122,7 @@ class _Filter(NamedTuple):
     draws: "_Draws"
 
     def numbers_per_prompt(self, size: int) -> int:
-        """Return the number of elements of the covariances of all particles of a prompt."""
+        """Return the total number of elements of the covariance matrices of one prompt's particles."""
         return self.draws.num_runs * self.draws.num_particles * size**2
 
     def start(self, count: int, size: int) -> _Weighted:
@@ -182,7 +184,7 @@ def _start(draws: _Draws, law: TaskLaw, size: int) -> _Start:
 
 
 def _scales(law: Law, uniforms: Tensor) -> Tensor:
-    """Return the scales of a scalar law at these quantiles."""
+    """Return the scales at the given quantiles, for a distribution of one coordinate or of the noise."""
     if law.name == "gaussian":
         return torch.ones_like(uniforms)
     if law.name == "laplace":
@@ -203,9 +205,9 @@ def _task_scales(law: TaskLaw, uniforms: Tensor) -> Tensor:
 def _renew(
     state: State, scales: Float[Tensor, "B R N D"], law: TaskLaw, draws: _Draws, step: int
 ) -> tuple[State, Float[Tensor, "B R N D"]]:
-    """Resample and rejuvenate the particles, for those prompts and runs in which their effective number is below half of their number.
+    """Resample and rejuvenate the particles of those prompts and runs whose effective sample size is below half the number of particles.
 
-    The effective number is 1 / sum of squared weights.
+    The effective sample size is 1 / (sum of squared weights).
     """
     weights = state.log_weights.softmax(-1)  # B R N
     prompts, runs = (weights.square().sum(-1) * weights.shape[-1] > 2).nonzero(as_tuple=True)  # P
@@ -243,10 +245,11 @@ class _Particles(NamedTuple):
 
 
 def _rejuvenate(particles: _Particles, proposals: Float[Tensor, "P N D"], chances: Float[Tensor, "P N D"]) -> None:
-    """Propose a new scale for each coordinate in turn, and accept it by the likelihood ratio of the examples so far. Update in place.
+    """Propose a new scale for each coordinate in turn, and accept or reject it by a Metropolis-Hastings test. Update in place.
 
-    A new scale s' of coordinate d multiplies the prior by N(w_d; 0, s') / N(w_d; 0, s). With c = 1 / s' - 1 / s, the mean of this ratio
-    over the posterior N(m_d, V_dd) is sqrt(s / s') (1 + c V_dd)^(-1/2) exp(-c m_d^2 / (2 (1 + c V_dd))).
+    The acceptance ratio is the likelihood ratio of the examples so far. A new scale s' instead of s for coordinate d multiplies the prior of w by
+    N(w_d; 0, s') / N(w_d; 0, s). With c = 1 / s' - 1 / s, the likelihood ratio is the mean of this factor over the posterior N(m_d, V_dd):
+    sqrt(s / s') (1 + c V_dd)^(-1/2) exp(-c m_d^2 / (2 (1 + c V_dd))).
     """
     means, covariances, scales = particles
     for d in range(scales.shape[-1]):

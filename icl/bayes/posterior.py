@@ -1,11 +1,12 @@
 """Tasks drawn from the posterior of a candidate prior, given the first n examples of a prompt.
 
-- `pool`: task m has the posterior weight exp(sum of the log densities of the residuals). This is exact for every noise.
+- `pool`: task m has the posterior weight exp(sum of the log densities of the residuals). This is exact for every distribution of the noise.
 - `gaussian` with Gaussian noise: the posterior is Gaussian.
-- Other finite mixtures of Gaussians with Gaussian noise: exact (`icl.bayes.gaussians`).
-- All other cases: a particle filter (`icl.bayes.particles`). The prompts are divided into `NUM_FILTERS` blocks of neighbouring prompts, and
-  each block has its own filter. So a standard error over these blocks (the jackknife of `icl.analysis.prior.energy`) includes the error of
-  the filters. It does not include the bias of a filter, which is of the order of 1 / 512 for 512 particles.
+- Other finite mixtures of Gaussians with Gaussian noise: the posterior is computed exactly (`icl.bayes.gaussians`).
+- All other cases: the posterior is approximated by a particle filter (`icl.bayes.particles`). The prompts are divided into `NUM_FILTERS`
+  blocks of neighbouring prompts, and each block has its own filter. So a standard error over these blocks (the jackknife of
+  `icl.analysis.prior.energy`) includes the error of the filters. This standard error does not include the bias of a filter, which is of the
+  order of 1 / 512 for 512 particles.
 
 Without examples, all draws are exact: they come from the prior itself.
 """
@@ -29,11 +30,11 @@ Candidate: TypeAlias = Literal["pool", "prior", "gaussian"]
 NUM_FILTERS = 32
 """Number of blocks of prompts. Each block has its own particle filter."""
 _PAIRS_AT_ONCE = 2**22
-"""Largest number of pairs of a prompt and a task that are processed at once: 32 MiB for each array."""
+"""Largest number of (prompt, task) pairs that are processed at once. Each array of this size needs 32 MiB."""
 
 
 def candidates(config: RunConfig) -> tuple[Candidate, ...]:
-    """Return the candidate priors of a run. The first is the prior of its training tasks."""
+    """Return the candidate priors of a run. The first candidate is the prior of the run's training tasks."""
     pool: tuple[Candidate, ...] = () if config.task.is_gaussian else ("pool",)
     new: tuple[Candidate, ...] = ("gaussian",) if task_law(config) == laws.GAUSSIAN_TASKS else ("prior", "gaussian")
     return (*pool, *new)

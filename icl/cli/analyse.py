@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 HELP = "measure how a run develops: " + ", ".join(ANALYSES)
 
 _DESCRIPTION = """\
-Analyse every saved step of a run, or analyse a table. Results are stored step by step. After an interruption, the same
-command continues with the next step. If the run has saved more steps in the meantime, only the new steps are analysed.
+Analyse every saved step of a run, or analyse a table. Results are stored step by step. After an interruption, run the
+same command again to continue with the next step. If the run has saved more steps in the meantime, only the new steps
+are analysed.
 
-If FOLDER has runs below it, each run is analysed. The findings of `behaviour`, `mixture` and `stages` are then pooled over the runs that
+If FOLDER contains runs, each run is analysed. The findings of `behaviour`, `mixture` and `stages` are then pooled over the runs that
 differ only in their seeds. The means and their standard errors over seeds are in FOLDER/NAME-seeds.csv and FOLDER/NAME-seeds.png.
 
 analyses (`icl analyse --what NAME --help` lists the options of one analysis):
@@ -33,7 +34,7 @@ analyses (`icl analyse --what NAME --help` lists the options of one analysis):
 
 
 def run(words: list[str]) -> int:
-    """Analyse, print the results, and write the table and the figure."""
+    """Analyse a run, a table or the runs in a folder, print the results, and write the tables and the figures."""
     chosen = list(dict.fromkeys(_served(name, words) for name in _what(words)))
     options = _parser(chosen).parse_args(words)
     paths = [path for path in (options.path, options.checkpoint_dir, options.input_file) if path is not None]
@@ -130,7 +131,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add an option for every field of an analysis's `Settings`."""
+    """Add an option for every field of the class `Settings` of an analysis."""
     from icl.analysis.run import find
 
     group = parser.add_argument_group(f"settings of {name}")

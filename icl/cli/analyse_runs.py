@@ -46,7 +46,7 @@ def analyse_runs(
             try:
                 tables[run] = analyse(name, path, copy.copy(options)).table
             except UserError as error:
-                if str(error) not in told:  # a wrong setting is the same mistake in every run
+                if str(error) not in told:  # a wrong setting causes the same error in every run
                     print(f"icl: {run}: {error}", file=sys.stderr)
                 told.add(str(error))
         if name in POOLED and len(tables) > 1:

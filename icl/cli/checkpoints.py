@@ -21,8 +21,8 @@ def run(words: list[str]) -> int:
     parser = CommandParser(
         "checkpoints",
         "ls      List the saved steps, here and in the store.\n"
-        "pull    Fetch the files that are missing here or differ from those in the store. After an interruption, the same command\n"
-        "        continues.\n"
+        "pull    Fetch the files that are missing here or differ from those in the store. After an interruption, run the same\n"
+        "        command again to continue.\n"
         "push    Send the files that are missing in the store or differ from those here.\n"
         "verify  Check the files here and in the store. Checkpoints, moments, last.ckpt and previous.ckpt must have the right\n"
         "        digests. No scheduled step and no row of metrics.csv may be missing. config.yaml and status.json must agree\n"
@@ -30,10 +30,10 @@ def run(words: list[str]) -> int:
         "icl checkpoints runs/quickstart verify",
     )
     parser.add("run RUN", "a run's folder, or its name")
-    parser.add_argument("action", choices=("ls", "pull", "push", "verify"), help="what to do, see above")
-    text = "the store, a folder, s3://bucket/prefix or hf://USER/REPO (default: the run's `checkpoints.store`, or s3://$AWS_BUCKET_NAME)"
+    parser.add_argument("action", choices=("ls", "pull", "push", "verify"), help="what to do (see above)")
+    text = "the store: a folder, s3://bucket/prefix or hf://USER/REPO (default: the run's `checkpoints.store`, or s3://$AWS_BUCKET_NAME)"
     parser.add("--store URL", text)
-    parser.add("--force", "for pull and push: copy every file, even if this replaces a later step by an earlier one")
+    parser.add("--force", "for pull and push: copy every file, even if an earlier step then replaces a later step")
     options = parser.parse_args(words)
     if options.force and options.action not in ("pull", "push"):
         raise ConfigError(f"`--force` works only with pull and push, not with {options.action}; leave it out.")
@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
 
 
 def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror | None]":
-    """Return the run's folder, which may not exist yet, and the run's copy in the store, which is None without a store."""
+    """Return the run's folder and the run's copy in the store. The folder may not exist yet. The copy is None if the run has no store."""
     from icl.runs.mirror import open_mirror, read_config, store_url
 
     if store is not None:
@@ -68,7 +68,8 @@ def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror
     folder = RunFolder(word if is_folder else local_root() / name_of(word))
     config = folder.read_config() if folder.config_file.exists() else None
     url = store or store_url(config or RunConfig())
-    is_lost = action == "verify" and folder.status_file.is_file()  # only its settings are missing; `verify` reports it
+    # If the run has lost its settings, `verify` reports this.
+    is_lost = action == "verify" and folder.status_file.is_file()
     if url is None and config is None and not is_lost:
         raise ConfigError(
             f"There is no run {folder.path}, and no store in which to look for it; `icl runs` lists the runs here."

@@ -49,7 +49,10 @@ _SETTINGS = {
         "early_stopping.patience",
         "number of evaluations without improvement before a run stops early; `None` means never",
     ),
-    "early_stopping_min_delta X": ("early_stopping.min_delta", "smallest decrease that counts as improvement"),
+    "early_stopping_min_delta X": (
+        "early_stopping.min_delta",
+        "smallest decrease of the monitored metric that counts as improvement",
+    ),
 }
 """Options that are short names for settings of the runs, each with the setting and its help."""
 _DEFAULT_STEPS = 500_000
@@ -60,9 +63,9 @@ Train the same model on M = 2, 4, 8, ..., 2^P tasks and with M = inf, one run af
 folder, such as checkpoints/checkpoints_M8/. Then draw the gaps to dMMSE and to ridge against M, in and out of
 distribution.
 
-After any interruption, the same command continues. It skips finished runs, resumes an unfinished run, and tries failed
-runs again. Runs whose loss became NaN are not tried again, because they would fail again. Ctrl-C and SIGTERM save first.
-checkpoints/experiment_metadata.json shows the progress.
+After any interruption, run the same command again to continue. The command then skips finished runs, resumes an
+unfinished run, and tries failed runs again. Runs whose loss became NaN are not tried again, because they would fail
+again. Ctrl-C and SIGTERM stop the experiment after saving. checkpoints/experiment_metadata.json shows the progress.
 
 If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, it does
 not need the terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to the
@@ -124,7 +127,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     if result.received is not None:
         print(
             f"icl: stopped by {result.received.name} with {len(result.done)} of {len(result.entries)} runs done; "
-            "the same command continues.",
+            "run the same command again to continue.",
             file=sys.stderr,
         )
         return 128 + result.received
@@ -139,7 +142,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
 
 
 def _draw(config: RunConfig, done: Sequence[str], num_runs: int, options: argparse.Namespace) -> None:
-    """Draw the figure of the runs that are done. `done` contains the M of each of these runs, as text."""
+    """Draw the figure of the runs that are done. `done` contains the M of each of these runs, as a string."""
     if not done:
         return
     from icl.diversity.tables import draw_experiment
@@ -184,7 +187,7 @@ def _parser() -> CommandParser:
 
 
 def _read_config(options: argparse.Namespace) -> RunConfig:
-    """Return the configuration that all runs share, except for M."""
+    """Return the configuration that all runs share; only M differs among the runs."""
     given = options.settings
     filed = {key: value for file in options.config for key, value in flatten(read_config_file(file)).items()}
     for key in RESERVED:
@@ -268,6 +271,6 @@ def _detach(words: list[str], base: Path) -> int:
     print(f"The experiment runs in the background, process {process.pid}.")
     print(f"Log       {log}\nState     {base / METADATA}")
     print(
-        f"Follow    icl runs {base}   or   tail -f {log}\nStop      kill {process.pid}   (it saves; the same command continues)"
+        f"Follow    icl runs {base}   or   tail -f {log}\nStop      kill {process.pid}   (it saves first; run the same command again to continue)"
     )
     return 0

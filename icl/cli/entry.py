@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(status)  # without a network, W&B's exit handler would wait for days
     waiting = sys.modules.get("icl.store.waiting")
-    if arguments is None and waiting is not None and waiting.would_block_exit():  # only if `icl` is the whole program
+    # `arguments` is None only if the process runs nothing but `icl`.
+    if arguments is None and waiting is not None and waiting.would_block_exit():
         sys.stdout.flush()
         os._exit(status)
     return status
@@ -93,7 +94,7 @@ def _run(command: str, words: list[str]) -> int:
             raise
         return _complain("there is not enough memory; use fewer prompts, a smaller batch or a smaller model.", 1)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command continues from the last save.", 130)
+        return _complain("interrupted; run the same command again to continue from the last save.", 130)
 
 
 def _overview() -> str:
@@ -102,7 +103,7 @@ def _overview() -> str:
 
 
 def _with_home(word: str) -> str:
-    """Replace `~/` at the beginning of a word, or after its `=`, by the home folder, as a shell does.
+    """Replace `~/` by the home folder, as a shell does, at the beginning of a word or of the value in `--option=VALUE`.
 
     Raises:
         ConfigError: If no home folder is known.
@@ -112,7 +113,7 @@ def _with_home(word: str) -> str:
 
 
 def _require_ranks() -> None:
-    """Refuse process ranks (`_RANKS`) that are not numbers, because Lightning reads them during its import and would fail.
+    """Refuse process ranks (`_RANKS`) that are not numbers, because Lightning reads them when it is imported, and would fail.
 
     Raises:
         ConfigError: If a rank is not a number; the message names the variable.
@@ -160,7 +161,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _complain(message: str, status: int) -> int:
-    """Print one line. Very long words are shortened, and characters that move the cursor are replaced by `?`."""
+    """Print an error in one line on standard error, and return the exit status.
+
+    Very long words are shortened, and characters that move the cursor are replaced by `?`.
+    """
     line = re.sub(r"\S{160,}", lambda match: f"{match[0][:60]}...{match[0][-20:]}", " ".join(redact(message).split()))
     print(f"icl: {''.join(c if c.isprintable() else '?' for c in line)}", file=sys.stderr)
     return status

@@ -40,9 +40,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "evaluate",
         "Evaluate every saved step of a run: loss per position, gaps to ridge and dMMSE, ICL and prior-task scores, each with\n"
-        "its standard error. The prompts come from the training tasks, from new tasks, and from every shift. Results are\n"
-        "stored step by step. After an interruption, the same command continues. If the run has saved more steps in the\n"
-        "meantime, only the new steps are evaluated.\n\n"
+        "its standard error. The prompts come from the training tasks, from new tasks, and from every distribution\n"
+        "shift. Results are stored step by step. After an interruption, run the same command again to continue. If the run has\n"
+        "saved more steps in the meantime, only the new steps are evaluated.\n\n"
         "Several runs, or the runs in a folder, are evaluated on the same prompts. Each run gets its own tables and figure.\n"
         "For a task-diversity experiment (--checkpoint_base_dir), the last step of every run is evaluated. The numbers go into\n"
         "one table, as JSON and as CSV.",
@@ -240,7 +240,7 @@ def _announce_seeds() -> None:
 
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
-    """Evaluate experiments. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
+    """Evaluate the runs of task-diversity experiments. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
     from icl.diversity.tables import COLUMNS, evaluate_seeds, require_same_experiment, save_tables
     from icl.whole_runs import RunEvaluator, headline_table
 

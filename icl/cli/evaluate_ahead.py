@@ -8,7 +8,7 @@ from typing import NamedTuple
 from icl.config import RunConfig
 
 _SHARE = 16
-"""Ratio of the number of prompts in a full evaluation to the number in a trial."""
+"""Ratio of the number of prompts in a full evaluation to the number in the larger of two trials."""
 _MOST = 256
 """Largest number of prompts per set in a trial."""
 
@@ -35,7 +35,9 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
     """
     runs = list(checkpoints)
     seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)
-    work = f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if none is done yet"
+    work = (
+        f"{len(runs):,} runs, {sum(map(len, runs)):,} checkpoints: about {_told(seconds)} if no checkpoint is done yet"
+    )
     return f"{work}; finished checkpoints are not evaluated again."
 
 
@@ -46,7 +48,7 @@ def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
     for files in runs:
         try:
             config = load_checkpoint_file(files[0]).config if files else None
-        except CheckpointError:  # reported when the run is evaluated
+        except CheckpointError:  # the error is reported when the run is evaluated
             config = None
         if config is not None:
             group = groups.setdefault((config.model, config.task, config.language), _Group(config, files[0], []))
@@ -57,8 +59,8 @@ def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
 def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None) -> float:
     """Return the estimated time for a group, in seconds.
 
-    The time has three parts. Sampling the sets of prompts takes time once. Each checkpoint takes a constant time, and a time in
-    proportion to the number of prompts. Two trials with different numbers of prompts separate the constant from the proportional time.
+    The time has three parts: the time to sample the prompts once, a constant time per checkpoint, and a time per checkpoint in proportion
+    to the number of prompts. Two trials with different numbers of prompts separate the constant from the proportional time.
     """
     import torch
 
@@ -71,7 +73,7 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
         (_, constant), (first, again) = (
             _trial(group.file, share, wanted, num_ood_prompts or wanted) for share in least
         )
-    except CheckpointError:  # reported when the run is evaluated
+    except CheckpointError:  # the error is reported when the run is evaluated
         return 0.0
     side_by_side = torch.get_num_threads() if torch_device().type == "cpu" else 1
     scale = 1 / least[1]
@@ -81,7 +83,10 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
 
 
 def _trial(file: Path, share: float, num_prompts: int, num_ood_prompts: int) -> tuple[float, float]:
-    """Evaluate a checkpoint twice with a share of the prompts. Return the seconds with and without sampling the prompts."""
+    """Evaluate a checkpoint twice with the fraction `share` of the prompts.
+
+    Return the seconds of both evaluations. Only the first evaluation samples the prompts.
+    """
     from icl.whole_runs import RunEvaluator
 
     few = [max(2, round(share * number)) for number in (num_prompts, num_ood_prompts)]

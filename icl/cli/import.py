@@ -85,7 +85,11 @@ If the files do not contain a setting, give it as an option, such as --task.nois
 
 
 def _folder(out: str | None, source: Path) -> Path:
-    """Return the new run's folder: a path, or a name below `$LOCAL_ROOT`."""
+    """Return the new run's folder.
+
+    If `out` contains a slash, it is the path of the folder; otherwise it is the name of a folder in `$LOCAL_ROOT`. Without `out`, the name
+    is made from the name of `source`.
+    """
     if out is not None:
         if not out.strip():
             raise ConfigError("`--out` must name a run or a folder, got nothing.")

@@ -65,7 +65,7 @@ def run(words: list[str]) -> int:
 
 
 def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
-    """Estimate the LLCs of the sweep's point that `wandb agent` assigned."""
+    """Estimate the LLCs for the point of a sweep that `wandb agent` assigned to this program."""
     from icl.training.wandb.agent import describe_run, work_at_point
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
@@ -90,11 +90,15 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
     if "calibrate" not in flags:
         return _estimate(job, wandb_run)
     if job.rescale is not None or job.path.is_file():
-        raise ConfigError("`--calibrate` needs a run's folder, and cannot be combined with --rescale.")
+        raise ConfigError(
+            "`--calibrate` needs a run's folder, not a single checkpoint, and cannot be combined with --rescale."
+        )
     try:
         return _calibrate(job)
     except KeyboardInterrupt:
-        print("icl: interrupted; finished settings are stored, and the same command continues.", file=sys.stderr)
+        print(
+            "icl: interrupted; finished settings are stored. Run the same command again to continue.", file=sys.stderr
+        )
         return 130
 
 
@@ -115,7 +119,7 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     if job.rescale is not None:
         control = _run_sampler(job, job.rescale).table
         print(
-            f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, with the function unchanged.\n"
+            f"\nControl: {describe_pair(job.config.model)} rescaled by {job.rescale:g}, with the model's function unchanged.\n"
         )
         print(f"{format_rows(control)}\n\n" + "\n".join(compare_rescaled(table, control)))
         table = pd.concat([table, control], ignore_index=True)

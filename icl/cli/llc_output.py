@@ -169,7 +169,7 @@ def compare_rescaled(table: "pd.DataFrame", control: "pd.DataFrame") -> list[str
         )
     conclusion = "there is no sign that the estimate measures the size of the weights."
     if num_different:
-        conclusion = "the estimate depends on the size of the weights, not on the function's geometry alone."
+        conclusion = "the estimate depends on the size of the weights, although the model's function is the same."
     elif num_unknown:
         conclusion = f"{num_unknown} cannot be compared, because an estimate or its standard error is NaN."
     return [*lines, f"{num_different} of {len(both)} differ: {conclusion}"]
@@ -190,7 +190,7 @@ def write_rows(out: Path, table: "pd.DataFrame") -> Path:
 
 
 def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
-    """Log a row to W&B for each step that is later than the last step in W&B."""
+    """Log a row to W&B for each step after the last step that W&B already has."""
     from icl.training.wandb.log import sent_step
 
     sent = sent_step(wandb_run)
@@ -200,7 +200,7 @@ def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
 
 
 def draw_figures(run: RunFolder, settings: str, *, label: str, title: str, trivial_loss: float) -> list[Path]:
-    """Draw the curve of all stored estimates with the given settings, and the traces of some steps.
+    """Draw the curve of all stored estimates with the given settings, and the traces of the chains at some steps.
 
     Args:
         run: The run's folder.

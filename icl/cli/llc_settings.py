@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Job(NamedTuple):
-    """The settings of one command: the run, its sampler, and the file for the rows."""
+    """Settings of one `icl llc` command: the run, the sampler, and the file to which the rows are written."""
 
     path: Path
     config: RunConfig
-    """The run's configuration, with the sampler's settings."""
+    """Configuration of the run, in which the section `sampler` contains the settings of this command."""
     mode: str
     """Label of the rows: `published` and the settings that differ from the published ones; empty for other samplers."""
     rescale: float | None
@@ -39,7 +39,7 @@ def read_job(
     swept: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Job:
-    """Return the run and the settings of the sampler. Settings come from the run, files, the sweep and the command line."""
+    """Return the settings of an `icl llc` command. They come from the run, files, the sweep and the command line."""
     from_files = [read_config_file(file) for file in options.get("config", ())]
     is_published = "published" in flags
     refuse_conflicts(swept, given)
@@ -94,7 +94,7 @@ def output_file(options: Mapping[str, Any], *inputs: str | None) -> Path | None:
 
 
 def saved_config(path: Path) -> RunConfig:
-    """Return the configuration in the run's folder, or the one in the first checkpoint if the folder has no config.yaml."""
+    """Return the configuration in the run's folder, or the configuration in the first checkpoint if the folder has no config.yaml."""
     from icl.sampling.run import run_files
 
     run = run_of(path)
@@ -110,7 +110,7 @@ def _require_step(file: Path, steps: str) -> None:
 
 
 def require_rescalable(path: Path, factor: float) -> None:
-    """Refuse a factor or an architecture that cannot be used, before the LLCs of the original weights are estimated."""
+    """Refuse a factor, or an architecture, for which weights cannot be rescaled, before the LLCs of the original weights are estimated."""
     from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
     from icl.sampling.rescaling import rescaled
 

@@ -19,7 +19,7 @@ _RUN_FILES = (
 )
 _RUN_FOLDERS = ("checkpoints", "attempts")
 _RESULTS = ("evaluation.csv", "baselines.csv", "llc.csv", "llc-calibration.csv", *(f"{name}.csv" for name in ANALYSES))
-"""Tables in the `results/` of a run. Each command writes its own table to this folder by default."""
+"""Tables in the folder `results/` of a run. Each command writes its own table to this folder by default."""
 _MARKS = ("config.yaml", "status.json", "metrics.csv", "run.log", "last.ckpt")
 """A folder with at least two of these files counts as the folder of a run, or as a copy of such a folder."""
 
@@ -33,7 +33,7 @@ def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Itera
         suffixes: Further suffixes with which the table is also written.
 
     Raises:
-        StorageError: If the file is neither .csv nor .json, cannot be written, is an input, or belongs to a run or an
+        StorageError: If the file is neither .csv nor .json, cannot be written, is read by the command, or belongs to a run or an
             experiment.
     """
     require_table_file(path)
@@ -42,7 +42,7 @@ def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Itera
 
 
 def require_output(path: Path, *inputs: Path | str | None) -> None:
-    """Refuse a file that cannot be written, is an input, or belongs to a run or an experiment.
+    """Refuse a file that cannot be written, that the command reads, or that belongs to a run or an experiment.
 
     Raises:
         StorageError: If the file is refused; the message gives the reason.
@@ -71,7 +71,7 @@ def _owner(path: Path) -> str | None:
 
 
 def _is_same(path: Path, other: Path) -> bool:
-    """Return whether two paths are the same file, or would be if it existed."""
+    """Return whether two paths lead to the same file. The file need not exist."""
     try:
         return path.samefile(other)
     except OSError:

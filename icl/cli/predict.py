@@ -12,7 +12,7 @@ HELP = "predict the targets of queries in a file"
 
 
 def run(words: list[str]) -> int:
-    """Predict and print. With --out, also write the predictions."""
+    """Predict the targets of the queries, and print the predictions. With --out, also write them to a file."""
     parser = CommandParser(
         "predict",
         "Predict y for queries, given a context of examples. FILE is JSON with x_context, y_context and x_query, or CSV with the\n"

@@ -10,7 +10,7 @@ HELP = "write one self-contained HTML page about a run or a sweep: curves, table
 
 
 def run(words: list[str]) -> int:
-    """Write the page. The page of a single run is also sent to the store of the run, if the run has one."""
+    """Write the HTML page. The page of a single run is also sent to the store of the run, if the run has one."""
     parser = CommandParser(
         "report",
         "Write all results of a run to one HTML page that needs no network: state, settings, environment, curves, tables with\n"

@@ -14,7 +14,7 @@ HELP = "list the runs and their progress"
 
 
 def run(words: list[str]) -> int:
-    """Print a line for every run. Above the runs of an experiment, print a line about the experiment."""
+    """Print a line for every run, and above the runs of an experiment a line about the experiment."""
     parser = CommandParser(
         "runs",
         "List every run below $LOCAL_ROOT (default: runs/) with its state, step, loss and age, and then the runs of the\n"
@@ -34,7 +34,7 @@ def run(words: list[str]) -> int:
 
 
 def _experiment_lines(folder: Path) -> list[str]:
-    """Return lines on the progress of an experiment. If the folder is no experiment, return no lines."""
+    """Return lines that describe the progress of an experiment, or no lines if the folder does not contain an experiment."""
     metadata = read_metadata(folder)
     if not metadata:
         return []
@@ -49,6 +49,6 @@ def _experiment_lines(folder: Path) -> list[str]:
         pid = metadata.get("pid")
         process = "jobs of Slurm, " if pid is None else f"process {pid} on {metadata.get('host')}, "
     elif state == "running":
-        state = "killed; the same command continues"
+        state = "killed; run the same command again to continue"
     head = f"{folder}: task diversity, {state} ({process}updated {metadata.get('updated')})"
     return [f"{head}; {len(entries)} runs: {summary}", *failures]

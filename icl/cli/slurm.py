@@ -27,7 +27,7 @@ _MAX_JOBS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Submittable:
-    """Work that the jobs of an array share."""
+    """Work that the jobs of a Slurm job array share."""
 
     name: str
     submissions: Path
@@ -47,7 +47,7 @@ def add_slurm_options(parser: CommandParser) -> None:
     parser.add("--jobs N", text, type=whole_number(1, _MAX_JOBS))
     text = 'with --slurm: further options of sbatch, all in one pair of quotes, such as "--time=4:00:00 --gpus=1 --partition=long"'
     parser.add("--sbatch OPTIONS", text)
-    text = "for the script that --slurm submits: work as one of the jobs of the submission in FOLDER"
+    text = "only for the script that --slurm submits: run as one of the jobs whose submission folder is FOLDER"
     parser.add("--in-job FOLDER", text, type=Path)
 
 
@@ -63,10 +63,11 @@ def join_sbatch(words: Sequence[str]) -> list[str]:
 
 
 def require_slurm_option(options: argparse.Namespace) -> None:
-    """Check the options for Slurm, which are given with `--slurm` only.
+    """Check the options for Slurm: `--jobs` and `--sbatch` need `--slurm`, and `--in-job` excludes it.
 
     Raises:
-        ConfigError: If `--slurm` is missing, `--in-job` is given with it, or `--sbatch` contains an option that `icl` sets.
+        ConfigError: If `--jobs` or `--sbatch` is given without `--slurm`, `--in-job` is given with it, or `--sbatch` contains an option
+            that `icl` sets.
     """
     parse_sbatch(options.sbatch or "")
     for name, value in (("--jobs", options.jobs), ("--sbatch", options.sbatch)):
@@ -77,7 +78,7 @@ def require_slurm_option(options: argparse.Namespace) -> None:
 
 
 def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
-    """Submit the jobs of some work, or print their script in a dry run. Return the exit status."""
+    """Submit the jobs to Slurm. In a dry run, only print the script that would be submitted. Return the exit status."""
     if work.num_programs == 0:
         print("Nothing is left to do, so no job is submitted.")
         return 0
@@ -103,12 +104,12 @@ def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
     if others:
         print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all jobs share the work.")
     print(f"Script    {folder / SCRIPT}\nLogs      {folder}/{array}_*.log")
-    print(f"Stop      scancel {array}   (points save first; the same command continues)")
+    print(f"Stop      scancel {array}   (points save first; run the same command again to continue)")
     return 0
 
 
 def print_jobs(folder: Path) -> None:
-    """Print a line for each job of some work, if any have been submitted. `folder` contains all of its submissions."""
+    """Print a line for each job that has been submitted for a sweep or an experiment. `folder` contains all its submissions."""
     lines = describe_jobs(submissions(folder))
     if lines:
         print("\n".join(["", *lines, ""]))

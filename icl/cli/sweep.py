@@ -79,7 +79,7 @@ def _submissions(options: argparse.Namespace) -> Path:
 
 
 def _job_words(folder: Path, options: argparse.Namespace) -> list[str]:
-    """Return the arguments of `icl` in a job that works on the points of a copy of the sweep file."""
+    """Return the arguments with which a Slurm job calls `icl`. The job reads the sweep from a copy of the sweep file."""
     words = ["sweep", str(folder / _COPY), "--in-job", str(folder), "--workers", str(options.workers)]
     words += ["--pack"] if options.pack == sys.maxsize else ["--pack", str(options.pack)] if options.pack > 1 else []
     words += [] if options.count is None else ["--count", str(options.count)]
@@ -116,8 +116,8 @@ def _run(
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "sweep",
-        "Run a W&B sweep file (grid or random) without a W&B account or a network. After an interruption, the same command\n"
-        "continues. It also tries failed points again, except those whose loss became NaN. Several machines that share\n"
+        "Run a W&B sweep file (grid or random) without a W&B account or a network. After an interruption, run the same command\n"
+        "again to continue. It then also tries failed points again, except those whose loss became NaN. Several machines that share\n"
         "$LOCAL_ROOT can run the command at the same time and share the work. The output of each run is in its sweep.log.\n"
         "With --slurm, the same work is done by jobs of a Slurm cluster, and the command returns at once.",
         "icl sweep sweeps/training-runs/quickstart.yaml --workers 2\n"
@@ -126,7 +126,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add("file FILE", "the sweep file", type=Path)
     text = "number of programs that run at the same time (default: 1)"
     parser.add("--workers N", text, type=whole_number(1, 1000), default=1)
-    text = "train up to N points in one program, if they differ only in seeds and number of tasks (without N: as many as there are)"
+    text = "train up to N points in one program, if they differ only in seeds and number of tasks (without N: all such points)"
     parser.add("--pack N", text, type=whole_number(1), nargs="?", const=sys.maxsize, default=1)
     parser.add("--count N", "use only the first N points", type=whole_number(1))
     parser.add("--seed S", "seed for the draws of a random sweep (default: 0)", type=whole_number(0, 2**63 - 1))
@@ -134,7 +134,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add("--retry", text)
     add_slurm_options(parser)
     what = parser.add_mutually_exclusive_group()
-    text = "list the runs, and whether each would be started; with --slurm, print the script too; start nothing"
+    text = "list the runs, and show which of them would be started; with --slurm, also print the script; start nothing"
     what.add_argument("--dry-run", action="store_true", help=text)
     text = "list which points and jobs are done, running, failed or waiting, and why; start nothing"
     what.add_argument("--status", action="store_true", help=text)
@@ -142,7 +142,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _list(points: Sequence[Point], invalid: Sequence[InvalidPoint], options: argparse.Namespace) -> int:
-    """Print the state of every point, or whether it would be run. For --status, return 1 if not all points are done."""
+    """Print the state of every point, and in a dry run which points would be run. With --status, return 1 unless all points are done."""
     states = {point.number: point_state(point, local_root()) for point in points}
     lines = {
         point.number: f"{_word(states[point.number], options):9s} {point.name}: {states[point.number].reason}"

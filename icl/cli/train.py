@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from icl.training.run import TrainResult
 
 _EXCESS_NAMES = {"bayes_excess": "above optimum", "bayes_excess_stderr": "± s.e."}
-"""Names of the columns with the paired excess over the Bayes predictor, in printed tables."""
+"""Names, in printed tables, of the columns with the excess loss over the Bayes predictor (on the same prompts) and its standard error."""
 HELP = "train a run, or resume it; without arguments, a small run of about two minutes"
 
 
 def run(words: list[str]) -> int:
-    """Train to the end. If a signal stopped training, return 128 + the number of the signal."""
+    """Train the runs that the command line describes. If a signal stopped training, return 128 + the number of the signal."""
     options = train_parser().parse_args(words)
     filed, given = [read_config_file(file) for file in options.config], options.settings
     if in_sweep() and not is_child_rank():
@@ -42,7 +42,7 @@ def run(words: list[str]) -> int:
 
 
 def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
-    """Train the sweep's point that `wandb agent` assigned."""
+    """Train the point of a sweep that `wandb agent` assigned to this program."""
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         config = resolve(*filed, swept, given)
@@ -99,7 +99,7 @@ def _tell_stop(stopped: "Sequence[TrainResult]") -> int:
     steps = sorted({result.status.step for result in stopped})
     where = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
     received = next(result.received for result in stopped if result.received is not None)
-    print(f"icl: stopped by {received.name} at {where}; the same command resumes it.", file=sys.stderr)
+    print(f"icl: stopped by {received.name} at {where}; run the same command again to resume.", file=sys.stderr)
     return 128 + received
 
 

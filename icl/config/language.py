@@ -17,7 +17,7 @@ from icl.config.validation import ConfigError, require, validate
 SYNTHETIC = "synthetic"
 """Value of `language.source` that selects the synthetic language, which needs no files."""
 MAX_VOCAB_SIZE = 2**24
-"""Largest vocabulary, far above those in use."""
+"""Largest allowed number of tokens in the vocabulary, far above the sizes in use."""
 
 
 @dataclass(frozen=True, kw_only=True)

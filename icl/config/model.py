@@ -34,7 +34,7 @@ class ModelConfig:
     num_heads: int = 4
     """Number H of attention heads per block. H must divide `embed_size`, unless `head_size` is set."""
     head_size: int | None = None
-    """Number c of channels of each head in a language model. By default `embed_size` / `num_heads`."""
+    """Number c of channels of each head in a language model. The default is `embed_size` / `num_heads`."""
     embed_size: int = 32
     """Width C of the residual stream."""
     mlp_size: int = 64
@@ -66,7 +66,7 @@ class ModelConfig:
     """Distribution of the initial weights. `pytorch`: nn.Linear's uniform distribution. `gpt2`: N(0, 0.02^2), with scaled residual
     projections. `normal` (only language models): N(0, 0.05^2) for every matrix."""
     double_residual: bool = False
-    """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to match their numbers."""
+    """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to reproduce their results."""
 
     def __post_init__(self) -> None:
         counts = {"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 0 if self.is_language else 1}
@@ -95,12 +95,12 @@ class ModelConfig:
 
     @property
     def heads_width(self) -> int:
-        """Number of channels of all heads of a block together, H c."""
+        """Total number of channels of the H heads of a block: H times the channels per head."""
         return self.embed_size if self.head_size is None else self.num_heads * self.head_size
 
     @property
     def has_density(self) -> bool:
-        """Whether the model outputs a predictive distribution of y, so that it is trained by negative log-likelihood."""
+        """Whether the model outputs a predictive distribution of y. If so, it is trained by negative log-likelihood."""
         return self.output in ("gaussian", "mixture")
 
     @property

@@ -1,6 +1,6 @@
 """Names of commands and settings in the two older code bases, and their new names, for use in error messages.
 
-`docs/older-commands.md` lists the same names in tables. A test compares the two.
+`docs/older-commands.md` lists the same names in tables. A test checks that the tables agree with this module.
 """
 
 OLDER_COMMANDS = {
@@ -30,7 +30,7 @@ OLDER_COMMANDS = {
     "task_prior": "icl analyse RUN --what behaviour",
     "llcs": "icl llc RUN",
 }
-"""The command that replaces each older script, module, function or notebook. Keys are older names without folder and suffix."""
+"""Commands that replace older scripts, modules, functions and notebooks, keyed by the older name without folder and suffix."""
 
 OLDER_SETTINGS = {
     "learning_rate": "optim.lr",
@@ -75,8 +75,8 @@ OLDER_SETTINGS = {
     "restoring_force": "sampler.localization",
     "num_burn_in": "sampler.num_burnin_steps",
 }
-"""The setting that replaces each older flag or setting, or an empty string if it has no replacement. Keys are older names in lower case,
-without section."""
+"""Settings that replace older flags and settings, keyed by the older name in lower case, without section. An empty string means that there is
+no replacement."""
 
 _SUFFIXES = (".py", ".sh", ".ipynb")
 _LAUNCHERS = ("python", "python3", "-m", "nohup", "wandb")

@@ -36,8 +36,8 @@ class ChainsConfig:
     friction: float = 0.5
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Other kernels ignore it."""
     target_stderr: float | None = None
-    """Standard error of the LLC at which the chains of a checkpoint stop. If this is set, `num_draws` is the maximum number of draws. By
-    default, every chain makes `num_draws` draws."""
+    """Wanted standard error of the LLC: the chains of a checkpoint stop when they reach it. If this is set, `num_draws` is the maximum number of
+    draws. By default, every chain makes `num_draws` draws."""
     thinning: int = 1
     """Number of moves from one draw to the next."""
     num_init_batches: int = 32
@@ -107,8 +107,8 @@ class SamplerConfig(ChainsConfig):
     minibatches: Literal["fixed", "fresh"] = "fixed"
     """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
-    """Loss whose LLC is estimated. `mse`: the mean squared error per target over all positions. `subsequence`: the same over the first
-    K' positions, where K' is uniform on 1..K. If `model.output` is `gaussian` or `mixture`, the negative log-likelihood is used instead
+    """Loss whose LLC is estimated. `mse`: the mean squared error per target over all positions. `subsequence`: the mean over the
+    first K' positions only, where K' is uniform on 1..K. If `model.output` is `gaussian` or `mixture`, the negative log-likelihood is used instead
     of the squared error, as in training."""
     steps: str = "all"
     """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range such as 0:1000:100 (first step, last

@@ -2,7 +2,7 @@
 
 Step s means "after s updates", so step 0 is the initial model. A grid of steps is sorted without duplicates. It begins with
 step 0 and ends with the last step. Grid points are rounded down, as in the code of Hoogland et al. (2024) and in Carroll et al.
-(2025), appendix A. This gives the same grids as theirs: 190 steps out of 500,000 (from 100 log-spaced and 100 linear points), and
+(2025), appendix A. This gives the grids of these papers: 190 steps out of 500,000 (from 100 log-spaced and 100 linear points), and
 2,203 steps out of 150,000.
 Hoogland et al. count steps from zero and save after the update. So their step t is our step t + 1, and their log grid ends at
 499,999.
@@ -50,11 +50,11 @@ def next_stop(step: int, *, every: Iterable[int | None], steps: Sequence[int]) -
 
 
 def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int) -> Callable[[int], float]:
-    """Return a function of s = 0, 1, ... that gives the learning rate of update s + 1 as a share of the peak.
+    """Return a function that maps s = 0, 1, ... to the learning rate of update s + 1, divided by the peak rate.
 
     `constant` is always 1. `warmup` rises to 1 at update `warmup_steps` and stays there. `triangle` rises to 1 at update
     `warmup_steps` (by default half of the schedule) and falls to 0 at update `schedule_steps`, so the last update changes
-    nothing. A triangle of one step is always 0. The OneCycleLR of Hoogland et al. (their config.py) ends at
+    nothing. A triangle with only one step is 0 at this step. The OneCycleLR of Hoogland et al. (their config.py) ends at
     4 / (schedule_steps - 2)^2 of the peak instead of 0. With their 500,000 steps and peak of 3e-3, this is a rate of 4.8e-14.
     """
     if schedule == "constant":

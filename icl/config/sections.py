@@ -51,7 +51,7 @@ class OptimConfig:
     """Number of steps over which the rate rises linearly. The default for `triangle` is half of `schedule_steps`. The schedule `warmup`
     has no default, and `constant` does not allow this setting."""
     schedule_steps: int | None = None
-    """Length of the schedule in steps. By default `trainer.max_steps`. To train only the first part of a schedule, set this to the full
+    """Length of the schedule in steps. The default is `trainer.max_steps`. To train only the first part of a schedule, set this to the full
     length of the schedule."""
     grad_clip: float | None = None
     """Largest norm of the gradient; larger gradients are scaled down to it. Each member of a population is clipped separately. By
@@ -169,7 +169,7 @@ class EarlyStoppingConfig:
     patience: int | None = None
     """Number of evaluations (not steps) without improvement after which training stops; None means that training never stops early."""
     min_delta: float = 0.0
-    """Smallest decrease that counts as improvement."""
+    """Smallest decrease of the metric `monitor` that counts as improvement."""
 
     def __post_init__(self) -> None:
         validate("early_stopping", self, counts={"patience": 1}, numbers={"min_delta": "zero or positive"})
@@ -231,7 +231,8 @@ class PopulationConfig:
     """Several runs that one process trains together, one run for each combination of a seed and a number of tasks."""
 
     seeds: tuple[int, ...] | None = None
-    """Seeds, such as 0,1,2. Each of them sets `seeds.model`, `seeds.data` and `seeds.noise` of a run. All runs share the other seeds."""
+    """Seeds, such as 0,1,2. Each seed is the value of `seeds.model`, `seeds.data` and `seeds.noise` in its runs. All runs share the other
+    seeds."""
     num_tasks: tuple[int | float, ...] | None = None
     """Task diversities M, such as 1,8,64,inf."""
 

@@ -1,8 +1,8 @@
-"""The section `task` of a run's settings: the distributions from which prompts are drawn, here called the world of the run.
+"""The section `task` of a run's settings: the distributions from which prompts are drawn.
 
-In the usual world, tasks w, inputs x and noise are Gaussian, and the pool of M tasks never changes. Any other world differs in at least one
-of four parts: the prior of the tasks, the noise, the inputs, and how the pool changes during training. Every distribution has the variance
-of the Gaussian that it replaces, so losses of different worlds can be compared. The distributions are defined in `icl.tasks.laws`, and the
+By default, tasks w, inputs x and noise are Gaussian, and the pool of M tasks never changes. Settings can change four parts: the prior of the
+tasks, the noise, the inputs, and how the pool changes during training. Every distribution has the variance of the Gaussian that it replaces,
+so the losses of runs with different distributions can be compared. The distributions are defined in `icl.tasks.laws`, and the
 pools in `icl.tasks.pools`.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 from icl.config.validation import Bound, is_table_name, parse_num_tasks, require, validate
 
 MAX_POOL_STEPS = 2**40
-"""Largest value of `pool_steps`. It limits the binary tree from which a walk is computed to 46 levels."""
+"""Largest value of `pool_steps`. A walk is computed from a binary tree over the steps, and this limit keeps the tree to 46 levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +34,18 @@ class TaskConfig:
     sets this. By default the tasks are drawn with the seed `seeds.tasks`."""
     prior: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
     """Prior of the tasks, from which the pool is drawn. `gaussian`: N(0, I). `student_t` or `laplace`: heavy-tailed coordinates.
-    `sparse`: each coordinate is zero with probability 1 - `prior_density`. `low_rank`: vectors in a random subspace. `mixture`: a
+    `sparse`: each coordinate is zero with probability 1 - `prior_density`. `low_rank`: vectors in one random subspace. `mixture`: a
     mixture of Gaussians."""
     prior_df: float | None = None
     """Degrees of freedom of the prior `student_t`, above 2."""
     prior_density: float | None = None
-    """Probability p, up to 1, that a coordinate of a `sparse` task is not zero."""
+    """Probability p (at most 1) that a coordinate of a `sparse` task is not zero."""
     prior_rank: int | None = None
     """Dimension of the subspace of `low_rank` tasks, at most D."""
     prior_components: int | None = None
     """Number of Gaussians of the prior `mixture`, at least 2."""
     prior_between: float | None = None
-    """Share of the variance of the prior `mixture` that lies between the means of its Gaussians, from 0 to below 1."""
+    """Fraction of the variance of the prior `mixture` that is due to differences between the means of its Gaussians, at least 0 and below 1."""
     noise: Literal["gaussian", "student_t", "laplace"] = "gaussian"
     """Distribution of the noise. Its variance is `noise_variance`."""
     noise_df: float | None = None
@@ -92,12 +92,15 @@ class TaskConfig:
 
     @property
     def is_usual(self) -> bool:
-        """Whether tasks, noise and inputs are Gaussian and the pool is fixed, so ridge and dMMSE are the Bayes predictors."""
+        """Whether tasks, noise and inputs are Gaussian and the pool is fixed. If so, ridge and dMMSE are the Bayes predictors."""
         return (self.prior, self.noise, self.inputs, self.pool) == ("gaussian", "gaussian", "gaussian", "fixed")
 
     @property
     def world(self) -> str:
-        """The settings that differ from the usual world, such as `prior laplace, pool walk, pool_steps 30`. An empty string if none differ."""
+        """The settings of prior, noise, inputs and pool that differ from the defaults, such as `prior laplace, pool walk, pool_steps 30`.
+
+        The string is empty if none differ.
+        """
         changed = {name: getattr(self, name) for name in WORLD_SETTINGS}
         changed = {name: value for name, value in changed.items() if value != WORLD_SETTINGS[name]}
         return ", ".join(f"{name} {value}" for name, value in changed.items())
@@ -142,7 +145,8 @@ class TaskConfig:
         """Refuse settings that contradict each other."""
         require(
             self.noise == "gaussian" or self.noise_variance > 0,
-            f"`task.noise` is {self.noise}, but `task.noise_variance` is 0, so there is no noise. Set a positive variance, or `gaussian`.",
+            f"`task.noise` is {self.noise}, but `task.noise_variance` is 0, so there is no noise. Set a positive variance, or set "
+            "`task.noise` to gaussian.",
         )
         require(
             not self.has_moving_pool or not self.is_gaussian,
@@ -169,11 +173,11 @@ _PARAMETERS = (
     ("inputs", ("ar1",), "input_correlation"),
     ("pool", ("resampled", "walk"), "pool_steps"),
 )
-"""Parameters of distributions and pools. Each entry has a setting, the choices of this setting that need a parameter, and the parameter."""
+"""Parameters of distributions and pools. Each entry is (setting, choices of this setting that need a parameter, name of the parameter)."""
 
 WORLD_SETTINGS = {
     field.name: field.default
     for field in dataclasses.fields(TaskConfig)
     if field.name.startswith(("prior", "noise_df", "input", "pool")) or field.name == "noise"
 }
-"""Settings that define a world, with their defaults. The defaults define the usual world."""
+"""Settings of prior, noise, inputs and pool, with their defaults. By default, all distributions are Gaussian and the pool is fixed."""

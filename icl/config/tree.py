@@ -1,6 +1,6 @@
 """Settings of a run: a tree of frozen dataclasses, documented and validated.
 
-A run is a pure function of one `RunConfig`. The leaves of the tree are plain values, and the whole tree is saved with the run
+The result of a run depends only on its `RunConfig`. The leaves of the tree are plain values, and the whole tree is saved with the run
 and in every checkpoint. `icl.presets` has the settings of the papers. `icl.resolve` reads settings from files and command lines.
 """
 
@@ -45,7 +45,7 @@ LATER_SETTINGS: dict[str, Any] = {
 }
 """Settings that the first versions did not have: their dotted keys and defaults. With these defaults, `icl` does what the first versions did.
 `to_dict` leaves out every setting of this table that has its default. Saved settings, run names and the hashes of sweeps are computed from
-`to_dict`, so they do not change when a setting is added. To add a setting, it is enough to enter it here."""
+`to_dict`, so they do not change when a setting is added. To add a setting, it is enough to enter it in this table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,9 @@ class RunConfig:
         return self.optim.schedule_steps or self.trainer.max_steps
 
     def members(self) -> list["RunConfig"]:
-        """Return the configuration of each run in the population. Each one is the same as if this run were trained alone.
+        """Return the configuration of each run in the population. Each configuration is that of the same run trained alone.
 
-        Without a population, the result is this configuration alone. If the population has a `run_name`, its runs are in subfolders of
+        Without a population, the list contains only this configuration. If the population has a `run_name`, its runs are in subfolders of
         the folder of that name.
         """
         if not self.population:
@@ -253,7 +253,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return a phrase for each setting that affects training and differs. `run_name` and `preset` are not compared."""
+    """Return a phrase for each setting that affects training and differs between the two configurations. `run_name` and `preset` are not compared."""
     before, after = (flatten(dataclasses.asdict(config)) for config in (old, new))
     return [
         f"`{key}` was {_plain(before[key])!r} and is now {_plain(after[key])!r}"

@@ -35,7 +35,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """Error for a setting or an argument that cannot be used. The message says which one, and why."""
+    """Error for a setting or an argument that cannot be used. The message names the setting or argument, and says why it cannot be used."""
 
     exit_status = 2
 
@@ -234,7 +234,7 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def typed_record(kind: type[Record], tree: Any) -> Record | None:
-    """Build a dataclass of plain values from a table of its fields. Return None if a field is unknown or has the wrong type."""
+    """Build a dataclass of plain values from a dict of its fields. Return None if a field is unknown or has the wrong type."""
     try:
         record = kind(**tree)
     except TypeError:

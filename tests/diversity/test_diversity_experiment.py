@@ -344,7 +344,7 @@ def test_a_lost_terminal_changes_nothing_and_sigterm_saves_for_the_same_command(
         assert process.wait(60) == 128 + signal.SIGTERM
     log = (base / "experiment.log").read_text()
     assert "M = 2: finished at step 120" in log
-    assert "stopped by SIGTERM with 1 of 3 runs done; the same command continues" in log
+    assert "stopped by SIGTERM with 1 of 3 runs done; run the same command again to continue" in log
     assert states(tmp_path) == {"2": "finished", "4": "preempted", "inf": "waiting"}
     assert read_metadata(base)["state"] == "preempted"
     assert main(words) == 0
@@ -394,7 +394,7 @@ def test_icl_runs_says_of_a_killed_experiment_that_nobody_runs_it(finished, tmp_
     with subprocess.Popen(["true"]) as gone:
         pass
     for pid, said in (
-        (gone.pid, "killed; the same command continues"),
+        (gone.pid, "killed; run the same command again to continue"),
         (os.getpid(), f"running (process {os.getpid()}"),
     ):
         file.write_text(json.dumps(read_metadata(file.parent) | {"state": "running", "pid": pid}))

@@ -163,7 +163,7 @@ def test_a_broken_run_among_good_ones_is_named_and_the_others_are_done(runs, tmp
     said = capsys.readouterr().err
     assert len(re.findall(r"^icl: ", said, re.MULTILINE)) == 2
     assert "icl: nowhere: There is nothing at nowhere, nor a run" in said
-    assert re.match(r"4 runs, \d+ checkpoints: about \d+ (s|min) if none is done yet", said)
+    assert re.match(r"4 runs, \d+ checkpoints: about \d+ (s|min) if no checkpoint is done yet", said)
     assert re.search(r"icl: seed=1: .*step-000000010.safetensors is damaged, or is not a checkpoint", said)
     table = pd.read_csv(out, dtype={"position": str})
     assert set(table["run"]) == {paths[0], paths[2]}

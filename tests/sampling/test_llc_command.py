@@ -205,7 +205,7 @@ def test_the_control_adds_rows_of_rescaled_weights(folder, tmp_path, capsys):
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert rows["rescale"].tolist() == [1.0, 2.0]
     assert rows["init_loss"].iloc[0] == pytest.approx(rows["init_loss"].iloc[1], rel=1e-5)
-    assert "the function unchanged" in capsys.readouterr().out
+    assert "the model's function unchanged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_an_interrupted_calibration_says_that_it_continues(folder, monkeypatch, 
 
     monkeypatch.setattr(llc, "_calibrate", interrupted)
     assert main(["llc", str(folder.path), "--calibrate"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "Run the same command again to continue" in capsys.readouterr().err
 
 
 def test_words_may_come_in_any_order():

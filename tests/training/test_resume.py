@@ -107,7 +107,7 @@ def test_sigterm_saves_exits_with_its_number_and_resumes_bit_identically(root, u
         process.send_signal(signal.SIGTERM)
         errors = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGTERM
-    assert "the same command resumes it" in errors
+    assert "run the same command again to resume" in errors
     status = folder.read_status()
     assert status is not None
     assert status.state == "preempted"
