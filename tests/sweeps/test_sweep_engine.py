@@ -185,7 +185,7 @@ def test_an_invalid_point_fails_alone_and_is_told_once(tmp_path, ledger, capsys)
         said = capsys.readouterr().out
         assert said.count("point 2 (task.num_tasks=0): The number of tasks M must be") == said.count("point 2") == 1
         assert "4 points: 2 done, 2 failed." in said
-        assert "The same command" not in said
+        assert "the same command" not in said
     assert ledger.count("started") == ledger.count("ended") == {1: 1, 2: 1}
     assert main(["sweep", file, "--status"]) == 1
     assert "failed    point 4 (task.num_tasks=many): " in capsys.readouterr().out
@@ -495,7 +495,7 @@ def test_a_failure_that_would_repeat_is_not_tried_again_by_the_same_versions(tmp
     assert said.count("failed   quickstart") == 2
     assert "the same settings would fail again" in said
     assert "This run is not tried again; use --retry to try it again." in said
-    assert "The same command" not in said
+    assert "the same command" not in said
     assert not list(local_root().glob("*/attempts"))
     for words, told in ((["--status"], "failed"), (["--dry-run"], "failed"), (["--dry-run", "--retry"], "would run")):
         main(["sweep", file, *words])
