@@ -147,7 +147,7 @@ def hessian_products(
 
 
 def _random_vectors(key: rng.Stream, steps: Tensor, params: Params) -> Iterator[Float[Tensor, "N P"]]:
-    """Yield normal vectors endlessly. Each vector depends only on the seed, the step and its index."""
+    """Yield vectors of standard normal numbers without end. Each vector depends only on the seed, the step and the vector's index."""
     example = next(iter(params.values()))
     size = sum(tensor[0].numel() for tensor in params.values())
     for index in itertools.count():

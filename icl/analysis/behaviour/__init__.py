@@ -15,7 +15,7 @@ over prompts. The prompts and the names of the quantities are the same as in `ic
 - `cosine`, `norm_ratio`: comparison of the model's task vector with the true task (`icl.analysis.behaviour.task_vectors`), on
   the first `num_probe_prompts` prompts of each set.
 - `loss_over_g2`, `size_ratio`: loss and size of predictions when inputs (`input_scale`) or tasks (`task_scale`) are multiplied
-  by g (column `scale`; see `icl.analysis.behaviour.ood_curves`). Both use new tasks. Both are computed only at `num_ood_steps`
+  by g (column `scale`; see `icl.analysis.behaviour.ood_curves`). Both quantities use new tasks. They are computed only at `num_ood_steps`
   saved steps, spread evenly in log(t + 1).
 
 The column `predictor` is `model`, or the name of a baseline that is given for comparison.
@@ -23,7 +23,8 @@ The column `predictor` is `model`, or the name of a baseline that is given for c
 Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). These rows have a verdict with reasons. If the value
 is a step, `lower` and `upper` are the saved steps between which it lies.
 
-- `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which this prior-task score is lowest on `pretrain`.
+- `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which the score `prior_zero` or `prior_task_mean` is lowest on
+  `pretrain`.
 - `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` says which of ridge and dMMSE
   is closer to the model after this step.
 - `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The critical step (t_crit in the paper) is the

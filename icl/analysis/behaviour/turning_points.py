@@ -8,10 +8,10 @@ average is far below the standard error of either mean. The functions therefore 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
   `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. A minimum at the
   first or last saved step is `suspect`, because the curve may have no turning point.
-- Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero
-  by more than `SIGN_ERRORS` standard errors. Between these two steps we interpolate linearly in log(t + 1). The standard
-  error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear step between it and
-  a neighbouring crossing or an end of the run.
+- Crossing: a saved step is clear if its mean differs from zero by more than `SIGN_ERRORS` standard errors. There is a crossing between two
+  clear steps if their means have opposite signs and no other clear step lies between them. Between these two steps we interpolate linearly
+  in log(t + 1). The standard error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear
+  step between it and a neighbouring crossing or an end of the run.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts of new
   tasks is lowest. The run is transient if the loss at the last saved step exceeds this minimum by more than `RISE_ERRORS` standard errors.
   If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
@@ -102,7 +102,7 @@ def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Turnin
 
 
 def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list[Crossing]:
-    """Find the crossings of zero with a mean significantly different from zero on both sides, in order of steps."""
+    """Find the crossings of zero, in order of steps. On both sides of a crossing, the mean is significantly different from zero."""
     steps, samples, _ = _finite(steps, samples)
     sides = _sides(samples)
     clear = sides.nonzero()[:, 0].tolist()

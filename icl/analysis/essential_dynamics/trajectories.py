@@ -60,7 +60,7 @@ from icl.tasks.prompts import Distribution, Prompts, noise_law, sample_prompts, 
 VERSION = 2
 STREAM = "essential-dynamics"
 BLOCK_BYTES = 2**27
-"""Largest size in bytes of a block of features, for all rows, in float64. One block is in memory at a time."""
+"""Largest size in bytes of one block, which contains a few features of all rows in float64. One block is in memory at a time."""
 
 _GRADIENT_PROMPTS = 32
 """Largest number of prompts in one backward pass. The error of the mean gradient is estimated from the scatter between passes."""

@@ -27,7 +27,7 @@ RELEASED: Mapping[tuple[str, str, str], tuple[float, ...]] = {
 """Released numbers at `STEPS`. Each key gives the values of the columns `quantity`, `part` (such as the head 0.1) and `position` in the table of
 `--what behaviour`."""
 LLCS = (123.6, 149.9, 172.4, 170.9, 179.5, 181.3)
-"""Released LLCs at `STEPS`, except that the last one is from step 49,900. They contain the bug that
+"""Released LLCs at `STEPS`, except that the last one is from step 49,900. They are affected by the bug that
 `icl.sampling.published.llc_with_initial_loss_bug` reproduces."""
 LLC_COLUMN = "llc_with_initial_loss_bug"
 _HEADER = ("step", "test loss", "bigram score", "ICL score", "previous 0.1", "prefix 1.7", "LLC, with bug")

@@ -26,8 +26,8 @@ Rows of a whole run (`icl.analysis.mixture.findings`):
 
 Rows of all runs together, `run` = `all`:
 
-- `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders of
-  several seeds, there is one exponent and one row for each seed, and the row `all` contains the mean and its standard error over seeds.
+- `growth_exponent`: the exponent `a` in t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders
+  of several seeds, there is one exponent and one row for each seed, and the row `all` contains the mean and its standard error over seeds.
   `num_seeds` is the number of seeds. With at least three seeds, `lower` and `upper` are the 95 % interval.
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: parameters and R^2 of the theory curve of Wurgaft et al. 2025
   (`icl.analysis.mixture.theory`). `curve_weight` is the value of the curve at each saved step. At the steps to which the curve is
@@ -154,7 +154,7 @@ def measure_members(members: Members, *, settings: StepSettings) -> list[Measure
 
 @lru_cache(maxsize=1)
 def references(config: RunConfig, num_prompts: int) -> list[Reference]:
-    """Return the prompts of both sets with dMMSE, ridge and Bayes factors in float64, on the CPU.
+    """Return the prompts of both sets, with the predictions of dMMSE and ridge and the Bayes factors, in float64 on the CPU.
 
     Raises:
         NotApplicableError: If the run has M = inf, no noise, or a pool that changes.
@@ -226,7 +226,7 @@ def fit_rows(reference: Reference, predictions: Float[Tensor, "B K"]) -> Iterato
 
 
 def _at(fit: Fit, column: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the residual share, the standard error of the parameter, and `Fit.excess`, for one column."""
+    """Return the arguments of the verdict for one column of a fit: residual share, standard error of the parameter, `Fit.excess`."""
     return fit.share.value[column], fit.parameter.stderr[column], fit.excess[column]
 
 
@@ -247,7 +247,7 @@ def _reference_rows(config: RunConfig, num_prompts: int) -> list[Row]:
 
 
 def _runs(path: Path, others: str | None) -> dict[str, Path]:
-    """Return the runs by name, after checking that mixtures apply to all of them and that they can share one theory curve."""
+    """Return the runs, keyed by name. Check first that mixtures apply to all of them and that they can share one theory curve."""
     runs = named_runs(path, others)
     configs = [read_config_of(checkpoint_files(folder)[0]) for folder in runs.values()]
     for config in configs:

@@ -10,7 +10,7 @@ divided by 2 sigma^2. K is a complexity in bits. The exponent alpha makes the ev
 makes the penalty grow less than linearly with K. The factor gamma scales the evidence. We took the formula from the authors' code
 (DanielWurgaft/rational-icl, `HierarchicalBayesianModel`), which fits the three numbers to the predictions of many models and steps.
 
-Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest size. We count
+Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest compressed size. We count
 `CODE_BITS` for the program of each predictor and 32 bits for each number of the table, because random numbers do not compress. The
 authors use a median of means of the loss; we use the mean. They fit prompts of training tasks, or both sets together. We fit each set
 separately, and leave out steps that no mixture explains. Our fit has the same objective: up to a constant, the mean squared difference of
@@ -50,10 +50,10 @@ class CurvePoints(NamedTuple):
     separation: Float[np.ndarray, " P"]
     """Mean squared difference between dMMSE and ridge."""
     runs: np.ndarray
-    """Number of the run to which each point belongs."""
+    """Index of the run to which each point belongs."""
 
     def without(self, run: float) -> "CurvePoints":
-        """Return the points of all other runs."""
+        """Return the points of all runs except this one."""
         return CurvePoints(*(column[self.runs != run] for column in self))
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from icl.metrics import Estimate
 
 MAX_Z = 2.0
-"""A number within this many standard errors of zero counts as zero within its error."""
+"""A number within this many standard errors of zero counts as zero."""
 MIN_SEPARATION_Z = 4.0
 """The samples distinguish two candidates if the distance between the candidates is more than this many standard errors."""
 SUSPECT_SHARE = 0.1

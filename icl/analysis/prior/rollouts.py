@@ -48,7 +48,7 @@ class Draws(NamedTuple):
     uniforms: Float[Tensor, "B K"]
     normals: Float[Tensor, "B K"]
     noise: Float[Tensor, "B K"]
-    """Noise of the candidates' targets, divided by its standard deviation. It is `normals` if the run's noise is Gaussian."""
+    """Noise of the candidates' targets, divided by its standard deviation. It equals the field `normals` if the run's noise is Gaussian."""
 
 
 def make_draws(
