@@ -98,7 +98,7 @@ def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 
 
 def _draw_references(axes: Axes, table: pd.DataFrame, plane: list[str], *, named: bool) -> None:
-    """Draw the projections of ridge and dMMSE. The legend gives the share of their squared distance from the mean within the PCs."""
+    """Draw the projections of ridge and dMMSE. The legend gives the share of each squared distance to the mean that the PCs contain."""
     captured = select(table, quantity="reference_captured").set_index("run")["value"]
     for number, (name, rows) in enumerate(select(table, quantity="reference_score").groupby("run", sort=False)):
         point = rows.set_index("item")["value"]

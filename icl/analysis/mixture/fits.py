@@ -108,7 +108,9 @@ def fit_bayes(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
     ends = torch.minimum(parts, heights[[0, -1]])
     close = torch.minimum(heights.amin(0), ends.amin(0)) + _TIE * _columns(pair.difference.square()).mean(0)
     at_low, at_high = ends <= close
-    excess = torch.where(at_low, -math.inf, 0.0) + torch.where(at_high, math.inf, 0.0)  # NaN if both limits fit equally well
+    excess = torch.where(at_low, -math.inf, 0.0) + torch.where(
+        at_high, math.inf, 0.0
+    )  # NaN if both limits fit equally well
     bound = torch.where(excess == 0, (low + high) / 2, MAX_LOG_ODDS * excess.sign())
     is_part = torch.where(at_low, parts[0] <= heights[0], parts[1] <= heights[-1]) & excess.isinf()
     log_odds = torch.where(is_part, excess.double(), bound)

@@ -1,9 +1,10 @@
 """Agreement between signals: which candidates form one boundary, its time, and its verdict.
 
 Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Two candidates are close
-if their distance is at most `tolerance`. Up to twice `tolerance`, they are also close if they agree within two standard errors. The time of
-the boundary is the mean of the candidates' times, weighted by inverse variance. Each group of dependent signals contributes one candidate
-to this mean. If the times scatter more than their errors allow, the error of the mean is multiplied by the Birge ratio (Birge 1932).
+if their distance is at most `tolerance`. A distance of up to twice `tolerance` also counts as close if it is at most two standard errors.
+The time of the boundary is the mean of the candidates' times, weighted by inverse variance. Each group of dependent signals contributes one
+candidate to this mean. If the times scatter more than their errors allow, the error of the mean is multiplied by the Birge ratio (Birge
+1932).
 
 We say that a signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
 into account. Loss and ICL score are one group of dependent signals. An LLC that mirrors the loss near the boundary
