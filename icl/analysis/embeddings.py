@@ -8,13 +8,12 @@ for `mixture`. The last position of W_P is never trained. Rows of the table, by 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
   largest first in `component`. These shares show embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
   `effective_rank` is (sum s^2)^2 / sum s^4.
-- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two
-  subspaces. The subspace of a matrix is spanned by its leading left singular directions that together have a share
-  `spectrum_kept` of sum s^2. The subspace `readout` is the direction of the effective unembedding (below).
-  `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the mean overlap of two random subspaces with
-  the same dimensions. It is d / C, where d is the larger dimension. In the published figure, vectors were instead
-  multiplied by the full C x C factor U of a singular value decomposition. U is a rotation and changes no norm, so that
-  figure says nothing about a subspace.
+- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two subspaces. The subspace of a
+  matrix is spanned by its leading left singular directions that together have a share `spectrum_kept` of sum s^2. The subspace `readout` is
+  the direction of the effective unembedding (below). `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the
+  mean overlap of two random subspaces with the same dimensions. It is d / C, where d is the larger dimension. In the published figure,
+  vectors were instead multiplied by the full C x C factor U of a singular value decomposition. U is a rotation and changes no norm. The
+  published figure therefore says nothing about a subspace.
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.

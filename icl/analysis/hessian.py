@@ -8,7 +8,7 @@ these products. Each saved step has its own random start vector and probes, so t
 between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
-squared error on 1,024 prompts. For L2H4 with `model.double_residual` their trace is about 150 at the start and 2,800 at
+squared error on 1,024 prompts. For L2H4 with `model.double_residual`, the released trace is about 150 at the start and 2,800 at
 step 20,000.
 
 Rows of the table, by `quantity`:

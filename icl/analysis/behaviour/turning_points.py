@@ -2,7 +2,7 @@
 
 A curve is a mean over prompts at every saved step. All S steps use the same B prompts. To compare two steps, we take for each
 prompt the difference between its numbers at the two steps, and average this difference over prompts. The standard error of this
-average is far below the standard error of either mean. The functions therefore take the numbers of single prompts (S, B).
+average is far below the standard error of either mean. The functions therefore take an array (S, B) with the numbers of single prompts.
 `lower` and `upper` are the saved steps between which a turning point lies.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
@@ -17,13 +17,13 @@ average is far below the standard error of either mean. The functions therefore 
   If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
   standard error of the rise has two parts. The first part comes from the prompts. The second part is the scatter of the
   loss about a smooth curve at both ends of the rise, because training fluctuates. The scatter is correlated between saved
-  steps (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of losses is low partly
+  steps (`icl.analysis.scatter`). We require a rise of many standard errors, because the lowest of hundreds of losses is low partly
   by chance. `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations of
   the scatter. A rise that has disappeared by the end of the run does not count.
-- A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
-  loss) at t_crit. If the dip is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is smaller but significant, the
-  finding is `partial dip`; otherwise the finding is `rise without a dip`. In the paper (D = 8), ridge is transient for M = 16 to 128,
-  and the dip is partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
+- A rise is a transience of ridge only if the model came close to ridge. The dip is (zero loss - loss) / (zero loss - ridge loss) at t_crit,
+  where the zero loss is the loss of predicting 0. If the dip is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is
+  smaller but significant, the finding is `partial dip`; otherwise the finding is `rise without a dip`. In the paper (D = 8), ridge is
+  transient for M = 16 to 128, and the dip is partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
 
 Saved steps with a value that is not finite are left out.
 """

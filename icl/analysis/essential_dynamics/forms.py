@@ -3,7 +3,7 @@
 A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane spanned by two
 components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its centre at this projection.
 We report a form if every plane spanned by two of the first three components has a cusp or a vertex, and the times of these three points lie
-within one kernel width of each other. Each coordinate of f has two values, one from each plane that contains this component. `mismatch` is
+within one kernel width of each other. Each component is in two of the three planes, so each coordinate of f has two values. `mismatch` is
 the largest difference between two such values, divided by the mean radius of the circles. The divisor is at least a twentieth of the
 trajectory's extent.
 

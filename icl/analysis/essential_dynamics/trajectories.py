@@ -16,10 +16,10 @@ A state is one of the following arrays, flattened:
 - `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
   are saved only by runs with `checkpoints.moments`, and cannot be computed from the weights later.
 
-Rows are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is multiplied,
-so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory, only a
-few copies of the inner products. For 10,000 checkpoints of 163,840 features, the matrix would need 6.6 GB, and each copy of the
-inner products needs 0.8 GB.
+The rows of this matrix are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is
+multiplied, so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory, only
+a few copies of the inner products. For 10,000 checkpoints of 163,840 features, the matrix would need 6.6 GB, and each copy of the inner
+products needs 0.8 GB.
 """
 
 from collections.abc import Iterator, Sequence

@@ -7,7 +7,8 @@ the prior or the noise is not Gaussian, the Bayes predictor for new tasks (`icl.
 predictor is only estimated, residuals are too large by at most `predictor_variance`, the mean squared standard error of its predictions.
 The prompts of training tasks (`pretrain`) and of new tasks (`true`) are the same as in `icl evaluate`.
 
-Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, or `mean` for one mixture for all positions):
+Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, or `mean` for a single mixture that is fitted to all
+positions):
 
 - `weight` (of `fixed`): the weight p of dMMSE. `log_odds` (of `bayes`): the prior log odds of dMMSE against ridge. At a limit of the
   search, the log odds are only a bound and have no standard error.
@@ -16,8 +17,8 @@ Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, 
   above 1, the row is `invalid`: the model is then further from every mixture than dMMSE and ridge are from each other.
 - `loss_advantage`: how much smaller the squared error of dMMSE is than the squared error of ridge on `pretrain`. The difference is
   divided by 2 sigma^2, which gives nats per target for Gaussian noise.
-- `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: see above; there is no such row if the prior
-  and the noise are Gaussian.
+- `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: the mean squared standard error of the estimated
+  Bayes predictor; there is no such row if the prior and the noise are Gaussian.
 
 Rows of a whole run (`icl.analysis.mixture.findings`):
 

@@ -147,8 +147,10 @@ def _residuals(pair: Pair, offset: Float[Tensor, "B K"], weights: Float[Tensor, 
 
 
 def _residual(pair: Pair, offset: Float[Tensor, "B K"], weights: Tensor) -> tuple[Estimate, Estimate]:
-    """Return the mean squared residual, and its ratio to the mean of d^2. Weights have the shape (B, C) for `fixed`, and (B, 2, K) for
-    `bayes`."""
+    """Return the mean squared residual, and its ratio to the mean of d^2.
+
+    Weights have the shape (B, C) for `fixed`, and (B, 2, K) for `bayes` (see `_weights`).
+    """
     if weights.ndim == 2:
         weights = torch.stack((weights[:, :-1], weights[:, -1:].expand(-1, weights.shape[1] - 1)), dim=1)
     squares = _residuals(pair, offset, weights)

@@ -128,8 +128,10 @@ def _measure(config: RunConfig, params: Params, known: Reference, settings: Sett
 
 @lru_cache(maxsize=1)
 def reference(config: RunConfig, settings: Settings, pool_step: int | None = None) -> Reference:
-    """Return the task estimates from prompts of all candidates, and the draws for the model's rollouts. They are the same at all saved
-    steps unless the pool changes."""
+    """Return the task estimates from prompts of all candidates, and the draws for the model's rollouts.
+
+    Both are the same at all saved steps unless the pool changes.
+    """
     samples: dict[Candidate, Sample] = {}
     draw = partial(make_draws, config, count=settings.num_samples, distribution=settings.context, pool_step=pool_step)
     for name in candidates(config):

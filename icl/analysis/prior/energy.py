@@ -9,7 +9,7 @@ of different samples. This estimate has no bias, so it can be negative.
 
 For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The jackknife variance
 of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2 (Efron and Stein 1981),
-because the estimate then depends on pairs only. In this case, 2 of our standard errors are about 2.8 true standard errors.
+because the estimate then depends only on pairs of points. In this case, 2 of our standard errors are about 2.8 true standard errors.
 """
 
 from dataclasses import dataclass
