@@ -37,8 +37,8 @@ MAX_PARAMETERS_AT_ONCE = 2_000_000
 
 
 _TEST_ROWS_VERSION = 2
-"""Version of the test rows of language runs. Entries for older versions are measured again. Since version 2, reports and the evaluation
-during training use different rows."""
+"""Version of the test rows of language runs. Cached entries for older versions are measured again. Since version 2, reports and the
+evaluation during training use different rows."""
 
 Value = TypeVar("Value")
 

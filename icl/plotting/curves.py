@@ -141,7 +141,7 @@ def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> Non
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Move sorted heights in [0, 1] apart, so that neighbours differ by at least the height of a name.
+    """Move sorted heights in [0, 1] apart, so that neighbours differ by at least `_LABEL_HEIGHT`.
 
     One pass goes upwards, and a second pass goes downwards.
     """

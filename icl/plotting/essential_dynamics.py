@@ -125,7 +125,7 @@ def _draw_evolute(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 
 
 def _draw_shapes(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
-    """Mark the cusps and vertices of the path, and the forms of the analysis."""
+    """Mark the cusps and vertices of the path, and the forms that the analysis found."""
     for kind, marker, size, source in _SHAPES:
         shapes = table[(table["quantity"] == kind) & table["item"].isin(["-".join(plane), "all"])]
         is_ok = shapes["verdict"] == "ok"

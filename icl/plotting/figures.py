@@ -53,7 +53,7 @@ def plot_loss_and_llc(
         evaluation: Rows of `evaluation.csv` for the seeds of one model.
         baselines: Rows of `baselines.csv` for the same runs.
         llc: Rows of `llc.csv` for one of the runs.
-        published: The table `published.csv`. Its losses and LLCs are drawn for comparison.
+        published: The table `published.csv`. The losses and LLCs in this table are drawn for comparison.
         title: Title of the figure.
         stages: Step at which each stage ends.
     """

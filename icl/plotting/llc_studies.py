@@ -103,7 +103,7 @@ def plot_over_stages(
     Args:
         llc: Rows of `llc.csv` for one run. Bars show the 95 % interval if the row contains one, else two standard errors.
         norms: Rows of `checkpoints.csv` for the same run.
-        published: The table `published.csv`. Its LLCs are drawn in the panel of the published sampler.
+        published: The table `published.csv`. The LLCs in this table are drawn in the panel of the published sampler.
         title: Title of the figure.
         stages: Step at which each stage ends. The keys are the names of the stages.
     """

@@ -248,7 +248,7 @@ def _environment_section(facts: RunFacts, prefix: str) -> Section:
     shown = starts[-_MAX_STARTS:]
     text = f"The last {_MAX_STARTS} of the run's {len(starts)} starts are shown." if len(starts) > _MAX_STARTS else ""
     if not starts:
-        text = "run.log does not contain the versions, the machine and the command of the training."
+        text = "run.log does not contain the versions, the machine or the command of the training."
     keys = dict.fromkeys(key for _, environment in starts for key in environment)
     rows = [[key, *(environment.get(key, MISSING) for _, environment in shown)] for key in keys]
     header = ["", *(f"started {when}" for when, _ in shown)]

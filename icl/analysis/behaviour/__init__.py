@@ -61,8 +61,8 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
-`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
+(`icl.evaluation.sets.REPORT`); version 1 used other prompts."""
 SETS = ("pretrain", "true")
 REFERENCES = ("ridge", "dmmse", "zero")
 """Baselines that are measured on the same prompts, for comparison."""

@@ -89,7 +89,7 @@ def curve(predictions: Float[Tensor, "*N P K"], targets: Float[Tensor, "P K"], f
 
 
 def curve_rows(predict: Predict, params: Params, prompts: Prompts, factors: Sequence[float]) -> list[list[Row]]:
-    """Return one list of rows for every checkpoint. Each list covers both families."""
+    """Return one list of rows for every checkpoint. Each list covers the families `input_scale` and `task_scale`."""
     curves = {}
     for family in FAMILIES:
         scaled = scaled_prompts(prompts, family, factors)

@@ -83,7 +83,7 @@ class Transience(NamedTuple):
 
 
 def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> TurningPoint:
-    """Find the step with the lowest mean, and the saved steps around it that are significantly higher."""
+    """Find the step with the lowest mean, and the two saved steps that enclose all steps that are not significantly higher."""
     steps, samples, reasons = _finite(steps, samples)
     if not len(steps):
         return TurningPoint(math.nan, math.nan, math.nan, math.nan, "invalid", tuple(reasons))
@@ -172,7 +172,7 @@ def transience(
 
 
 def _tail_scatter(steps: Int64[Tensor, " S"], values: Float[Tensor, " S"], best: int) -> Scatter:
-    """Return the scatter about a smooth curve after the minimum, from at least the last `_ENOUGH_STEPS` saved steps."""
+    """Return the scatter of the curve after its minimum. If fewer than `_ENOUGH_STEPS` steps follow, use the last `_ENOUGH_STEPS` steps."""
     begin = max(0, min(best, len(values) - _ENOUGH_STEPS))
     return estimate_scatter(steps[begin:].double().log1p().numpy(), values[begin:].double().numpy())
 

@@ -259,7 +259,7 @@ def _flat_token_outputs(model: ModelConfig, params: Params, xs: Tensor, ys: Tens
 
 
 def _num_batches(num_prompts: int) -> int:
-    """Return the smallest number of equal batches with at most `_GRADIENT_PROMPTS` prompts each; at least eight if possible."""
+    """Return the smallest number of equal batches with at most `_GRADIENT_PROMPTS` prompts each; at least eight batches if possible."""
     counts = range(min(8, num_prompts), num_prompts + 1)
     return next(n for n in counts if num_prompts % n == 0 and num_prompts // n <= _GRADIENT_PROMPTS)
 

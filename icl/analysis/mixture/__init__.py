@@ -68,8 +68,8 @@ from icl.runs.measure import Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
-`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
+(`icl.evaluation.sets.REPORT`); version 1 used other prompts."""
 SETS = ("pretrain", "true")
 
 Row = dict[str, Any]

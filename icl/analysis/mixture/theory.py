@@ -58,7 +58,7 @@ class CurvePoints(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A fitted curve with its verdict."""
+    """A fitted theory curve with its verdict."""
 
     values: tuple[float, float, float]
     """alpha, beta and gamma."""

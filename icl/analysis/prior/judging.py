@@ -44,7 +44,7 @@ def judge_preference(
     """Judge which of two candidates is nearer to the model, and whether it explains the model.
 
     Args:
-        preference: The distance to the second candidate minus the distance to the first.
+        preference: The model's distance to the second candidate minus its distance to the first.
         nearest: The smaller of these two distances.
         separation: The distance between the candidates.
         names: Names of both candidates.

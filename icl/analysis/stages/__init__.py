@@ -129,7 +129,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def smooth_signal(signal: Signal, settings: Settings) -> SmoothedSignal:
-    """Smooth a signal. Only for the LLC, the smoothing uses the standard errors of the points.
+    """Smooth a signal. The smoothing uses the standard errors of the points only for the LLC.
 
     Other signals are measured on the same prompts at every step, so their errors mostly shift the whole curve.
     """

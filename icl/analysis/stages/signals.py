@@ -42,8 +42,8 @@ MIN_POINTS = 8
 MIRROR = 0.2
 """An LLC mirrors the loss if the standard deviation of E[L] over steps is below this share of the standard deviation of L(w0)."""
 VERSION = 2
-"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
-`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
+(`icl.evaluation.sets.REPORT`); version 1 used other prompts."""
 VERDICTS = ("ok", "suspect", "invalid")
 _HEADS = ("previous_token", "prefix_matching")
 """Quantities that are measured for every head."""
@@ -57,7 +57,7 @@ _RISE = 3.0
 _GROUPS = {"icl_score": "loss", "bigram_score": "loss", **dict.fromkeys(_HEADS, "attention")}
 _TABLES = ("language-behaviour.csv", "behaviour.csv", "evaluation.csv")
 _MEASURED_SETS = ("pretrain", "test")
-"""Sets on which signals are measured, in regression runs and in language runs."""
+"""Sets on which signals are measured: `pretrain` in regression runs, `test` in language runs."""
 _POINT = ["step", "checkpoint_hash", "value", "stderr"]
 
 Verdict = Literal["ok", "suspect", "invalid"]
