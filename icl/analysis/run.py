@@ -234,7 +234,7 @@ def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Map
     Args:
         entries: Entries from `over_checkpoints`.
         settings: Settings of the analysis.
-        whole_run: Additional rows. They describe the whole run, or contain their own `step` and `checkpoint_hash`.
+        whole_run: Additional rows. These rows describe the whole run, or contain their own `step` and `checkpoint_hash`.
 
     Raises:
         ValueError: If a setting and a column have the same name.

@@ -97,7 +97,7 @@ def number_cell(text: str, badge: str = "") -> Cell:
 
 
 def show(value: Any, *, digits: int = 4, pad: bool = False) -> str:
-    """Return a value as text, rounded to significant digits, with separators of thousands, and a dash for a missing value.
+    """Return a value as a string, rounded to significant digits, with separators of thousands, and a dash for a missing value.
 
     Args:
         value: Any value. A long string is cut.
@@ -128,7 +128,7 @@ def _show_float(value: float, digits: int, pad: bool) -> str:
 
 
 def with_error(value: Any, stderr: Any) -> str:
-    """Return a value and its standard error as text, rounded to the second significant digit of the error."""
+    """Return a value and its standard error as a string, rounded to the second significant digit of the error."""
     try:
         value, stderr = float(value), float(stderr)
     except (TypeError, ValueError):

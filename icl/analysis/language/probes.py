@@ -1,4 +1,4 @@
-"""Rows of tokens for measuring behaviours, as pure functions of a seed, and the common n-grams of a text.
+"""Make rows of tokens for measuring behaviours (pure functions of a seed), and find the common n-grams of a text.
 
 Rows of random tokens begin with BOS. The other tokens are drawn uniformly from the vocabulary without BOS. So the meaning of tokens cannot
 explain where a head attends (Hoogland et al. 2024).

@@ -34,7 +34,7 @@ _HEADER = ("step", "test loss", "bigram score", "ICL score", "previous 0.1", "pr
 
 
 def beside_released(entries: Sequence[Entry], llcs: pd.DataFrame) -> list[str]:
-    """Return a table as lines of text: for each released step, a line with the released numbers and a line with the run's numbers.
+    """Return the printed lines of a table: for each released step, a line with the released numbers and a line with the run's numbers.
 
     Args:
         entries: The behaviours of a run.

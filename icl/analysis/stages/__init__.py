@@ -257,7 +257,7 @@ def _boundary_lines(boundaries: Sequence[RunBoundary]) -> list[str]:
 
 
 def _error_text(error: float) -> str:
-    """Return an error in steps as printed text, with at least one significant digit."""
+    """Return an error in steps as a string for printing, with at least one significant digit."""
     return f"{error:,.0f}" if error >= 1 else f"{error:.1g}"
 
 

@@ -168,5 +168,5 @@ def _reject_overlapping(boundaries: Sequence[RunBoundary]) -> list[RunBoundary]:
 
 
 def step_text(time: float) -> str:
-    """Return the step that belongs to a log time, as printed text."""
+    """Return the step that belongs to a log time, as a string for printing."""
     return f"{math.expm1(time):,.0f}"
