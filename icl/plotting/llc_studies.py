@@ -47,7 +47,11 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC against the checkpoint's loss, the sampled loss, and its rise towards the loss of predicting zero."""
+    """Plot in three panels what the LLC estimates of two samplers measure.
+
+    The panels show the LLC against the checkpoint's loss, the sampled loss against the step, and the rise of the sampled loss towards the
+    loss of predicting zero.
+    """
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
         rows = rows_of_sampler(llc, is_published)

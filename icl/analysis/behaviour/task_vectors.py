@@ -2,7 +2,7 @@
 
 To measure the weights at position p, we append the query x_p = c e_i to the prompt's first p - 1 examples. Here e_i is a unit vector, and c
 is the mean norm of the inputs (as in the code of Hoogland et al. 2024). Weight i is the prediction for this query, divided by c. The
-predictions of ridge and dMMSE are linear in the query, so they are exactly the product of these weights and the query, for any c. A
+predictions of ridge and dMMSE are linear in the query, so they are exactly the inner product of these weights and the query, for any c. A
 transformer need not be linear. Its weights describe how it responds to queries of norm c. We compare the weights with the task t that
 generated the prompt:
 

@@ -73,7 +73,7 @@ def _shown(row: Mapping[str, Any] | None) -> str:
 
 
 def _llc(llcs: pd.DataFrame, step: int) -> str:
-    """Return the LLC of the mode `published` at a step as text, or "-" if there is none."""
+    """Return the LLC of the mode `published` at a step as a string, or "-" if there is none."""
     if LLC_COLUMN not in llcs:
         return "-"
     values = llcs.loc[llcs["step"] == step, LLC_COLUMN].dropna()

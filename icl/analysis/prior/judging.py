@@ -41,7 +41,7 @@ def judge_separation(separation: Estimate) -> Judgement:
 def judge_preference(
     preference: Estimate, nearest: Estimate, separation: Estimate, *, names: tuple[str, str]
 ) -> Judgement:
-    """Judge which of two candidates is nearer to the model, and whether it explains the model.
+    """Judge which of two candidates is nearer to the model, and whether the nearer candidate explains the model.
 
     Args:
         preference: The model's distance to the second candidate minus its distance to the first.
