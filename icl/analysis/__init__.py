@@ -89,7 +89,7 @@ ANALYSES: dict[str, About] = {
 
 
 def analyses_of(family: str) -> list[str]:
-    """Return the names of the analyses of runs of one family."""
+    """Return the names of the analyses that are available for runs of one family."""
     return [name for name, about in ANALYSES.items() if about.of == "run" and family in about.families]
 
 

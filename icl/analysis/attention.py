@@ -1,8 +1,8 @@
 """Attention of every head at every saved step: mean patterns on fixed prompts, and scores of the patterns.
 
-A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered from k = 0 to T - 1. Query token k attends to the tokens j <= k with
-weights p_kj, which sum to 1. We compute the following scores of a query k, as in the figures on attention of Hoogland et
-al. 2024. Each score is averaged over prompts, and has the standard error of this average.
+A prompt has T = 2K - 1 tokens x1, y1, ..., xK, numbered from k = 0 to T - 1. Query token k attends to the tokens j <= k with weights p_kj,
+which sum to 1. We compute the following scores of a query k, as in the attention figures of Hoogland et al. 2024. Each score is averaged
+over prompts, and has the standard error of this average.
 
 - `entropy`: -sum_j p_kj log p_kj / log(k + 1). It is 1 for uniform attention and 0 for attention to a single token.
 - `variability`: half of sum_j |p_kj - m_kj|, where m is the mean pattern over prompts (a total variation distance). It is 0 if
@@ -13,11 +13,11 @@ al. 2024. Each score is averaged over prompts, and has the standard error of thi
 
 The published code has errors that we do not repeat:
 
-- Its `hardness` counted the masked tokens j > k as well, but divided by k + 1.
-- For the distance to the attended token, it used sum_j p_kj j / (k + 1). This is a mean position, not a distance.
-- Its averages over the x- and y-tokens of a whole block took every second head instead of every second token.
-- In one place it divided an entropy in bits by a natural logarithm.
-- It averaged over k = 0 too. Token 0 can attend only to itself, so its entropy was 0 / 0 and its score `previous` was
+- `hardness` counted the masked tokens j > k as well, but divided by k + 1.
+- The distance to the attended token was sum_j p_kj j / (k + 1). This is a mean position, not a distance.
+- The averages over the x- and y-tokens of a whole block took every second head instead of every second token.
+- In one place, an entropy in bits was divided by a natural logarithm.
+- The averages included k = 0. Token 0 can attend only to itself, so the entropy was 0 / 0 and the score `previous` was
   0. We leave k = 0 out of every average.
 
 Every score is averaged over each of three sets of queries: `all` tokens, the x-tokens (`x`) and the y-tokens (`y`). For example, a
@@ -185,7 +185,7 @@ def _row(quantity: str, head: str, queries: str, value: float, stderr: float) ->
 
 
 def _summary(entries: list[Entry], uniform: list[Row]) -> list[str]:
-    """Name the head with the highest value of each score at the last step."""
+    """Return lines that name the head with the highest value of each score at the last step."""
     lines = [
         f"Head with the highest value of each score at step {entries[-1].step:,}, the last of {len(entries)} saved steps:"
     ]

@@ -8,19 +8,18 @@ for `mixture`. The last position of W_P is never trained. Rows of the table, by 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
   largest first in `component`. These shares show embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
   `effective_rank` is (sum s^2)^2 / sum s^4.
-- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two
-  subspaces. The subspace of a matrix is spanned by its leading left singular directions that together have a share
-  `spectrum_kept` of sum s^2. The subspace `readout` is the direction of the effective unembedding (below).
-  `cosine` is the cosine of each angle, largest first. `overlap_chance` is the mean overlap of two random subspaces with
-  the same dimensions. It is d / C, where d is the larger dimension. In the published figure, vectors were instead
-  multiplied by the full C x C factor U of a singular value decomposition. U is a rotation and changes no norm, so that
-  figure says nothing about a subspace.
+- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two subspaces. The subspace of a
+  matrix is spanned by its leading left singular directions that together have a share `spectrum_kept` of sum s^2. The subspace `readout` is
+  the direction of the effective unembedding (below). `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the
+  mean overlap of two random subspaces with the same dimensions. It is d / C, where d is the larger dimension. In the published figure,
+  vectors were instead multiplied by the full C x C factor U of a singular value decomposition. U is a rotation and changes no norm. The
+  published figure therefore says nothing about a subspace.
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.
 - Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. For these
   weights, the table contains the same statistics as for a layer norm. `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres
-  its input, so adding a constant to all weights changes nothing. Like the published figures, we do not subtract a constant.
+  its input, so adding a constant to all weights changes nothing. As in the published figures, we do not remove this constant.
 - `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
 """
 
@@ -87,7 +86,10 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
 
 
 def effective_unembedding(params: Params) -> Readout:
-    """Return W_U[0] * gamma_f and W_U[0] . beta_f + b_U[0]. A model without final norm or bias lacks those terms."""
+    """Return W_U[0] * gamma_f and W_U[0] . beta_f + b_U[0].
+
+    Without a final norm, gamma_f is 1 and beta_f is 0. Without a bias, b_U is 0.
+    """
     row = params["unembedding.weight"][0]
     weight = row * params.get("final_norm.weight", torch.ones_like(row))
     bias = row @ params.get("final_norm.bias", torch.zeros_like(row))

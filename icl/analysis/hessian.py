@@ -8,7 +8,7 @@ these products. Each saved step has its own random start vector and probes, so t
 between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
-squared error on 1,024 prompts. For L2H4 with `model.double_residual` their trace is about 150 at the start and 2,800 at
+squared error on 1,024 prompts. For L2H4 with `model.double_residual`, the released trace is about 150 at the start and 2,800 at
 step 20,000.
 
 Rows of the table, by `quantity`:
@@ -147,7 +147,7 @@ def hessian_products(
 
 
 def _random_vectors(key: rng.Stream, steps: Tensor, params: Params) -> Iterator[Float[Tensor, "N P"]]:
-    """Yield normal vectors endlessly. Each vector depends only on the seed, the step and its index."""
+    """Yield vectors of standard normal numbers without end. Each vector depends only on the seed, the step and the vector's index."""
     example = next(iter(params.values()))
     size = sum(tensor[0].numel() for tensor in params.values())
     for index in itertools.count():

@@ -53,10 +53,11 @@ class PooledRuns(NamedTuple):
     """Results of an analysis, pooled over seeds."""
 
     curves: pd.DataFrame
-    """Numbers at saved steps: the columns `runs` and `step`, the columns listed in `CURVES`, and `icl.analysis.seeds.POOLED`. Empty for
-    `stages`."""
+    """Pooled numbers at saved steps, with the columns `runs` and `step`, the columns listed in `CURVES`, and `icl.analysis.seeds.POOLED`.
+    The table is empty for `stages`."""
     findings: pd.DataFrame
-    """The columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`, `num_runs`, `finding`, `verdict` and `reasons`."""
+    """Pooled findings, with the columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`, `num_runs`, `finding`,
+    `verdict` and `reasons`."""
 
     def table(self) -> pd.DataFrame:
         """Return findings and curves as one table. Only curves have a `step`."""
@@ -86,7 +87,7 @@ def pool_analysis(name: str, tables: Mapping[str, pd.DataFrame], configs: Mappin
 
 
 def summary(findings: pd.DataFrame) -> Iterator[str]:
-    """Yield a line for each finding over seeds."""
+    """Yield a printed line for each pooled finding."""
     for row in findings.to_dict("records"):
         labels = f" ({row['labels']})" if row["labels"] else ""
         number = f" {row['number']}" if row["number"] > 1 else ""

@@ -37,8 +37,8 @@ MAX_PARAMETERS_AT_ONCE = 2_000_000
 
 
 _TEST_ROWS_VERSION = 2
-"""Version of the test rows of language runs. Entries for older versions are measured again. Since version 2, reports use other rows than
-the evaluation during training."""
+"""Version of the test rows of language runs. Cached entries for older versions are measured again. Since version 2, reports and the
+evaluation during training use different rows."""
 
 Value = TypeVar("Value")
 
@@ -64,7 +64,7 @@ class Members(NamedTuple):
 
 
 Measure = Callable[[Members], list[Measurement]]
-"""Function that returns one measurement for each checkpoint, but none for the `lead` predecessor."""
+"""Function that returns one measurement for each checkpoint, but none for a checkpoint that is only a predecessor (`Members.lead`)."""
 
 
 def setting(default: Value, text: str) -> Value:
@@ -188,7 +188,7 @@ def over_checkpoints(
 
 
 def named_runs(path: Path, others: str | None) -> dict[str, Path]:
-    """Return runs by the names of their folders, or by the whole path if two folders have the same name.
+    """Return all runs, keyed by the names of their folders. Folders with the same name are keyed by their whole paths.
 
     Args:
         path: The run that is analysed.
@@ -209,7 +209,7 @@ def named_runs(path: Path, others: str | None) -> dict[str, Path]:
 
 
 def _listed_runs(text: str, analysed: Path) -> Iterator[Path]:
-    """Yield the runs in a comma-separated list. Names may contain commas, so the longest text that names a folder is one run."""
+    """Yield the runs in a comma-separated list. Names may contain commas, so the longest part that names a folder is one run."""
     words = [word.strip() for word in text.split(",")]
     while words:
         lengths = range(len(words), 0, -1)
@@ -234,7 +234,7 @@ def as_table(entries: Sequence[Entry], settings: Any, *, whole_run: Sequence[Map
     Args:
         entries: Entries from `over_checkpoints`.
         settings: Settings of the analysis.
-        whole_run: Additional rows. They describe the whole run, or contain their own `step` and `checkpoint_hash`.
+        whole_run: Additional rows. These rows describe the whole run, or contain their own `step` and `checkpoint_hash`.
 
     Raises:
         ValueError: If a setting and a column have the same name.

@@ -4,15 +4,14 @@ Because of training noise, the scatter of a measured curve is correlated: after 
 steps often lie above the trend too. An analysis that treats such points as independent finds rises and stages that do not
 exist. We model n points at u = ln(step + 1) as
 
-    y_i = f(u_i) + e_i,   f ~ a Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
+    y_i = f(u_i) + e_i,   f ~ a * Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 
-The trend f is a Gaussian process with variance a and length l. Its Matern(5/2) kernel makes it smooth (Rasmussen and
-Williams 2006, section 4.2.1). The scatter e has three parts: known errors of the points, an independent part (`white`),
-and a correlated part (`wander`), which is an autoregression of order one over the saved steps. The bracket [i = j] is 1
-if i = j, else 0. In this formula, known_i, white and wander are variances. We choose the five parameters a, l, white,
-wander and tau that maximise the posterior density (equation 5.8 of the same book, with its gradient 5.9). The prior of
-ln l is normal with mean 0 and standard deviation 1. The prior of ln tau is normal with mean ln 3 and standard deviation
-2. Both priors are weak.
+The trend f is a Gaussian process with variance a and length l. Its Matern(5/2) kernel makes it smooth (Rasmussen and Williams 2006, section
+4.2.1). The scatter e has three parts: known errors of the points, an independent part (`white`), and a correlated part (`wander`), which is
+an autoregression of order one over the saved steps. The bracket [i = j] is 1 if i = j, else 0. In this formula, known_i, white and wander
+are variances. We choose the values of the five parameters (a, l, white, wander, tau) that maximise the posterior density (equation 5.8 of
+the same book, with its gradient 5.9). The priors of ln l (mean 0, standard deviation 1) and of ln tau (mean ln 3, standard deviation 2) are
+normal and weak.
 
 Trend and wander differ only in their smoothness. A trend that bends within a few saved steps therefore counts as wander.
 """
@@ -103,7 +102,7 @@ def estimate_scatter(
     variances = (math.log(1e-8), math.log(10.0))
     bounds = [(math.log(1e-2), math.log(1e3)), (math.log(shortest), math.log(longest)), variances, variances]
     bounds.append((math.log(_TAU[0]), math.log(_TAU[1])))
-    # The density can have several maxima: independent scatter, wander, or hardly any scatter. We start near each.
+    # The density can have several maxima: independent scatter, wander, or hardly any scatter. We start the search near each of them.
     starts = [
         (1.0, float(np.clip(1.0, shortest, longest)), white, wander, _TYPICAL_TAU)
         for white, wander in ((0.1, 1e-3), (1e-2, 0.1), (1e-4, 1e-4))

@@ -50,7 +50,7 @@ class OverSeeds(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The mean with its error over seeds, or the values themselves for one or two seeds."""
+        """The mean with its error over seeds as a string; for one or two seeds, the values themselves."""
         if len(self.values) < MIN_FOR_INTERVAL:
             return ", ".join(f"{value:.4g}" for value in self.values) or "-"
         return f"{self.mean:.4g} ± {self.stderr:.2g}"

@@ -35,7 +35,7 @@ PREDICTORS: dict[str, dict[str, Any]] = {
 def predictor_style(name: str, predictors: Collection[str]) -> dict[str, Any]:
     """Return the style of a predictor in a figure of several predictors.
 
-    If the figure also shows `bayes`, the label of ridge does not call it the Bayes predictor.
+    If the figure also shows `bayes`, the label of ridge does not contain the word Bayes.
     """
     return PREDICTORS[name] | ({"label": "ridge"} if name == "ridge" and "bayes" in predictors else {})
 

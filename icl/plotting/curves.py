@@ -77,7 +77,10 @@ def plot_curves(
 
 
 def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Return the steps and the losses of one column, or no rows if the table lacks this column. Squared errors must be positive."""
+    """Return the steps and the losses of one column, or no rows if the table lacks this column.
+
+    Squared errors that are not positive are left out.
+    """
     if not {"step", key} <= set(table.columns):
         return pd.DataFrame({"step": [], key: []})
     numbers = table[["step", key]].apply(pd.to_numeric, errors="coerce").dropna()
@@ -87,7 +90,7 @@ def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
 def _means(
     losses: Mapping[str, pd.DataFrame], groups: Mapping[str, Sequence[str]], key: str
 ) -> dict[str, pd.DataFrame]:
-    """Return the mean curve over the seeds of each group, at the steps at which the largest number of its runs have a loss."""
+    """Return the mean curve of each group over its seeds, at the steps at which the largest number of seeds have a loss."""
     means = {}
     for group, runs in groups.items():
         table = pd.concat([losses[run] for run in runs]).rename(columns={key: "value"})
@@ -122,7 +125,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> No
 
 
 def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> None:
-    """Write the name of each run to the right of the axes, and join it to the end of its line. Keep the names apart."""
+    """Write the name of each run to the right of the axes, and join it to the end of the run's line. The names do not overlap."""
     scale = float if key.endswith("nll") else math.log
     low, high = map(scale, axes.get_ylim())
     colours = dict(zip(losses, ordered_colours(len(losses)), strict=True))
@@ -138,7 +141,7 @@ def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> Non
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Move sorted heights in [0, 1] apart, so that neighbours differ by at least the height of a name.
+    """Move sorted heights in [0, 1] apart, so that neighbours differ by at least `_LABEL_HEIGHT`.
 
     One pass goes upwards, and a second pass goes downwards.
     """

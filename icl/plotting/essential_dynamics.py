@@ -98,7 +98,7 @@ def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 
 
 def _draw_references(axes: Axes, table: pd.DataFrame, plane: list[str], *, named: bool) -> None:
-    """Draw the projections of ridge and dMMSE. The legend gives the share of their squared distance from the mean within the PCs."""
+    """Draw the projections of ridge and dMMSE. The legend gives the share of each squared distance to the mean that the PCs contain."""
     captured = select(table, quantity="reference_captured").set_index("run")["value"]
     for number, (name, rows) in enumerate(select(table, quantity="reference_score").groupby("run", sort=False)):
         point = rows.set_index("item")["value"]
@@ -125,7 +125,7 @@ def _draw_evolute(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 
 
 def _draw_shapes(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
-    """Mark the cusps and vertices of the path, and the forms of the analysis."""
+    """Mark the cusps and vertices of the path, and the forms that the analysis found."""
     for kind, marker, size, source in _SHAPES:
         shapes = table[(table["quantity"] == kind) & table["item"].isin(["-".join(plane), "all"])]
         is_ok = shapes["verdict"] == "ok"

@@ -53,7 +53,7 @@ def plot_loss_and_llc(
         evaluation: Rows of `evaluation.csv` for the seeds of one model.
         baselines: Rows of `baselines.csv` for the same runs.
         llc: Rows of `llc.csv` for one of the runs.
-        published: The table `published.csv`. Its losses and LLCs are drawn for comparison.
+        published: The table `published.csv`. The losses and LLCs in this table are drawn for comparison.
         title: Title of the figure.
         stages: Step at which each stage ends.
     """
@@ -90,7 +90,7 @@ def plot_loss_and_llc(
 def plot_in_context_learning(
     evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str, stages: Stages = PUBLISHED_STAGES
 ) -> Figure:
-    """Plot the loss at each position of the first run, and ICL scores, the size of predictions and the gap to ridge of every seed.
+    """Plot the first run's loss at each position, and the ICL scores, the size of predictions and the gap to ridge for every seed.
 
     Args:
         evaluation: Rows of `evaluation.csv` for the seeds of one model.

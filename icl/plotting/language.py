@@ -1,4 +1,4 @@
-"""Figures of language runs: learning curves with losses of n-gram frequencies, the loss at each position, and behaviours."""
+"""Figures of language runs: learning curves with unigram and bigram losses, the loss at each position, and behaviours."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -107,9 +107,9 @@ _PANELS = (
 )
 """Quantity, title and y label of each panel."""
 _NAMED_COLOURS = (VERMILION, BLUE, GREEN, ORANGE)
-"""Colours of the curves in a panel that the legend names. If there are more curves, it names those with the largest last values."""
+"""Colours of the curves that a panel's legend names. If there are more curves, the legend names those with the largest last values."""
 _OTHERS = "0.75"
-"""Colour of curves without a name."""
+"""Colour of curves that the legend does not name."""
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:

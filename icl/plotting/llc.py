@@ -31,7 +31,7 @@ _LOSS_LABELS = {
     "cross_entropy": "cross-entropy, nats per token",
     "": "squared error per target",
 }
-"""Axis label of the loss. The keys are possible ends of the loss's name."""
+"""Axis labels of the loss. The keys are the possible endings of the loss's name."""
 
 
 def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Sequence[float] = ()) -> Figure:
@@ -75,12 +75,12 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
 
 
 def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title: str) -> Figure:
-    """Plot the estimates, verdicts and escape of all settings that were tried at the last checkpoint, and the traces of a few.
+    """Plot estimates, verdicts and escape from the basin for all settings tried at the last checkpoint, and the traces of a few.
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates whose traces are drawn: first with the chosen settings, then with failed settings. The keys are their
-            numbers in the column `corner`. If this is empty, the figure has no panels for traces.
+        traces: Estimates whose traces are drawn: first with the chosen settings, then with failed settings. The keys are the numbers of the
+            settings in the column `corner`. Without estimates, the figure has no panels for traces.
         title: Title of the figure.
     """
     figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)
@@ -216,7 +216,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's loss, without escaped chains."""
+    """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's loss, except if the chains escaped."""
     table = table.rename(columns=RENAMED_COLUMNS)
     if "drop_at_mean_stderr" not in table:  # not measured
         return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)
@@ -259,7 +259,7 @@ def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: s
 
 
 def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
-    """Draw `escaped_share`, the rise of the sampled loss towards a trivial predictor, with the thresholds of the verdicts."""
+    """Draw `escaped_share`, the rise of the sampled loss towards the loss of a trivial predictor, with the thresholds of the verdicts."""
     share = escaped_share(survey)
     for colour, (_, group) in zip(CHAIN_COLOURS, survey.groupby("ratio"), strict=False):
         axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")

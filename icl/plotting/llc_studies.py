@@ -47,7 +47,11 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC against the checkpoint's loss, the sampled loss, and the rise of the sampled loss towards predicting zero."""
+    """Plot in three panels what the LLC estimates of two samplers measure.
+
+    The panels show the LLC against the checkpoint's loss, the sampled loss against the step, and the rise of the sampled loss towards the
+    loss of predicting zero.
+    """
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
         rows = rows_of_sampler(llc, is_published)
@@ -103,7 +107,7 @@ def plot_over_stages(
     Args:
         llc: Rows of `llc.csv` for one run. Bars show the 95 % interval if the row contains one, else two standard errors.
         norms: Rows of `checkpoints.csv` for the same run.
-        published: The table `published.csv`. Its LLCs are drawn in the panel of the published sampler.
+        published: The table `published.csv`. The LLCs in this table are drawn in the panel of the published sampler.
         title: Title of the figure.
         stages: Step at which each stage ends. The keys are the names of the stages.
     """
@@ -143,7 +147,7 @@ def plot_over_stages(
 
 
 def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw estimates with 95 % intervals and marks for their verdicts, and diamonds at the LLC plus the drop at the mean draw."""
+    """Draw estimates with 95 % intervals and marks for their verdicts, and diamonds at the LLC plus `drop_at_mean`."""
     axes.plot(rows["step"], rows["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
     low = (rows["llc"] - rows["interval_low"]).fillna(2 * rows["stderr"])
     high = (rows["interval_high"] - rows["llc"]).fillna(2 * rows["stderr"])

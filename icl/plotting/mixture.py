@@ -93,17 +93,17 @@ def _means(table: pd.DataFrame, quantity: str, **values: Any) -> pd.DataFrame:
 
 
 def _explained(own: pd.DataFrame, curve: pd.DataFrame, has_seeds: bool) -> pd.DataFrame:
-    """Return the rows of a theory curve in order of steps. With several seeds, only the steps of the fit are returned."""
+    """Return the rows of a theory curve in order of steps. With several seeds, only the steps to which the curve is fitted are returned."""
     curve = curve.sort_values("step")
     fitted = select(own, quantity="curve_residual")[["run", "step"]]
     return curve.merge(fitted, on=["run", "step"]) if has_seeds else curve
 
 
 def _draw_seeds(axes: Axes, rows: pd.DataFrame, *, color: Any, label: str) -> None:
-    """Draw the weights or log odds of one run, with marks for the verdicts, or of several seeds.
+    """Draw the weights or log odds of one run or of several seeds.
 
-    For several seeds, invalid numbers are left out, and the mean weight is drawn too. Log odds can be at a limit of the search, so
-    their mean has no meaning.
+    For one run, marks show the verdicts. For several seeds, invalid numbers are left out, and the mean weight is drawn too.
+    Log odds can be at a limit of the search, so their mean has no meaning.
     """
     if rows["run"].nunique() < 2:
         _draw_points(axes, rows, color=color, linewidth=1.1, label=label)

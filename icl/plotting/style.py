@@ -128,7 +128,7 @@ def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
 
 
 def write_in_middle(axes: Axes, text: str) -> None:
-    """Write in the middle of empty axes why they are empty."""
+    """In the middle of empty axes, write the reason why they are empty."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
 
 

@@ -162,7 +162,7 @@ def _correct_legend(axes: Axes) -> bool:
 
 
 def _move_legend(axes: Axes, legend: Legend, handles: dict[str, Artist], curves: list[np.ndarray]) -> None:
-    """Redraw a legend at the location where it covers the smallest share of any curve.
+    """Redraw a legend at the location where it covers the curves least.
 
     If the legend covers too much at every location, draw it below the axes.
     """
@@ -232,7 +232,7 @@ def _is_reference(line: Line2D) -> bool:
 
 
 def _covered_share(box: BboxBase, curves: list[np.ndarray]) -> float:
-    """Return the largest share of any curve's points that lie in a box."""
+    """Compute for each curve the share of its points that lie in a box, and return the largest share."""
     return max((float(_is_inside(points, box).mean()) for points in curves if len(points)), default=0.0)
 
 

@@ -138,7 +138,7 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
 
 
 def subject_of(name: str) -> Subject:
-    """Return the topic of a table or figure, from the beginning of its name. For an unknown name, return a new topic."""
+    """Return the topic to which a table or figure belongs, from the beginning of its name. For an unknown name, return a new topic."""
     subjects = [
         subject
         for subject in SUBJECTS
@@ -158,7 +158,7 @@ def _read_config(folder: RunFolder, problems: list[str]) -> RunConfig | None:
 
 
 def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
-    """Return a table. If it has no rows or cannot be read, add a message to `problems` and return None."""
+    """Read a table. If it has no rows or cannot be read, add a message to `problems` and return None."""
     name = file.name if file.parent.name != "results" else f"results/{file.name}"
     try:
         table = read_table(file)
@@ -175,7 +175,7 @@ def _read_table(file: Path, problems: list[str]) -> pd.DataFrame | None:
 
 
 def _read_picture(file: Path, run: str, problems: list[str]) -> Picture | None:
-    """Return a figure. If it cannot be shown, add a message to `problems` and return None."""
+    """Read a figure. If it cannot be shown, add a message to `problems` and return None."""
     caption = subject_of(file.stem).help
     alt = f"Figure {file.stem} of the run {run}: {caption}"
     try:

@@ -29,7 +29,7 @@ def state_of(facts: RunFacts) -> str:
 
 
 def state_sentence(facts: RunFacts) -> str:
-    """Return sentences that tell the progress of a run and when it was last reported."""
+    """Return sentences about the progress of a run and the time of its last report."""
     status = facts.status
     if status is None:
         return "The state of this run is unknown."
@@ -74,7 +74,10 @@ def final_excess(facts: RunFacts) -> dict[str, tuple[float, float]]:
 
 
 def training_loss(facts: RunFacts) -> float | None:
-    """Return the mean loss of the last training batches: the squared error, or the negative log-likelihood if training minimised it."""
+    """Return the mean loss of the last training batches, or None if no loss is known.
+
+    The loss is the squared error, or the negative log-likelihood if training minimised it.
+    """
     if facts.status is not None and facts.status.loss is not None:
         return facts.status.loss
     for column in () if facts.metrics is None else ("train/loss", "train/nll"):
@@ -99,7 +102,7 @@ def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, flo
 
 
 def last_llc(facts: RunFacts) -> Cell | None:
-    """Return the LLC estimate at the latest step with an estimate. Estimates for rescaled weights are left out."""
+    """Return the LLC estimate with the latest step, or None if there is no estimate. Estimates for rescaled weights are left out."""
     table = facts.tables.get("llc")
     if table is None or not {"step", "llc", "stderr", "verdict"} <= set(table):
         return None

@@ -45,7 +45,7 @@ _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
     "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus the "
     "loss of the Bayes predictor (dMMSE or ridge) on the same prompts, ± one standard error of this difference. The tables and the "
-    "learning curves use different prompts. So the losses in the tables are not too low if early stopping chose the checkpoint. "
+    "learning curves use different prompts. So early stopping does not make the losses in the tables too low. "
     "Reports of version 0.1.0 used the same prompts for both, and their tables do not have the last column.",
     "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. If a "
     "shift changes only the query, they are for the last position. delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
@@ -248,7 +248,7 @@ def _environment_section(facts: RunFacts, prefix: str) -> Section:
     shown = starts[-_MAX_STARTS:]
     text = f"The last {_MAX_STARTS} of the run's {len(starts)} starts are shown." if len(starts) > _MAX_STARTS else ""
     if not starts:
-        text = "run.log does not contain the versions, the machine and the command of the training."
+        text = "run.log does not contain the versions, the machine or the command of the training."
     keys = dict.fromkeys(key for _, environment in starts for key in environment)
     rows = [[key, *(environment.get(key, MISSING) for _, environment in shown)] for key in keys]
     header = ["", *(f"started {when}" for when, _ in shown)]
@@ -258,7 +258,7 @@ def _environment_section(facts: RunFacts, prefix: str) -> Section:
 
 
 def _as_id(name: str) -> str:
-    """Return a name as a part of an HTML id: characters other than ASCII letters, digits and hyphens become their codes."""
+    """Return a name as a part of an HTML id: characters other than ASCII letters, digits and hyphens are replaced by their codes."""
     return "".join(
         letter if (letter.isascii() and letter.isalnum()) or letter == "-" else f"-{ord(letter):x}-" for letter in name
     )

@@ -19,7 +19,7 @@ VERDICTS = ("ok", "suspect", "invalid")
 MAX_SUMMARY = 24
 """Number of rows in the summary of a table with more than `MAX_SHORT` rows."""
 MAX_SHORT = 40
-"""Largest number of rows of a table that is summarised with all its rows."""
+"""Largest number of rows of a table whose summary shows all rows."""
 MAX_WHOLE = 200
 """Largest number of rows of a table that is shown whole. For a longer table, only the first `MAX_WHOLE` / 2 rows and the last
 `MAX_WHOLE` / 2 rows are shown."""
@@ -60,7 +60,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of a page."""
+    """A table on a page of the report."""
 
     caption: str
     header: list[str]
@@ -97,10 +97,10 @@ def number_cell(text: str, badge: str = "") -> Cell:
 
 
 def show(value: Any, *, digits: int = 4, pad: bool = False) -> str:
-    """Return a value as text, rounded to significant digits, with separators of thousands, and a dash for a missing value.
+    """Return a value as a string, rounded to significant digits, with separators of thousands, and a dash for a missing value.
 
     Args:
-        value: Any value. A long text is cut.
+        value: Any value. A long string is cut.
         digits: Number of significant digits.
         pad: Whether numbers that are not whole keep trailing zeros.
     """
@@ -128,7 +128,7 @@ def _show_float(value: float, digits: int, pad: bool) -> str:
 
 
 def with_error(value: Any, stderr: Any) -> str:
-    """Return a value and its standard error as text, rounded to the second significant digit of the error."""
+    """Return a value and its standard error as a string, rounded to the second significant digit of the error."""
     try:
         value, stderr = float(value), float(stderr)
     except (TypeError, ValueError):

@@ -111,7 +111,7 @@ def _watch(
 
 
 def _fingerprint(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Return the names, sizes and times of all files that the page shows."""
+    """Return the names, sizes and modification times of all files that the page shows."""
     files = []
     for name, run in named_runs(paths).items():
         shown = [run.config_file, run.status_file, run.metrics_file, run.log_file, run.checkpoints.root]

@@ -6,16 +6,17 @@ over prompts. The prompts and the names of the quantities are the same as in `ic
 - `loss`: the mean squared error at each position, and averaged over positions (`mean`).
 - `bayes_excess`: the loss minus the loss of the Bayes predictor.
 - `icl_score`: loss(k2) - loss(k1), negative if more examples help. (Hoogland et al. 2024 print the opposite sign.)
-- `prior_zero`, `prior_task_mean`: the prior-task scores. Each is the mean squared difference between the predictions of the model
-  and of a predictor that uses only the prior: it predicts 0, or it predicts with the mean task. There is a row for each
-  position, for the `mean` over positions and for the `sum`. The figure of Hoogland et al. shows the sum, for finite M.
+- `prior_zero`, `prior_task_mean`: the prior-task scores. Each is the mean squared difference between the predictions of the model and of a
+  predictor that uses only the prior. For `prior_zero`, this predictor always predicts 0; for `prior_task_mean`, it predicts with the mean
+  task. There is a row for each position, for the `mean` over positions and for the `sum`. The figure of Hoogland et al. shows the sum, for
+  finite M.
 - `delta_ridge`, `delta_dmmse`: mean squared difference, per target, between the predictions of the model and of ridge or dMMSE.
   (Raventos et al. 2023 also divide by D.) `delta_difference` is delta_ridge - delta_dmmse. It is positive if the model is closer
   to dMMSE.
 - `cosine`, `norm_ratio`: comparison of the model's task vector with the true task (`icl.analysis.behaviour.task_vectors`), on
   the first `num_probe_prompts` prompts of each set.
 - `loss_over_g2`, `size_ratio`: loss and size of predictions when inputs (`input_scale`) or tasks (`task_scale`) are multiplied
-  by g (column `scale`; see `icl.analysis.behaviour.ood_curves`). Both use new tasks. Both are computed only at `num_ood_steps`
+  by g (column `scale`; see `icl.analysis.behaviour.ood_curves`). Both quantities use new tasks. They are computed only at `num_ood_steps`
   saved steps, spread evenly in log(t + 1).
 
 The column `predictor` is `model`, or the name of a baseline that is given for comparison.
@@ -23,7 +24,8 @@ The column `predictor` is `model`, or the name of a baseline that is given for c
 Some rows describe the whole run (`icl.analysis.behaviour.turning_points`). These rows have a verdict with reasons. If the value
 is a step, `lower` and `upper` are the saved steps between which it lies.
 
-- `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which this prior-task score is lowest on `pretrain`.
+- `prior_zero_minimum_step`, `prior_task_mean_minimum_step`: the step at which the score `prior_zero` or `prior_task_mean` is lowest on
+  `pretrain`.
 - `crossing_step`: the step at which delta_difference changes sign (finite M only). `finding` says which of ridge and dMMSE
   is closer to the model after this step.
 - `critical_step`, `rise`, `dip`: the transience of ridge (Carroll et al. 2025). The critical step (t_crit in the paper) is the
@@ -59,8 +61,8 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
-`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
+(`icl.evaluation.sets.REPORT`); version 1 used other prompts."""
 SETS = ("pretrain", "true")
 REFERENCES = ("ridge", "dmmse", "zero")
 """Baselines that are measured on the same prompts, for comparison."""

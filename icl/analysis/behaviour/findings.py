@@ -135,7 +135,7 @@ def _last_lines(entry: Entry) -> Iterator[str]:
 
 
 def _num_positions(pair: str) -> int:
-    """Return the distance between two positions, given as text such as `1:16`."""
+    """Return the distance between two positions, which are given as a string such as `1:16`."""
     first, second = map(int, pair.split(":"))
     return second - first
 

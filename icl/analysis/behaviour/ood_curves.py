@@ -67,7 +67,7 @@ def scales(count: int) -> list[float]:
 
 
 def scaled_prompts(prompts: Prompts, family: Family, factors: Sequence[float]) -> Prompts:
-    """Return the same prompts at every multiplier, one multiplier after the other: xs (S B, K, D)."""
+    """Scale all prompts with each of the S multipliers, and return the results one after the other: xs (S B, K, D)."""
     signal = (prompts.xs * prompts.ws.unsqueeze(-2)).sum(-1)  # B K
     noise = prompts.ys - signal
     factor, one = signal.new_tensor(factors)[:, None, None], signal.new_ones(len(factors), 1, 1)  # S 1 1
@@ -89,7 +89,7 @@ def curve(predictions: Float[Tensor, "*N P K"], targets: Float[Tensor, "P K"], f
 
 
 def curve_rows(predict: Predict, params: Params, prompts: Prompts, factors: Sequence[float]) -> list[list[Row]]:
-    """Return one list of rows for every checkpoint. Each list covers both families."""
+    """Return one list of rows for every checkpoint. Each list covers the families `input_scale` and `task_scale`."""
     curves = {}
     for family in FAMILIES:
         scaled = scaled_prompts(prompts, family, factors)

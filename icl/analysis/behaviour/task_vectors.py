@@ -1,12 +1,12 @@
 """Task vector of a predictor: the weights with which it maps the query to the prediction, at every position.
 
-To measure the weights at position p, we append the query x_p = c e_i to the prompt's first p - 1 examples. Here e_i is a unit
-vector, and c is the mean norm of the inputs (as in the code of Hoogland et al. 2024). Weight i is the prediction for this query, divided
-by c. A predictor that is linear in its query, such as ridge and dMMSE, multiplies the query by exactly this vector, for any c. A
-transformer need not be linear; we then measure its weights for queries of norm c. We compare the weights with the task t that generated
-the prompt:
+To measure the weights at position p, we append the query x_p = c e_i to the prompt's first p - 1 examples. Here e_i is a unit vector, and c
+is the mean norm of the inputs (as in the code of Hoogland et al. 2024). Weight i is the prediction for this query, divided by c. The
+predictions of ridge and dMMSE are linear in the query, so they are exactly the inner product of these weights and the query, for any c. A
+transformer need not be linear. Its weights describe how it responds to queries of norm c. We compare the weights with the task t that
+generated the prompt:
 
-- `cosine`: the cosine of the angle between the weights and t. We define it as 0 for a vector of zeros, such as the
+- `cosine`: the cosine of the angle between the weights and t. We define the cosine as 0 for a vector of zeros, such as the
   weights of ridge at position 1.
 - `norm_ratio`: |weights| / |t|.
 

@@ -2,28 +2,28 @@
 
 A curve is a mean over prompts at every saved step. All S steps use the same B prompts. To compare two steps, we take for each
 prompt the difference between its numbers at the two steps, and average this difference over prompts. The standard error of this
-average is far below the standard error of either mean. The functions therefore take the numbers of single prompts (S, B).
+average is far below the standard error of either mean. The functions therefore take an array (S, B) with the numbers of single prompts.
 `lower` and `upper` are the saved steps between which a turning point lies.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
   `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. A minimum at the
   first or last saved step is `suspect`, because the curve may have no turning point.
-- Crossing: two consecutive clear saved steps on opposite sides of zero. A step is clear if its mean differs from zero
-  by more than `SIGN_ERRORS` standard errors. Between these two steps we interpolate linearly in log(t + 1). The standard
-  error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear step between it and
-  a neighbouring crossing or an end of the run.
+- Crossing: a saved step is clear if its mean differs from zero by more than `SIGN_ERRORS` standard errors. There is a crossing between two
+  clear steps if their means have opposite signs and no other clear step lies between them. Between these two steps we interpolate linearly
+  in log(t + 1). The standard error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear
+  step between it and a neighbouring crossing or an end of the run.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts of new
   tasks is lowest. The run is transient if the loss at the last saved step exceeds this minimum by more than `RISE_ERRORS` standard errors.
   If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
   standard error of the rise has two parts. The first part comes from the prompts. The second part is the scatter of the
   loss about a smooth curve at both ends of the rise, because training fluctuates. The scatter is correlated between saved
-  steps (`icl.analysis.scatter`). We require many standard errors, because the lowest of hundreds of losses is low partly
+  steps (`icl.analysis.scatter`). We require a rise of many standard errors, because the lowest of hundreds of losses is low partly
   by chance. `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations of
   the scatter. A rise that has disappeared by the end of the run does not count.
-- A rise is a transience of ridge only if the model came close to ridge. The dip is (zero's loss - loss) / (zero's loss - ridge's
-  loss) at t_crit. If the dip is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is smaller but significant, the
-  finding is `partial dip`; otherwise the finding is `rise without a dip`. In the paper (D = 8), ridge is transient for M = 16 to 128,
-  and the dip is partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
+- A rise is a transience of ridge only if the model came close to ridge. The dip is (zero loss - loss) / (zero loss - ridge loss) at t_crit,
+  where the zero loss is the loss of predicting 0. If the dip is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is
+  smaller but significant, the finding is `partial dip`; otherwise the finding is `rise without a dip`. In the paper (D = 8), ridge is
+  transient for M = 16 to 128, and the dip is partial for M = 6 and M = 8. The paper states no rule; the limits are our choice.
 
 Saved steps with a value that is not finite are left out.
 """
@@ -83,7 +83,7 @@ class Transience(NamedTuple):
 
 
 def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> TurningPoint:
-    """Find the step with the lowest mean, and the saved steps around it that are significantly higher."""
+    """Find the step with the lowest mean, and the two saved steps that enclose all steps that are not significantly higher."""
     steps, samples, reasons = _finite(steps, samples)
     if not len(steps):
         return TurningPoint(math.nan, math.nan, math.nan, math.nan, "invalid", tuple(reasons))
@@ -102,7 +102,7 @@ def minimum(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Turnin
 
 
 def crossings(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list[Crossing]:
-    """Find the crossings of zero with a mean significantly different from zero on both sides, in order of steps."""
+    """Find the crossings of zero, in order of steps. On both sides of a crossing, the mean is significantly different from zero."""
     steps, samples, _ = _finite(steps, samples)
     sides = _sides(samples)
     clear = sides.nonzero()[:, 0].tolist()
@@ -172,7 +172,7 @@ def transience(
 
 
 def _tail_scatter(steps: Int64[Tensor, " S"], values: Float[Tensor, " S"], best: int) -> Scatter:
-    """Return the scatter about a smooth curve after the minimum, from at least the last `_ENOUGH_STEPS` saved steps."""
+    """Return the scatter of the curve after its minimum. If fewer than `_ENOUGH_STEPS` steps follow, use the last `_ENOUGH_STEPS` steps."""
     begin = max(0, min(best, len(values) - _ENOUGH_STEPS))
     return estimate_scatter(steps[begin:].double().log1p().numpy(), values[begin:].double().numpy())
 

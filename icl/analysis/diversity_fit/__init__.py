@@ -14,8 +14,8 @@ validate the fit, we leave out one M at a time, with all its steps:
 The standard error of R2_cv is from a bootstrap over M. The standard errors of coefficients are from the delete-one-M jackknife;
 for the lasso they are only a rough guide.
 
-The verdict is `invalid` if R2_cv <= 0, because the mean then predicts at least as well. It is `suspect` if R2_cv is within two
-standard errors of 0, or if there are too few values of M: fewer than `FEW_GROUPS`, or fewer than `GROUPS_PER_COEFFICIENT` for each
+The verdict is `invalid` if R2_cv <= 0, because predicting the mean is then at least as good as the fit. It is `suspect` if R2_cv is within
+two standard errors of 0, or if there are too few values of M: fewer than `FEW_GROUPS`, or fewer than `GROUPS_PER_COEFFICIENT` for each
 coefficient (including the intercept). Otherwise it is `ok`. Fewer than four values of M raise an error.
 """
 

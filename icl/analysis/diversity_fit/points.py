@@ -83,7 +83,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path) -> pd.DataFrame:
-    """Return one quantity of every model: its mean over positions, or its only value if the distribution shifts the query."""
+    """Return one quantity of every model: its mean over positions, or its only value if the distribution changes only the query."""
     rows = table[(table["distribution"] == distribution) & (table["quantity"] == quantity)]
     if rows.empty:
         available = ", ".join(sorted(map(str, table["distribution"].unique())))
@@ -93,7 +93,7 @@ def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path)
 
 
 def _full_span(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return the rows with the mean over positions, or the ICL score from position 1 to the last position."""
+    """Return the rows with the mean over positions; for `icl_score`, the rows for the span from position 1 to the last position."""
     if quantity != "icl_score":
         return rows[rows["position"] == "mean"]
     ends = rows["position"].str.extract(r"^1:(\d+)$")[0].astype(float)

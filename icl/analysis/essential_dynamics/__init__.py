@@ -3,7 +3,7 @@
 The states at all saved steps (`icl.analysis.essential_dynamics.trajectories`) are the points of one PCA
 (`icl.analysis.essential_dynamics.principal_components`), with equal weights. Several runs share one PCA. The states of
 ridge and dMMSE are projected onto the principal components, but do not enter the fit (Carroll et al. 2025, section 4.2). The
-scores of each run are smoothed in log time. In planes of two components we compute the curvature, the evolute, cusps
+scores of each run are smoothed in log time. In planes spanned by two components we compute the curvature, the evolute, cusps
 and vertices (`icl.analysis.essential_dynamics.plane_curves`). From cusps and vertices we find forms
 (`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). We differ from Hoogland et al. in the time
 scale of the smoothing, the derivatives, the definition of a cusp, and the verdicts. The modules `plane_curves` and `forms`
@@ -18,7 +18,7 @@ Rows of the table, by `quantity`:
   `null_count`: the mean number of cusps, vertices or forms in random walks.
 - `reference_score`: the coordinate of a reference (ridge or dMMSE) in one component. `reference_captured`: the share of the
   reference's squared distance from the mean that lies within the components.
-- `noise_share`, for gradients: the expected square of their estimation noise, divided by the variance of the states. This is an
+- `noise_share`, for gradients: the expected squared estimation error of the gradients, divided by the variance of the states. This is an
   upper bound on the share of noise, because all steps use the same prompts, and part of the noise cancels in differences.
 - `explained_share`: the share of the variance that component k explains. `null_walk`, `null_brownian`, `null_equal` and
   `null_flips` are the same share in four kinds of random walks (`icl.analysis.essential_dynamics.principal_components`).

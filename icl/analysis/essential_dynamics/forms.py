@@ -1,11 +1,11 @@
 """Find cusps, vertices and forms of a trajectory, and check whether other smoothing widths and random walks show them too.
 
-A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane
-of two components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its
-centre at this projection. We report a form if every plane of two of the first three components has a cusp or a vertex, and
-the times of these three points lie within one kernel width of each other. Each coordinate of f has two values, one from each
-plane that contains this component. `mismatch` is the largest difference between two such values, divided by the mean radius of
-the circles. The divisor is at least a twentieth of the trajectory's extent.
+A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane spanned by two
+components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its centre at this projection.
+We report a form if every plane spanned by two of the first three components has a cusp or a vertex, and the times of these three points lie
+within one kernel width of each other. Each component is in two of the three planes, so each coordinate of f has two values. `mismatch` is
+the largest difference between two such values, divided by the mean radius of the circles. The divisor is at least a twentieth of the
+trajectory's extent.
 
 A cusp or vertex is `suspect` if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its time
 is half the range of the times with the three kernels. Random walks also have cusps, vertices and forms, because their
@@ -38,7 +38,7 @@ _MAX_MISMATCH = 0.25
 
 
 class Curves(NamedTuple):
-    """A curve smoothed with the chosen kernel, and with a narrower and a wider one."""
+    """A curve that is smoothed three times: with the chosen kernel, with a narrower kernel and with a wider kernel."""
 
     main: Smooth
     others: tuple[Smooth, ...]
@@ -132,7 +132,7 @@ def smooth_by_all(times: Float[np.ndarray, " S"], values: Float[np.ndarray, "S C
 
 
 def judged_candidates(curves: Curves) -> list[JudgedCandidate]:
-    """Return the candidates in every plane of two of the first three components, each checked with the other kernels."""
+    """Return the candidates in every plane spanned by two of the first three components, each checked with the other kernels."""
     judged = []
     for plane in planes(curves.main.noise.shape[1]):
         elsewhere = [candidates(other, plane) for other in curves.others]

@@ -1,23 +1,21 @@
 """Smooth curves in log time, and the geometry of their projections on planes: osculating circles, cusps, vertices.
 
-Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At
-every u0 we fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These
-derivatives are exact for cubics at any spacing. They are linear in the data, so their standard errors are known. The kernel
-width is h = max(`bandwidth`, half the distance to the sixth nearest checkpoint). A narrower kernel would make the curve
-pass through each of the few early checkpoints. The variance of the noise is the local mean square of the residuals. We
-treat neighbouring residuals as independent, which makes standard errors too small where checkpoints are dense. The code of
-Hoogland et al. smooths over the index of the checkpoint, with a width of 0.06 times the index (in log time, about h =
-0.06). The Gaussian derivative kernels in that code are wrong. We differentiate the fit instead.
+Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At every u0 we fit the
+cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These derivatives are exact for cubics, whatever
+the spacing of the checkpoints. They are linear in the data, so their standard errors are known. The kernel width is h = max(`bandwidth`,
+half the distance to the sixth nearest checkpoint). A narrower kernel would make the curve pass through each of the few early checkpoints.
+The variance of the noise is the local mean square of the residuals. We treat neighbouring residuals as independent, which makes standard
+errors too small where checkpoints are dense. The code of Hoogland et al. smooths over the index of the checkpoint, with a width of 0.06
+times the index (in log time, about h = 0.06). The Gaussian derivative kernels in that code are wrong. We differentiate the fit instead.
 
 The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
 curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.
 
-- Cusp: r' = 0 and r'' is not zero, so the curve reverses its direction. (Hoogland et al. 2024 also require r'' = 0, but this does
-  not hold for the ordinary cusp (t^2, t^3).) A candidate is a minimum of v that meets three conditions. (1) The change of r'
-  within one kernel width, |r''| h, is more than four standard errors above zero. (2) v is below a tenth of |r''| h plus two
-  standard errors. (3) One width before the minimum, and also one width after it, the curve is displaced from the minimum in the
-  direction of r'' by more than a tenth of h^2 |r''| / 2. Condition 3 excludes the start of training, where the motion is slow
-  but does not reverse.
+- Cusp: r' = 0 and r'' is not zero, so the curve reverses its direction. (Hoogland et al. 2024 also require r'' = 0. The ordinary cusp (t^2,
+  t^3) does not meet their condition.) A candidate is a minimum of v that meets three conditions. (1) The change of r' within one kernel
+  width, |r''| h, is more than four standard errors above zero. (2) v is below a tenth of |r''| h plus two standard errors. (3) One width
+  before the minimum, and also one width after it, the curve is displaced from the minimum in the direction of r'' by more than a tenth of
+  h^2 |r''| / 2. Condition 3 excludes the start of training, where the motion is slow but does not reverse.
 - Vertex: the curvature has an extremum, so the osculating circle has four-point contact and the evolute has a cusp. A candidate
   is a prominent extremum of the curvature. On both sides, the curvature must change by at least a tenth of its value and by
   `_VERTEX_ERRORS` standard errors before it returns to the value at the extremum. The rule does not depend on the speed along

@@ -1,9 +1,9 @@
 """Principal components of a trajectory, and the random walks with which their shares of variance are compared.
 
-Components are eigenvectors of the covariance of the states; each checkpoint counts once. If there are more features than
-checkpoints, we compute components from the centred inner products G of the states (scikit-learn's KernelPCA with a linear kernel),
-otherwise from the states themselves (scikit-learn's PCA). Both methods give the same result. Components are sorted by variance. We
-choose the sign of a component such that the runs begin on its negative side. The sign then does not depend on the solver.
+Components are eigenvectors of the covariance of the states; each checkpoint counts once. If there are more features than checkpoints, we
+compute components from the centred inner products G of the states (scikit-learn's KernelPCA with a linear kernel), otherwise from the
+states themselves (scikit-learn's PCA). Both methods give the same result. Components are sorted by variance. We choose the sign of a
+component such that the runs begin at negative scores. The sign then does not depend on the solver.
 
 Null models. In a random walk of many equal steps in very many dimensions, component k has the share 6 / (pi k)^2 of the variance
 (for S states: proportional to 1 / sin^2(pi k / 2S)), and its scores form a cosine (Antognini and Sohl-Dickstein 2018). So a smooth
@@ -13,7 +13,7 @@ compare with walks made from the run's own steps d_i, the differences between co
 - `walk_shares`: the shares of the expected G of a walk whose steps have the lengths |d_i| and independent directions. This walk is
   Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` the shares have the closed form above.
   With the numbers of updates as durations, the walk is Brownian motion of constant rate, observed at the saved steps.
-  The first state of every run keeps its place.
+  The first state of each run stays where it is; only the later states are random.
 - `flipped_walks`: walks with the steps d_i, each multiplied by a random sign. Such a walk moves only in the run's own directions,
   which may be few. The mean of G over these walks is the expected G of `walk_shares`. The spread over walks shows which shares can
   occur by chance.
@@ -65,7 +65,7 @@ class Walks(NamedTuple):
 
     shares: Float[np.ndarray, "W C"]
     displacement: Float[np.ndarray, "W r"]
-    """Displacement ratio of every run in every walk."""
+    """Displacement ratio |sum of steps|^2 / sum of |step|^2 of every run in every walk."""
     scores: Float[np.ndarray, "w S C"]
     """Scores of the first few walks; their signs have no meaning."""
 
@@ -78,7 +78,7 @@ class ComparedPCA(NamedTuple):
     """Expected shares of the variance in random walks. The keys are the names of the kinds of walks."""
     walks: Walks
     displacement: Float[np.ndarray, " r"]
-    """Displacement ratio of every run."""
+    """Displacement ratio |sum of steps|^2 / sum of |step|^2 of every run."""
     variance: float
     """Sum over states of the squared distance to their mean."""
 
@@ -89,7 +89,10 @@ class ComparedPCA(NamedTuple):
 
     @property
     def is_reached(self) -> Bool[np.ndarray, " C"]:
-        """For every k, whether the sum of the run's first k shares is at most `high_shares`, so that walks often reach it."""
+        """For every k, whether the sum of the run's first k shares is at most `high_shares`.
+
+        If so, about 5 % or more of the walks reach this sum.
+        """
         return np.cumsum(self.components.shares) <= self.high_shares
 
     @property
@@ -172,11 +175,13 @@ def walk_shares(
     num_components: int,
     durations: Float[np.ndarray, " S"] | None = None,
 ) -> Float[np.ndarray, " C"]:
-    """Return the shares of the variance of a walk whose steps have independent directions, from the walk's expected G.
+    """Return the share of the variance of each component, for a walk whose steps have independent directions.
+
+    The shares are computed from the expected G of the walk.
 
     Args:
         gram: Centred inner products of the states.
-        begins: Whether each state is the first of a run. First states keep their places.
+        begins: Whether each state is the first of a run. The first state of each run stays where it is.
         num_components: Number of components.
         durations: Squared length of the step to each state, up to a common factor. Values for first states are ignored. None
             uses the squared lengths of the run's own steps.
@@ -218,7 +223,7 @@ def _signed(
     squares: Float[np.ndarray, " R"],
     begins: Bool[np.ndarray, " S"],
 ) -> Components:
-    """Build components whose signs make the runs begin on the negative side."""
+    """Build components, with signs chosen so that the runs begin at negative scores."""
     starts, largest = scores[begins].mean(0), np.abs(scores).max(0, initial=0)
     peaks = np.take_along_axis(scores, np.abs(scores).argmax(0)[None], axis=0)[0]
     # If the runs begin at zero on average, the sign is chosen so that the largest score is positive.

@@ -16,10 +16,10 @@ A state is one of the following arrays, flattened:
 - `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
   are saved only by runs with `checkpoints.moments`, and cannot be computed from the weights later.
 
-Rows are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is multiplied,
-so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory, only a
-few copies of the inner products. For 10,000 checkpoints of 163,840 features, the matrix would need 6.6 GB, and each copy of the
-inner products needs 0.8 GB.
+The rows of this matrix are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is
+multiplied, so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory, only
+a few copies of the inner products. For 10,000 checkpoints of 163,840 features, the matrix would need 6.6 GB, and each copy of the inner
+products needs 0.8 GB.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ from icl.tasks.prompts import Distribution, Prompts, noise_law, sample_prompts, 
 VERSION = 2
 STREAM = "essential-dynamics"
 BLOCK_BYTES = 2**27
-"""Largest size in bytes of a block of features, for all rows, in float64. One block is in memory at a time."""
+"""Largest size in bytes of one block, which contains a few features of all rows in float64. One block is in memory at a time."""
 
 _GRADIENT_PROMPTS = 32
 """Largest number of prompts in one backward pass. The error of the mean gradient is estimated from the scatter between passes."""
@@ -259,7 +259,7 @@ def _flat_token_outputs(model: ModelConfig, params: Params, xs: Tensor, ys: Tens
 
 
 def _num_batches(num_prompts: int) -> int:
-    """Return the smallest number of equal batches with at most `_GRADIENT_PROMPTS` prompts each; at least eight if possible."""
+    """Return the smallest number of equal batches with at most `_GRADIENT_PROMPTS` prompts each; at least eight batches if possible."""
     counts = range(min(8, num_prompts), num_prompts + 1)
     return next(n for n in counts if num_prompts % n == 0 and num_prompts // n <= _GRADIENT_PROMPTS)
 

@@ -77,7 +77,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
-    """Return the rows of the table and the mean gradients of every checkpoint, except for the `lead` predecessor.
+    """Return the rows of the table and the mean gradients of every checkpoint, except one that is only a predecessor (`Members.lead`).
 
     Raises:
         NotApplicableError: If tasks, inputs or noise are not Gaussian, or the pool of tasks changes.
@@ -232,9 +232,9 @@ def _num_doubtful(verdicts: list[str]) -> int:
 
 
 def _limit(last: dict[tuple[str, str, str], Row], quantity: str) -> str:
-    """Return printed text for a `suspect` quantity of all weights: a bound at two standard errors, or why the value is unknown.
+    """Return a phrase for the summary about a `suspect` quantity of all weights.
 
-    The text is empty if there is no bound and the value is finite.
+    The phrase gives a bound at two standard errors, or says why the value is unknown. It is empty if there is no bound and the value is finite.
     """
     row, square, trace = (last[name, "all", ""] for name in (quantity, "squared_norm", "noise_trace"))
     most = max(square["value"], 0.0) + 2 * square["stderr"]
@@ -283,7 +283,7 @@ def _row(kind: str, quantity: str, item: str, value: float, stderr: float, reaso
 
 
 def _without_lead(members: Members) -> Members:
-    """Return the members without the `lead` predecessor, if there is one."""
+    """Return the members without a first checkpoint that is only the predecessor of the second (`Members.lead`)."""
     lead = members.lead
     params = {name: tensor[lead:] for name, tensor in members.params.items()}
     return members._replace(checkpoints=members.checkpoints[lead:], params=params, lead=0)

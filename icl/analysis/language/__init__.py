@@ -148,7 +148,7 @@ def _test_losses(members: Members, num_rows: int) -> tuple[Float[Tensor, "N B T"
 
 
 def test_rows(config: RunConfig, num_rows: int) -> Tensor:
-    """Return the first rows of a run's test set for reports, with BOS. For a text, at most all held-out rows are returned."""
+    """Return the first rows of a run's test set for reports, with BOS. For a real text, return at most `evaluation.num_prompts` rows."""
     text = config.language
     count = num_rows if text.is_synthetic else min(num_rows, config.evaluation.num_prompts)
     xs, ys = row_source(config, stream=TEST).sample(range(REPORT, REPORT + 1), range(count))
@@ -180,7 +180,9 @@ def _ngrams(config: RunConfig, settings: Settings) -> list[Tensor]:
 
 @lru_cache(maxsize=2)
 def _vocabulary_ngrams(text: LanguageConfig, vocabulary: str, count: int) -> list[Tensor]:
-    """Return the first entries of a larger vocabulary that are n-grams. N-grams that contain the space token are left out.
+    """Split the entries of a larger vocabulary into tokens, and return the first n-grams of every length in `NGRAMS`.
+
+    N-grams that contain the space token are left out.
 
     Raises:
         ConfigError: If the vocabulary or the tokenizer cannot be read, or the vocabulary has no n-gram.

@@ -1,7 +1,7 @@
-"""Rows of tokens for measuring behaviours, as pure functions of a seed, and the common n-grams of a text.
+"""Make rows of tokens for measuring behaviours (pure functions of a seed), and find the common n-grams of a text.
 
-Rows of random tokens begin with BOS. The other tokens are uniform over the vocabulary without BOS, so the meaning of the tokens cannot
-explain to which of them a head attends (Hoogland et al. 2024).
+Rows of random tokens begin with BOS. The other tokens are drawn uniformly from the vocabulary without BOS. So the meaning of tokens cannot
+explain where a head attends (Hoogland et al. 2024).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,10 @@ PREFIX_LENGTH = 128
 def previous_token_rows(
     seed: int, num_rows: int, *, bos: int, context_size: int
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, " B"]]:
-    """Return rows and the last position of each row. Lengths are uniform from 16 to 64 tokens, or less in a short context."""
+    """Return rows of random tokens, and the last position of each row.
+
+    Lengths are uniform from 16 to 64 tokens, or less in a short context.
+    """
     longest = min(LENGTHS[1], context_size - 1)
     shortest = min(LENGTHS[0], longest)
     rows = _random_rows(seed, "previous", num_rows, longest, bos)
@@ -32,7 +35,7 @@ def previous_token_rows(
 def prefix_rows(
     seed: int, num_rows: int, *, bos: int, context_size: int
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, " B"], Int64[Tensor, " B"]]:
-    """Return rows in which one token occurs exactly twice, and its two positions.
+    """Return rows of random tokens in which one token occurs exactly twice, and the two positions of this token.
 
     Rows have 2 h = 128 tokens, or fewer if the context is shorter. The first position is uniform in 1 .. h - 1, and the second in
     h + 1 .. 2 h - 1.
@@ -70,13 +73,13 @@ def frequent_ngrams(rows: Int64[Tensor, "B T"], n: int, count: int, *, bos: int)
 def vocabulary_ngrams(
     tokenizer: Any, words: Sequence[str], n: int, count: int, *, skipped: int | None = None
 ) -> Int64[Tensor, "G n"]:
-    """Return the token n-grams of the first `count` entries of a larger vocabulary that the run's tokenizer splits into n tokens.
+    """Split the entries of another, larger vocabulary with the run's tokenizer, and return the first `count` results with n tokens.
 
     Hoogland et al. 2024 define common n-grams in this way.
 
     Args:
         tokenizer: The tokenizer of the run, an object of the package `tokenizers`.
-        words: Texts of the entries of the larger vocabulary, in their order there.
+        words: The entries of the larger vocabulary as strings, in the order of that vocabulary.
         n: Number of tokens.
         count: Largest number of n-grams.
         skipped: A token that no n-gram may contain, such as the space.

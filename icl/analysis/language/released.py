@@ -27,14 +27,14 @@ RELEASED: Mapping[tuple[str, str, str], tuple[float, ...]] = {
 """Released numbers at `STEPS`. Each key gives the values of the columns `quantity`, `part` (such as the head 0.1) and `position` in the table of
 `--what behaviour`."""
 LLCS = (123.6, 149.9, 172.4, 170.9, 179.5, 181.3)
-"""Released LLCs at `STEPS`, except that the last one is from step 49,900. They contain the bug that
+"""Released LLCs at `STEPS`, except that the last one is from step 49,900. They are affected by the bug that
 `icl.sampling.published.llc_with_initial_loss_bug` reproduces."""
 LLC_COLUMN = "llc_with_initial_loss_bug"
 _HEADER = ("step", "test loss", "bigram score", "ICL score", "previous 0.1", "prefix 1.7", "LLC, with bug")
 
 
 def beside_released(entries: Sequence[Entry], llcs: pd.DataFrame) -> list[str]:
-    """Return a table as lines of text: for each released step, a line with the released numbers and a line with the run's numbers.
+    """Return the printed lines of a table: for each released step, a line with the released numbers and a line with the run's numbers.
 
     Args:
         entries: The behaviours of a run.
@@ -73,7 +73,7 @@ def _shown(row: Mapping[str, Any] | None) -> str:
 
 
 def _llc(llcs: pd.DataFrame, step: int) -> str:
-    """Return the LLC of the mode `published` at a step as text, or "-" if there is none."""
+    """Return the LLC of the mode `published` at a step as a string, or "-" if there is none."""
     if LLC_COLUMN not in llcs:
         return "-"
     values = llcs.loc[llcs["step"] == step, LLC_COLUMN].dropna()

@@ -29,7 +29,7 @@ def bigram_score(
 ) -> tuple[Estimate, Estimate]:
     """Return the cross-entropy of the model's next token relative to bigram frequencies, and its floor.
 
-    For each row the model reads the tokens up to position `at`. Let s be the token there. The cross-entropy is the sum over t of
+    For each row the model reads the tokens up to position `at`. Let s be the token at this position. The cross-entropy is the sum over t of
     -q(t | s) log P(t). The floor is the mean entropy of q(t | s). A model that predicts q reaches the floor. Rows are left out if s
     never occurs in the table of frequencies.
 
@@ -72,7 +72,7 @@ def ngram_score(
     """Return the n-gram score: how much better the last token of common n-grams is predicted than test tokens at that position.
 
     The score is the mean test loss at index n - 1 divided by the mean loss of the last token of the n-grams, each with BOS in front.
-    The two samples are independent. The standard error of their ratio is propagated to first order.
+    The test rows and the n-grams are independent samples. The standard error of the ratio is propagated to first order.
 
     Args:
         config: The architecture.
@@ -108,7 +108,10 @@ def without_positions(params: Params) -> Params:
 
 
 def paired_difference(first: Float[Tensor, "N B"], second: Float[Tensor, "N B"]) -> Estimate:
-    """Return the mean over rows of a difference. Noise that both numbers of a row share does not enter the standard error."""
+    """Return the mean over rows of the first number minus the second.
+
+    Noise that both numbers of a row share does not enter the standard error.
+    """
     return _mean(first - second)
 
 

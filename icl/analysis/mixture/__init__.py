@@ -7,7 +7,8 @@ the prior or the noise is not Gaussian, the Bayes predictor for new tasks (`icl.
 predictor is only estimated, residuals are too large by at most `predictor_variance`, the mean squared standard error of its predictions.
 The prompts of training tasks (`pretrain`) and of new tasks (`true`) are the same as in `icl evaluate`.
 
-Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, or `mean` for one mixture for all positions):
+Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, or `mean` for a single mixture that is fitted to all
+positions):
 
 - `weight` (of `fixed`): the weight p of dMMSE. `log_odds` (of `bayes`): the prior log odds of dMMSE against ridge. At a limit of the
   search, the log odds are only a bound and have no standard error.
@@ -16,8 +17,8 @@ Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, 
   above 1, the row is `invalid`: the model is then further from every mixture than dMMSE and ridge are from each other.
 - `loss_advantage`: how much smaller the squared error of dMMSE is than the squared error of ridge on `pretrain`. The difference is
   divided by 2 sigma^2, which gives nats per target for Gaussian noise.
-- `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: see above; there is no such row if the prior
-  and the noise are Gaussian.
+- `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: the mean squared standard error of the estimated
+  Bayes predictor; there is no such row if the prior and the noise are Gaussian.
 
 Rows of a whole run (`icl.analysis.mixture.findings`):
 
@@ -26,8 +27,8 @@ Rows of a whole run (`icl.analysis.mixture.findings`):
 
 Rows of all runs together, `run` = `all`:
 
-- `growth_exponent`: the exponent a of t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders of
-  several seeds, there is one exponent and one row for each seed, and the row `all` contains the mean and its standard error over seeds.
+- `growth_exponent`: the exponent `a` in t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders
+  of several seeds, there is one exponent and one row for each seed, and the row `all` contains the mean and its standard error over seeds.
   `num_seeds` is the number of seeds. With at least three seeds, `lower` and `upper` are the 95 % interval.
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: parameters and R^2 of the theory curve of Wurgaft et al. 2025
   (`icl.analysis.mixture.theory`). `curve_weight` is the value of the curve at each saved step. At the steps to which the curve is
@@ -67,8 +68,8 @@ from icl.runs.measure import Measurement
 from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 2
-"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
-`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
+(`icl.evaluation.sets.REPORT`); version 1 used other prompts."""
 SETS = ("pretrain", "true")
 
 Row = dict[str, Any]
@@ -154,7 +155,7 @@ def measure_members(members: Members, *, settings: StepSettings) -> list[Measure
 
 @lru_cache(maxsize=1)
 def references(config: RunConfig, num_prompts: int) -> list[Reference]:
-    """Return the prompts of both sets with dMMSE, ridge and Bayes factors in float64, on the CPU.
+    """Return the prompts of both sets, with the predictions of dMMSE and ridge and the Bayes factors, in float64 on the CPU.
 
     Raises:
         NotApplicableError: If the run has M = inf, no noise, or a pool that changes.
@@ -226,7 +227,7 @@ def fit_rows(reference: Reference, predictions: Float[Tensor, "B K"]) -> Iterato
 
 
 def _at(fit: Fit, column: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the residual share, the standard error of the parameter, and `Fit.excess`, for one column."""
+    """Return the arguments of the verdict for one column of a fit: residual share, standard error of the parameter, `Fit.excess`."""
     return fit.share.value[column], fit.parameter.stderr[column], fit.excess[column]
 
 
@@ -247,7 +248,7 @@ def _reference_rows(config: RunConfig, num_prompts: int) -> list[Row]:
 
 
 def _runs(path: Path, others: str | None) -> dict[str, Path]:
-    """Return the runs by name, after checking that mixtures apply to all of them and that they can share one theory curve."""
+    """Return the runs, keyed by name. Check first that mixtures apply to all of them and that they can share one theory curve."""
     runs = named_runs(path, others)
     configs = [read_config_of(checkpoint_files(folder)[0]) for folder in runs.values()]
     for config in configs:

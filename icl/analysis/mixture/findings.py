@@ -1,10 +1,10 @@
 """Findings about whole runs and ladders: transitions between dMMSE and ridge, their growth with M, and the theory curve.
 
-We compute a score for every prompt (`icl.analysis.mixture.fits`). A transition is a crossing of zero of the mean score
-(`icl.analysis.behaviour.turning_points`). For `fixed`, the mean score is positive exactly if the best weight exceeds 1/2, which means
-that dMMSE is closer to the model than ridge is. For `bayes`, the mean score is positive if prior odds slightly above 1 bring the mixture
-closer to the model than odds of 1. A transition is `suspect` if no mixture explains the model at one of the two saved steps around it. It
-is also `suspect` if the best log odds do not change sign between these two steps.
+We compute a score for every prompt (`icl.analysis.mixture.fits`). A transition is a point at which the mean score crosses zero
+(`icl.analysis.behaviour.turning_points`). For `fixed`, the mean score is positive exactly if the best weight exceeds 1/2, which means that
+dMMSE is closer to the model than ridge is. For `bayes`, the mean score is positive if prior odds slightly above 1 bring the mixture closer
+to the model than odds of 1. A transition is `suspect` if no mixture explains the model at one of the two saved steps around it. It is also
+`suspect` if the best log odds do not change sign between these two steps.
 """
 
 import math
@@ -40,7 +40,7 @@ class RunFits(NamedTuple):
     seeds: SeedsConfig = SeedsConfig()
 
     def number(self, quantity: str, distribution: str) -> float:
-        """Return the value of a row of `references`."""
+        """Return the value of one quantity on one distribution, from `references`."""
         return next(
             float(row["value"])
             for row in self.references
@@ -102,7 +102,7 @@ def _side(entry: Entry, distribution: str, mixture: str) -> bool:
 
 
 def ladder_rows(runs: Sequence[RunFits]) -> list[Row]:
-    """Return the rows of the growth of the transition step with M and of the theory curve, for all runs together."""
+    """Return the rows about all runs together: the growth of the transition step with M, and the theory curve."""
     rows: list[Row] = []
     for distribution in _SETS:
         if len(runs) > 1:
@@ -146,7 +146,7 @@ def _growth_rows(runs: Sequence[RunFits], distribution: str, mixture: str) -> It
 
 
 def _growth_row(runs: Sequence[RunFits], distribution: str, mixture: str) -> Row:
-    """Return the slope of ln(t + 1) on ln(M) of one seed, with the standard error of least squares."""
+    """Return the slope of the regression of ln(t + 1) on ln(M) for one seed, with its least-squares standard error."""
     row = {
         "run": "all",
         "quantity": "growth_exponent",

@@ -30,7 +30,8 @@ MAX_LOG_ODDS = 20.0
 _NUM_GRID = 81
 _NUM_BISECTIONS = 48
 _TIE = 1e-12
-"""Two mean squared differences count as equal if they differ by less than this share of the mean of d^2."""
+"""Two mean squared differences count as equal if they differ by less than this share of the mean squared difference between dMMSE and
+ridge."""
 
 
 class Pair(NamedTuple):
@@ -51,7 +52,7 @@ class Fit(NamedTuple):
     residual: Estimate
     """Mean squared difference between the model and the best mixture."""
     share: Estimate
-    """The residual divided by the mean of d^2."""
+    """The residual divided by the mean squared difference between dMMSE and ridge."""
     excess: Float[Tensor, " C"]
     """Number that shows whether the parameter is at a limit.
 
@@ -69,7 +70,10 @@ def log_bayes_factors(pool: Float[Tensor, "B K"], new: Float[Tensor, "B K"]) -> 
 
 
 def fixed_scores(difference: Float[Tensor, "B K"], offset: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
-    """Return a score of every prompt. The mean score is positive exactly if the best fixed weight exceeds 1/2. `offset` is r."""
+    """Return a score of every prompt. The mean score is positive exactly if the best fixed weight exceeds 1/2.
+
+    `difference` is d and `offset` is r; the module's docstring defines both.
+    """
     return (difference * (offset - difference / 2)).mean(-1)
 
 
@@ -104,7 +108,9 @@ def fit_bayes(pair: Pair, predictions: Float[Tensor, "B K"]) -> Fit:
     ends = torch.minimum(parts, heights[[0, -1]])
     close = torch.minimum(heights.amin(0), ends.amin(0)) + _TIE * _columns(pair.difference.square()).mean(0)
     at_low, at_high = ends <= close
-    excess = torch.where(at_low, -math.inf, 0.0) + torch.where(at_high, math.inf, 0.0)  # NaN if both
+    excess = torch.where(at_low, -math.inf, 0.0) + torch.where(
+        at_high, math.inf, 0.0
+    )  # NaN if both limits fit equally well
     bound = torch.where(excess == 0, (low + high) / 2, MAX_LOG_ODDS * excess.sign())
     is_part = torch.where(at_low, parts[0] <= heights[0], parts[1] <= heights[-1]) & excess.isinf()
     log_odds = torch.where(is_part, excess.double(), bound)
@@ -141,12 +147,15 @@ def _residuals(pair: Pair, offset: Float[Tensor, "B K"], weights: Float[Tensor, 
 
 
 def _residual(pair: Pair, offset: Float[Tensor, "B K"], weights: Tensor) -> tuple[Estimate, Estimate]:
-    """Return the mean squared residual, and its share of the mean of d^2. Weights have the shape (B, C) for `fixed`."""
+    """Return the mean squared residual, and its ratio to the mean of d^2.
+
+    Weights have the shape (B, C) for `fixed`, and (B, 2, K) for `bayes` (see `_weights`).
+    """
     if weights.ndim == 2:
         weights = torch.stack((weights[:, :-1], weights[:, -1:].expand(-1, weights.shape[1] - 1)), dim=1)
     squares = _residuals(pair, offset, weights)
     share = metrics.ratio_of_means(squares.mT, _columns(pair.difference.square()).mT)
-    # At the best parameter, the derivative of the residual is zero. So to first order the error of the parameter has no effect.
+    # At the best parameter, the derivative of the residual is zero. So to first order the error of the parameter has no effect on the residual.
     return metrics.position_mean(squares), share
 
 

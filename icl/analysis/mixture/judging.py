@@ -8,7 +8,7 @@ SUSPECT_SHARE = 0.1
 INVALID_SHARE = 1.0
 """Residual share above which a mixture is `invalid`."""
 MAX_EXCESS = 2.0
-"""Largest distance of the best weight outside [0, 1], in standard errors, for the verdict `ok`."""
+"""Largest number of standard errors by which the best weight may lie outside [0, 1] if the verdict is `ok`."""
 MAX_LOG_ODDS_STDERR = 1.0
 """Largest standard error of log odds for the verdict `ok`."""
 

@@ -5,17 +5,17 @@ each training step is evidence for the predictor with the lower loss. After n st
 
     eta(n, M) = gamma n^(1 - alpha) (L_ridge - L_dMMSE) - ln 2 (K_dMMSE^beta - K_ridge^beta),
 
-and the model predicts with the fixed weight sigmoid(eta). L is the loss on training tasks in nats per target: the mean squared error
-divided by 2 sigma^2. K is a complexity in bits. The exponent alpha makes the evidence grow less than linearly with n. The exponent beta
-makes the penalty grow less than linearly with K. The factor gamma scales the evidence. We took the formula from the authors' code
+and the learner predicts with the fixed weight sigmoid(eta) for dMMSE. L is the loss on training tasks in nats per target: the mean squared
+error divided by 2 sigma^2. K is a complexity in bits. The exponent alpha makes the evidence grow less than linearly with n. The exponent
+beta makes the penalty grow less than linearly with K. The factor gamma scales the evidence. We took the formula from the authors' code
 (DanielWurgaft/rational-icl, `HierarchicalBayesianModel`), which fits the three numbers to the predictions of many models and steps.
 
-Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest size. We count
-`CODE_BITS` for the program of each predictor and 32 bits for each number of the table, because random numbers do not compress. The
-authors use a median of means of the loss; we use the mean. They fit prompts of training tasks, or both sets together. We fit each set
-separately, and leave out steps that no mixture explains. Our fit has the same objective: up to a constant, the mean squared difference of
-predictions is (sigmoid(eta) - p)^2 times the mean of d^2. The best weight p and the difference d are defined in
-`icl.analysis.mixture.fits`.
+Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest compressed size. We count
+`CODE_BITS` for the program of each predictor and 32 bits for each number of the table, because random numbers do not compress. The authors
+use a median of means of the loss; we use the mean. They fit the curve to prompts of training tasks, or to prompts of training tasks and of
+new tasks together. We fit each of these two sets separately, and leave out steps that no mixture explains. Our fit has the same objective:
+up to a constant, the mean squared difference of predictions is (sigmoid(eta) - p)^2 times the mean of d^2. The best weight p and the
+difference d are defined in `icl.analysis.mixture.fits`.
 """
 
 import math
@@ -50,15 +50,15 @@ class CurvePoints(NamedTuple):
     separation: Float[np.ndarray, " P"]
     """Mean squared difference between dMMSE and ridge."""
     runs: np.ndarray
-    """Number of the run to which each point belongs."""
+    """Index of the run to which each point belongs."""
 
     def without(self, run: float) -> "CurvePoints":
-        """Return the points of all other runs."""
+        """Return the points of all runs except this one."""
         return CurvePoints(*(column[self.runs != run] for column in self))
 
 
 class Curve(NamedTuple):
-    """A fitted curve with its verdict."""
+    """A fitted theory curve with its verdict."""
 
     values: tuple[float, float, float]
     """alpha, beta and gamma."""

@@ -8,8 +8,8 @@ candidate's estimates is zero if the model is the Bayes predictor of the candida
 depends only on the estimates.
 
 With `num_context` > 0, every rollout begins with this number of ordinary examples. The rollouts are then samples from the posterior that
-the model implies. They are compared with prompts that are continued from each candidate's posterior. This posterior is exact, or
-approximated by particle filters (`icl.bayes.posterior`).
+the model implies. These rollouts are compared with prompts that are continued from each candidate's posterior. A candidate's posterior is
+computed exactly, or approximated by particle filters (`icl.bayes.posterior`).
 
 Rows of the table, by `quantity`. `preference`, `energy_share` and `separation` use two candidates. The first is the prior of the training
 tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next one in the order `pool`, `prior`, `gaussian`.
@@ -17,11 +17,11 @@ tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next on
 - `energy_distance`, for each `candidate`: the distance between the estimates of the model and of the candidate. `finding` says whether
   this distance is zero within 2 standard errors. `energy_share`: the distance divided by `separation`.
 - `separation`: the distance between the two candidates. Its row has no `step`, because this distance does not depend on the model.
-- `preference`: the distance to the second candidate minus the distance to the first. `finding` names the nearer candidate. A distance
-  counts as zero if it is at most 2 standard errors above zero. The verdict is `suspect` if the preference is within 2 standard errors of
-  zero, or if neither candidate explains the model, because the smaller distance is not zero and exceeds 0.1 times
-  `separation`. The verdict is `invalid` if the smaller distance is not zero and exceeds `separation`, or if `separation` is at most 4
-  standard errors above zero.
+- `preference`: the model's distance to the second candidate minus its distance to the first. `finding` names the nearer candidate. A
+  distance counts as zero if it is at most 2 standard errors above zero. The verdict is `suspect` if the preference is within 2 standard
+  errors of zero. It is also `suspect` if neither candidate explains the model, which means that the smaller distance is not zero and
+  exceeds 0.1 times `separation`. The verdict is `invalid` if the smaller distance is not zero and exceeds `separation`, or if `separation`
+  is at most 4 standard errors above zero.
 - `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
 
 If the pool of tasks changes during training, each saved step is compared with the pool at the last update before this step. The
@@ -90,7 +90,7 @@ class Reference(NamedTuple):
 
 
 def analyse(path: Path, settings: Settings) -> Result:
-    """Compare the tasks of the model's rollouts with all candidate priors at every saved step.
+    """Compare the estimated tasks of the model's rollouts with all candidate priors at every saved step.
 
     Raises:
         CheckpointError: If there is no usable checkpoint.
@@ -128,7 +128,10 @@ def _measure(config: RunConfig, params: Params, known: Reference, settings: Sett
 
 @lru_cache(maxsize=1)
 def reference(config: RunConfig, settings: Settings, pool_step: int | None = None) -> Reference:
-    """Return the estimates from the candidates' prompts. They are the same at all saved steps unless the pool changes."""
+    """Return the task estimates from prompts of all candidates, and the draws for the model's rollouts.
+
+    Both are the same at all saved steps unless the pool changes.
+    """
     samples: dict[Candidate, Sample] = {}
     draw = partial(make_draws, config, count=settings.num_samples, distribution=settings.context, pool_step=pool_step)
     for name in candidates(config):
@@ -224,7 +227,7 @@ def _summary(entries: list[Entry], whole_run: list[Row]) -> list[str]:
             if index == 0 or usable[index - 1][1] != name
         ]
         lines.append(
-            f"Nearer prior, at the {len(usable)} of {len(findings)} steps with verdict ok: {', then '.join(changes) or 'none'}."
+            f"Nearer prior (verdict ok at {len(usable)} of {len(findings)} steps): {', then '.join(changes) or 'none'}."
         )
     last = entries[-1]
     lines.append(f"At step {last.step:,}, the last of {len(entries)} saved steps:")

@@ -7,9 +7,9 @@ The squared energy distance of two distributions P and Q (Szekely and Rizzo 2013
 with X, X' from P and Y, Y' from Q, all independent. E is zero exactly if P = Q. We replace each expectation by the mean over all pairs
 of different samples. This estimate has no bias, so it can be negative.
 
-For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The
-jackknife variance of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2
-(Efron and Stein 1981), because the estimate then depends on pairs only. In this case, 2 of our standard errors are about 2.8 true ones.
+For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The jackknife variance
+of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2 (Efron and Stein 1981),
+because the estimate then depends only on pairs of points. In this case, 2 of our standard errors are about 2.8 true standard errors.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,10 @@ class Sample:
 
     @cached_property
     def within(self) -> tuple[Tensor, Tensor]:
-        """The mean distance of two different points, and this mean without each block. Cached for several energy distances."""
+        """The mean distance of two different points, and the same mean with each block left out in turn.
+
+        The result is cached, because several energy distances use it.
+        """
         return _mean_distance(self.points, self.points)
 
 
@@ -62,7 +65,7 @@ def energy_distance(first: Sample, second: Sample) -> Energy:
 
 
 def _mean_distance(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
-    """Return the mean distance over all pairs of points, and this mean without the points of each block.
+    """Return the mean distance over all pairs of points, and the same mean with each block of points left out in turn.
 
     If both samples are the same tensor, the pairs of a point with itself, whose distance is zero, do not count.
     """

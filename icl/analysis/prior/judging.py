@@ -6,7 +6,7 @@ from typing import NamedTuple
 from icl.metrics import Estimate
 
 MAX_Z = 2.0
-"""A number within this many standard errors of zero counts as zero within its error."""
+"""A number within this many standard errors of zero counts as zero."""
 MIN_SEPARATION_Z = 4.0
 """The samples distinguish two candidates if the distance between the candidates is more than this many standard errors."""
 SUSPECT_SHARE = 0.1
@@ -41,10 +41,10 @@ def judge_separation(separation: Estimate) -> Judgement:
 def judge_preference(
     preference: Estimate, nearest: Estimate, separation: Estimate, *, names: tuple[str, str]
 ) -> Judgement:
-    """Judge which of two candidates is nearer to the model, and whether it explains the model.
+    """Judge which of two candidates is nearer to the model, and whether the nearer candidate explains the model.
 
     Args:
-        preference: The distance to the second candidate minus the distance to the first.
+        preference: The model's distance to the second candidate minus its distance to the first.
         nearest: The smaller of these two distances.
         separation: The distance between the candidates.
         names: Names of both candidates.

@@ -48,7 +48,7 @@ class Draws(NamedTuple):
     uniforms: Float[Tensor, "B K"]
     normals: Float[Tensor, "B K"]
     noise: Float[Tensor, "B K"]
-    """Noise of the candidates' targets, divided by its standard deviation. It is `normals` if the run's noise is Gaussian."""
+    """Noise of the candidates' targets, divided by its standard deviation. It equals the field `normals` if the run's noise is Gaussian."""
 
 
 def make_draws(
@@ -60,7 +60,7 @@ def make_draws(
         config: The run.
         name: Name of the set: `model`, or a candidate.
         count: Number of rollouts.
-        distribution: Tasks of the given examples.
+        distribution: Distribution of the tasks of the given examples.
         pool_step: Step whose pool is used if the pool of tasks changes.
     """
     source = prompt_source(config, stream=f"prior/{name}", distribution=distribution, pool_step=pool_step)

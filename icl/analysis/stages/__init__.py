@@ -9,7 +9,7 @@ The method has three parts:
 
 For at most one in twenty curves without stages, the method reports a boundary that is `ok` or `suspect`. It finds the published stages
 of L2H4 within their errors (tests/analysis/test_stages.py). The scatter of a curve may be correlated between saved steps, for example
-if the loss fluctuates slowly. The correlation is estimated, and errors include it (`icl.analysis.scatter`). `data/verdict-rates.csv`
+if the loss fluctuates slowly. We estimate this correlation and include it in the errors (`icl.analysis.scatter`). `data/verdict-rates.csv`
 gives the share of false and of true boundaries that are `ok`, for several correlations; `python -m tools.verdict_rates` makes this table.
 
 Types of stages, as in Hoogland et al. (2024, table 2): in a stage of type A the loss falls and the LLC rises; in type B both fall. The
@@ -129,7 +129,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 
 
 def smooth_signal(signal: Signal, settings: Settings) -> SmoothedSignal:
-    """Smooth a signal, with the standard errors of the points only for the LLC.
+    """Smooth a signal. The smoothing uses the standard errors of the points only for the LLC.
 
     Other signals are measured on the same prompts at every step, so their errors mostly shift the whole curve.
     """
@@ -163,7 +163,7 @@ def divide(
 
 
 def _change(curve: Curve, start: tuple[float, float], end: tuple[float, float]) -> Change:
-    """Return the change of a curve between two times with errors (time, error); NaN if the curve does not cover both times."""
+    """Return the change of a curve between two times, each with its standard error; NaN if the curve does not cover both times."""
     times = curve.times
     slack = 0.1 * (end[0] - start[0])  # a tenth of the interval may lie outside the curve
     if start[0] < times[0] - slack or end[0] > times[-1] + slack:
@@ -257,7 +257,7 @@ def _boundary_lines(boundaries: Sequence[RunBoundary]) -> list[str]:
 
 
 def _error_text(error: float) -> str:
-    """Return an error in steps as printed text, with at least one significant digit."""
+    """Return an error in steps as a string for printing, with at least one significant digit."""
     return f"{error:,.0f}" if error >= 1 else f"{error:.1g}"
 
 

@@ -1,16 +1,17 @@
 """Agreement between signals: which candidates form one boundary, its time, and its verdict.
 
-Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Close means within
-`tolerance`, or within two standard errors of the difference but at most twice `tolerance`. The time of the boundary is the mean
-of the candidates' times, weighted by inverse variance. Each group of dependent signals contributes one candidate to this mean. If
-the times scatter more than their errors allow, the error of the mean is multiplied by the Birge ratio (Birge 1932).
+Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Two candidates are close
+if their distance is at most `tolerance`. A distance of up to twice `tolerance` also counts as close if it is at most two standard errors.
+The time of the boundary is the mean of the candidates' times, weighted by inverse variance. Each group of dependent signals contributes one
+candidate to this mean. If the times scatter more than their errors allow, the error of the mean is multiplied by the Birge ratio (Birge
+1932).
 
 We say that a signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
 into account. Loss and ICL score are one group of dependent signals. An LLC that mirrors the loss near the boundary
 (`signals.mirrors_loss`) belongs to this group too. Verdicts:
 
-- `ok`: signals of at least two groups show the boundary, and at least one signal shows it with all three kernels.
-- `suspect`: only one group shows the boundary, by at least `STRONG` standard errors; or no signal shows it with all three kernels.
+- `ok`: signals of at least two groups show the boundary, and at least one signal shows it with all three smoothing kernels.
+- `suspect`: only one group shows the boundary, by at least `STRONG` standard errors; or no signal shows it with all three smoothing kernels.
 - `invalid`: at most one group shows the boundary, by less than `STRONG` standard errors; or an end of the curves or a stronger boundary
   lies within two standard errors.
 """
@@ -167,5 +168,5 @@ def _reject_overlapping(boundaries: Sequence[RunBoundary]) -> list[RunBoundary]:
 
 
 def step_text(time: float) -> str:
-    """Return the step that belongs to a log time, as printed text."""
+    """Return the step that belongs to a log time, as a string for printing."""
     return f"{math.expm1(time):,.0f}"

@@ -5,12 +5,12 @@ or has a plateau near zero. They published no rule. (An early version mentions a
 not find.) Our rule works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes
 of f over intervals of log time. Every mean slope has a standard error. There are two kinds of boundaries:
 
-- A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval, both by `SIGNIFICANCE`
-  standard errors. The boundary lies at the extremum of f between the two intervals.
-- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two (the pause), the absolute slope
-  of f is smaller, by a factor of at least `STEEPNESS`, than the slope over each of the two intervals. For both intervals, the
-  absolute slope minus `STEEPNESS` times the slope of the pause must be at least `SIGNIFICANCE` standard errors above zero. To place the
-  boundary, we fit two cubics that join with equal value and slope to the observations between the middles of the two intervals. The
+- A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval. Both mean slopes are at least
+  `SIGNIFICANCE` standard errors from zero. The boundary lies at the extremum of f between the two intervals.
+- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two (the pause), the absolute slope of
+  f is smaller, by a factor of at least `STEEPNESS`, than the slope over each of the two intervals. For both intervals, the absolute slope
+  minus `STEEPNESS` times the slope of the pause must be at least `SIGNIFICANCE` standard errors above zero. To place the boundary, we fit
+  two cubics to the observations between the middles of the two intervals. The cubics have equal value and slope where they join. The
   boundary is the joint with the best fit.
 
 An interval counts as motion only if f changes over it by at least `least_change` of the range of f, because smoothing a corner
@@ -38,10 +38,11 @@ SIGNIFICANCE = 3.0
 """Minimum strength of a boundary, in standard errors (our choice). Because we search over many intervals, one in ten to one in twenty
 curves without stages reaches this value. None of the curves without stages that we tested reached 4."""
 CORRELATED_SIGNIFICANCE = 4.0
-"""Minimum strength of a boundary, in standard errors, if the correlation of the scatter lowers its strength. This limit is larger
-than `SIGNIFICANCE`, because the correlation is only estimated."""
+"""Minimum strength of a boundary, in standard errors, if the correlation of the scatter clearly lowers it (`_LITTLE_LOST`). This limit is
+larger than `SIGNIFICANCE`, because the correlation is only estimated."""
 _LITTLE_LOST = 0.8
-"""`SIGNIFICANCE` is the limit if correlated scatter leaves more than this share of the strength; else `CORRELATED_SIGNIFICANCE`."""
+"""The limit is `SIGNIFICANCE` if, after the correlation of the scatter is taken into account, more than this share of the strength remains.
+Otherwise the limit is `CORRELATED_SIGNIFICANCE`."""
 STEEPNESS = 1.25
 """Factor by which the slopes of both motions must exceed the slope of the pause between them. With our choice, the slope in the pause is
 at least a fifth smaller."""
@@ -145,7 +146,10 @@ def _extremum(samples: Sequence[Float[np.ndarray, "J g"]], times: Float[np.ndarr
 
 
 def _corner(points: Points, low: float, high: float) -> tuple[float, float]:
-    """Return the time at which two cubics that join with equal value and slope fit best, and its error, from the likelihood."""
+    """Return the time and the standard error of the joint of two cubics, from the likelihood of the joint at many trial times.
+
+    The cubics have equal value and slope at the joint.
+    """
     inside = (points.times >= low) & (points.times <= high)
     times, values, noise = (array[inside] for array in points)
     if len(times) < _LEAST_POINTS:
@@ -180,7 +184,7 @@ def _strength(curve: Curve, kind: Kind, stretches: Sequence[tuple[int, int]]) ->
 
 
 def _knots(fit: SmoothedSignal) -> Int[np.ndarray, " k"]:
-    """Return the grid indices at which intervals may begin and end (knots). There are at most as many as observations.
+    """Return the grid indices at which intervals may begin and end (knots). There are at most as many knots as observations.
 
     Half of the knots are evenly spaced in log time. The other half are evenly spaced in the grid index. The grid is denser near
     checkpoints.

@@ -5,9 +5,9 @@ tasks. Each signal comes from the first of these sources that contains it: `resu
 checkpoints (evaluated on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard
 errors describe a common shift, not the shape of the curve. For these signals only the scatter of the points counts as noise.
 
-For a language run, the loss and the ICL score are measured on test rows. Their first source is `results/language-behaviour.csv`, before
-the sources above. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. For each of the
-two head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
+For a language run, the loss and the ICL score are measured on test rows. The table `results/language-behaviour.csv` takes precedence over
+the sources above. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. For each of the two
+head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
 
 The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
 verdict no worse than `worst_llc`. We treat their standard errors as independent, because the chains of different checkpoints have
@@ -42,8 +42,8 @@ MIN_POINTS = 8
 MIRROR = 0.2
 """An LLC mirrors the loss if the standard deviation of E[L] over steps is below this share of the standard deviation of L(w0)."""
 VERSION = 2
-"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts that the step number
-`icl.evaluation.sets.REPORT` selects; version 1 used other prompts."""
+"""Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
+(`icl.evaluation.sets.REPORT`); version 1 used other prompts."""
 VERDICTS = ("ok", "suspect", "invalid")
 _HEADS = ("previous_token", "prefix_matching")
 """Quantities that are measured for every head."""
@@ -57,7 +57,7 @@ _RISE = 3.0
 _GROUPS = {"icl_score": "loss", "bigram_score": "loss", **dict.fromkeys(_HEADS, "attention")}
 _TABLES = ("language-behaviour.csv", "behaviour.csv", "evaluation.csv")
 _MEASURED_SETS = ("pretrain", "test")
-"""Sets on which signals are measured, in regression runs and in language runs."""
+"""Sets on which signals are measured: `pretrain` in regression runs, `test` in language runs."""
 _POINT = ["step", "checkpoint_hash", "value", "stderr"]
 
 Verdict = Literal["ok", "suspect", "invalid"]
@@ -102,7 +102,7 @@ def read_signals(
 
     Raises:
         RunError: If there is no signal, or the path is a file.
-        CheckpointError: If there is no run at all.
+        CheckpointError: If there is no run at the path.
         ConfigError: If the run has no estimates under `llc_settings`.
     """
     if path.is_file():
@@ -216,7 +216,7 @@ def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signa
 
 
 def _signal(name: str, source: str, points: pd.DataFrame) -> dict[str, Signal]:
-    """Return a signal under its name, or nothing if it has too few finite points."""
+    """Return a dictionary with the signal under its name; empty if the signal has fewer than `MIN_POINTS` finite points."""
     points = points[[column for column in (*_POINT, "verdict", "init_loss", "mean_loss") if column in points]]
     points = points[np.isfinite(points["value"].astype(float)) & points["step"].notna()]
     points = points.astype({"step": int}).sort_values("step").drop_duplicates("step", keep="last")

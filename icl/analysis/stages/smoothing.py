@@ -1,12 +1,12 @@
 """Smoothing of a noisy signal in log time, with its slope, by Gaussian-process regression.
 
-The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mean. So f and f' are smooth, and the data
-determine both, with a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation
-i has the variance v_i = max(stderr_i^2, scatter_i^2). Here stderr_i is the standard error of the observation, and
-scatter_i is the local scatter of the points about the curve. First we choose the values of a, l and one common scatter
-that maximise the posterior density. The prior of ln l is normal with mean 0 and standard deviation 1, because a factor of
-e in the step is the natural unit of log time. The length l must lie between `shortest` and `longest`. Then we estimate
-the local scatter from the squared residuals, averaged with a Gaussian kernel whose width is one unit of log time.
+The curve f(u), u = ln(step + 1), has the prior a^2 Matern(5/2, l) about its mean. So f and f' are smooth, and the data determine both, with
+a joint covariance (Rasmussen and Williams 2006, sections 2.2 and 4.2.1, equation 9.4). Observation i has the variance v_i = max(stderr_i^2,
+scatter_i^2). Here stderr_i is the standard error of the observation, and scatter_i is the local scatter of the points about the curve.
+First we choose the amplitude a, the length l and one common scatter that maximise the posterior density. The prior of ln l is normal with
+mean 0 and standard deviation 1, because a factor of e in the step is the natural unit of log time. The length l must lie between `shortest`
+and `longest`. Then we estimate the local scatter from the squared residuals, averaged with a Gaussian kernel whose width is one unit of log
+time.
 
 Hoogland et al. (2024) fit a squared-exponential process without a noise term. Their curve interpolates the points, so its
 slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, uses a kernel width that does not
@@ -156,7 +156,7 @@ def _most_probable(
     shortest: float,
     longest: float,
 ) -> tuple[float, float, float]:
-    """Return the kernel's amplitude and length, and the variance of the scatter, at the largest posterior density."""
+    """Return the kernel's amplitude and length and the variance of the scatter that maximise the posterior density."""
 
     def optimizer(objective, start, bounds):  # type: ignore[no-untyped-def]
         def posterior(theta):  # type: ignore[no-untyped-def]
@@ -165,7 +165,7 @@ def _most_probable(
 
         length = np.log(0.6).clip(*bounds[1])
         # The density can have two maxima: much scatter and a smooth curve, or little scatter and a curve that follows the
-        # points. We start once near each maximum.
+        # points. We start the search once near each of them.
         starts = [np.array([start[0], length, scatter]) for scatter in np.log([0.1, 1e-3])]
         options = {"ftol": 1e-6}  # the objective is in the hundreds, so more digits are not significant
         minima = [
