@@ -3,8 +3,8 @@
 Training, uploads, sweeps and experiments respond to Ctrl-C and SIGTERM in different ways. All of them use `handling`, which restores
 the previous handlers at the end. So when an inner piece of work has ended, the handlers of the outer work are in use again.
 
-A program that W&B has started as a point of a sweep must report to W&B how it ends. The program cannot report this before it has joined the
-sweep. Until then, the handler `defer` stores signals in the list `deferred`.
+If a W&B sweep has started this program to train one combination of settings, the program must tell W&B how its run ended. It cannot do so
+before it has joined the sweep. Until then, the handler `defer` stores signals in the list `deferred`.
 """
 
 import contextlib

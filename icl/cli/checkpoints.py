@@ -91,7 +91,7 @@ def _require_name(word: str) -> None:
         require_run_name(name_of(word))
     except ConfigError:
         raise RunError(
-            f"There is no run {word}, and no run below {local_root()} can have that name; `icl runs` lists the runs here."
+            f"There is no run {word}, and this is not a valid name for a run in {local_root()}; `icl runs` lists the runs here."
         ) from None
 
 

@@ -4,7 +4,8 @@
 `early_stopping`, `checkpoints`, `seeds` and `sampler`. The section `task` describes the prompts of a regression run, and must keep its
 defaults in a language run. The section `language` describes the text of a language run, and must keep its defaults in a regression run.
 The saved settings of a regression run have no section `language`, and leave out all settings of `LATER_SETTINGS` (`icl.config.tree`) that
-have their defaults. So the file, the digests and the name of such a run are the same as in versions without language models.
+have their defaults. So `config.yaml`, the digests of the settings and the default name of a regression run are the same as in
+versions without language models.
 
 A row is one sequence of `context_size` tokens that begins with the token `vocab_size` - 1, which marks the beginning and the end of
 documents (BOS and EOS, as in Hoogland et al. 2024). The model predicts the `context_size` - 1 tokens after the first.

@@ -68,7 +68,7 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ladder_table(numbers: pd.DataFrame, configs: Mapping[str, RunConfig]) -> pd.DataFrame | None:
-    """Convert the numbers of runs that differ only in M and in seeds into a table for `thresholds`. Return None for other runs.
+    """Convert the measured values of runs into a table for `thresholds`, or return None if the runs differ in more than M and seeds.
 
     Args:
         numbers: Numbers of the runs, with the name of the run in the column `run`.

@@ -65,8 +65,8 @@ def import_run(
         source: The code base: a key of `FORMATS`.
         out: The new run's folder.
         options: Settings that the files do not contain, keyed by dotted name.
-        tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default, the tasks are those in the checkpoint, or
-            those that the older code draws in every run.
+        tasks: Source of the training tasks: a file, `recompute` or `unknown`. By default, the tasks in the checkpoint
+            are used. If it contains none and the older code drew its tasks from a fixed seed, these tasks are drawn again.
         step: The step, if there is only one file and neither its name nor its content contains the step.
 
     Raises:

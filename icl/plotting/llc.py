@@ -164,7 +164,7 @@ def title_estimate(axes: Axes, row: Mapping[str, Any], prefix: str = "", *, font
 
 
 def step_prefix(row: Mapping[str, Any]) -> str:
-    """Return the step of an estimate for the beginning of a title; empty if the estimate belongs to no step."""
+    """Return the words that name an estimate's step at the beginning of a title, or an empty string if the estimate has no step."""
     return "" if row["step"] is None else f"step {row['step']:,}: "
 
 

@@ -49,7 +49,7 @@ def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> N
 def send_results(run: RunFolder) -> list[str]:
     """Send those results, figures and reports of a run that its store does not have yet. Return the names of the files sent.
 
-    If the run never had a copy, nothing is sent.
+    If the run itself was never sent to a store, nothing is sent.
 
     Raises:
         UploadError: If the store cannot be used, or has no copy of this run.

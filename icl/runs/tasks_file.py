@@ -1,6 +1,6 @@
 """The training tasks of an imported run, in `checkpoints/tasks.safetensors`.
 
-The table contains the tasks on which the older code trained the run. The run's settings contain the digest of this table
+The file contains one table: the tasks on which the older code trained the run. The run's settings contain the digest of this table
 (`task.imported_tasks`). The table is read whenever the run's checkpoints or settings are read. So prompts from the training tasks,
 dMMSE and the mean task use the tasks of the older code.
 """

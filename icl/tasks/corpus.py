@@ -32,7 +32,7 @@ class Corpus(NamedTuple):
     """A text as rows of tokens."""
 
     tokens: np.ndarray
-    """Tokens in rows (R, T), or of one long text (L,). An array on disk is memory-mapped, so it is not loaded as a whole."""
+    """Tokens: rows of equal length (R, T), or one long text (L,). An array on disk is memory-mapped, so it is not loaded as a whole."""
     language: LanguageConfig
 
     def __hash__(self) -> int:

@@ -160,5 +160,5 @@ class Sender:
 
 
 def _checkpoint_files(steps: Sequence[int]) -> list[str]:
-    """Return the names of checkpoints and moments at these steps."""
+    """Return the names of the files with the weights and with Adam's moments at these steps."""
     return [f"{folder}/{checkpoint_name(step)}" for folder in CHECKPOINT_FOLDERS for step in steps]

@@ -1,4 +1,4 @@
-"""Verdicts of mixtures: how well a mixture explains a model, and whether its parameter is known."""
+"""Verdicts on mixtures: how well a mixture explains a model, and whether the fit determines the mixture's parameter."""
 
 import math
 from collections.abc import Sequence
