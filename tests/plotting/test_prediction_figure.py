@@ -7,7 +7,7 @@ import pytest
 
 from icl.plotting.predictions import plot_predictions
 
-MODELS = Path(__file__).resolve().parents[2] / "data" / "small" / "models"
+DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def lines(axes):
@@ -15,9 +15,11 @@ def lines(axes):
     return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.lines}
 
 
-@pytest.mark.parametrize(("run", "has_pool"), [("quickstart", True), ("L2H4-seed=0", False)])
-def test_predictions_along_the_task(run, has_pool):
-    file = sorted((MODELS / run).glob("*.safetensors"))[-1]
+@pytest.mark.parametrize(
+    ("models", "has_pool"), [("small/models/quickstart", True), ("published-run/models/L2H4-seed=0", False)]
+)
+def test_predictions_along_the_task(models, has_pool):
+    file = sorted((DATA / models).glob("*.safetensors"))[-1]
     first, second = plot_predictions(file, num_examples=(0, 3), title="t").axes
     drawn = lines(first)
     reach, task = drawn["task, w · x"]

@@ -3,8 +3,8 @@
 # the times, and then makes the tables. If it is interrupted, the same command continues. To run them by hand: bash tools/data/small.sh
 #
 # This is less than what was published. L2H4 keeps the published learning rate, but stops after 40,293 of 500,000 steps, where
-# stage LR2 ends, and has two seeds instead of five. The ladder of diversities uses the quickstart. There are fewer LLC chains, they
-# are shorter, and their minibatches are smaller.
+# stage LR2 ends (tools/data/published-run.sh trains all of them). The ladder of diversities uses the quickstart. There are fewer LLC
+# chains, they are shorter, and their minibatches are smaller.
 set -euo pipefail
 export LOCAL_ROOT=${LOCAL_ROOT:-runs} RUNS=${LOCAL_ROOT:-runs}
 DIVERSITIES="1 2 4 8 16 32 64 128 256 512 1024 inf"
@@ -17,9 +17,6 @@ l2h4() {
 ## train the quickstart
 icl train --preset quickstart
 
-## train L2H4, seed 0
-l2h4 0
-
 ## train the ladder
 icl train --preset quickstart --run_name ladder --population.num_tasks "${DIVERSITIES// /,}" --trainer.compile true
 
@@ -28,9 +25,6 @@ l2h4 0,1
 
 ## evaluate the quickstart
 icl evaluate "$RUNS/quickstart" --num_prompts 4096
-
-## evaluate L2H4, seed 0
-icl evaluate "$RUNS/L2H4/seed=0" --num_prompts 8192 --num_ood_prompts 512
 
 ## evaluate L2H4, seed 1
 icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
@@ -81,18 +75,6 @@ icl llc "$RUNS/quickstart" --sampler.kernel sgld --sampler.lr 2e-5 --sampler.num
 # A search for lr, nbeta, localization and burn-in. The LLCs above use the preset's values.
 icl llc "$RUNS/quickstart" --calibrate
 
-## LLCs of L2H4, seed 0, with the published sampler
-# Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 means that all estimates are invalid, which is a result.
-icl llc "$RUNS/L2H4/seed=0" --published --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
-    --sampler.num_chains 2 --sampler.num_draws 2000 --sampler.batch_size 32 || test $? -eq 1
-
-## LLCs of L2H4, seed 0, with SGLD
-# The settings of the shipped table, which is older than the kernel baoab: less data per gradient and shorter chains than the preset
-# had at that time (8 chains of 1,000 + 1,000 moves on 1,024 prompts).
-icl llc "$RUNS/L2H4/seed=0" --steps 0,111,687,1456,2984,5264,9700,12684,17908,25369,31339,40293 \
-    --sampler.kernel sgld --sampler.lr 3e-6 --sampler.num_samples 1048576 --sampler.num_chains 4 \
-    --sampler.num_burnin_steps 1000 --sampler.num_draws 500 --sampler.batch_size 256 --sampler.num_init_batches 64
-
 ## essential dynamics of the quickstart
 icl analyse "$RUNS/quickstart" --what essential-dynamics
 
@@ -106,23 +88,6 @@ icl analyse "$RUNS/quickstart" --what gradients
 ## behaviour and stages of the quickstart
 icl analyse "$RUNS/quickstart" --what behaviour
 icl analyse "$RUNS/quickstart" --what stages
-
-## essential dynamics of L2H4, seed 0
-icl analyse "$RUNS/L2H4/seed=0" --what essential-dynamics
-
-## embeddings and attention of L2H4, seed 0
-icl analyse "$RUNS/L2H4/seed=0" --what embeddings
-icl analyse "$RUNS/L2H4/seed=0" --what attention
-
-## Hessian of L2H4, seed 0, at a few steps
-for step in 0 1456 5264 9700 20146 40293; do
-    icl analyse "$RUNS/L2H4/seed=0/checkpoints/step-$(printf %09d $step).safetensors" --what hessian --num_prompts 1024 \
-        --out "$RUNS/L2H4/seed=0/results/hessian-$step.csv"
-done
-
-## behaviour and stages of L2H4, seed 0
-icl analyse "$RUNS/L2H4/seed=0" --what behaviour
-icl analyse "$RUNS/L2H4/seed=0" --what stages
 
 ## essential dynamics of L2H4, seed 1
 icl analyse "$RUNS/L2H4/seed=1" --what essential-dynamics
