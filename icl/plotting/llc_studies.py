@@ -105,7 +105,7 @@ def plot_over_stages(
     """Plot the LLC over a whole run on a linear axis, with two samplers, and the sampled losses and the norm of the weights.
 
     Args:
-        llc: Rows of `llc.csv` for one run. Bars show the 95 % interval if the row contains one, else two standard errors.
+        llc: Rows of `llc.csv` for one run. Bars show the 95 % interval of estimates that are not invalid, else two standard errors.
         norms: Rows of `checkpoints.csv` for the same run.
         published: The table `published.csv`. The LLCs in this table are drawn in the panel of the published sampler.
         title: Title of the figure.
@@ -149,8 +149,10 @@ def plot_over_stages(
 def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
     """Draw estimates with 95 % intervals and marks for their verdicts, and diamonds at the LLC plus `drop_at_mean`."""
     axes.plot(rows["step"], rows["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
-    low = (rows["llc"] - rows["interval_low"]).fillna(2 * rows["stderr"])
-    high = (rows["interval_high"] - rows["llc"]).fillna(2 * rows["stderr"])
+    # The interval of an invalid estimate means nothing, and can be too wide for the panel.
+    has_no_interval = (rows["verdict"] == "invalid") | rows["interval_low"].isna()
+    low = (rows["llc"] - rows["interval_low"]).mask(has_no_interval, 2 * rows["stderr"])
+    high = (rows["interval_high"] - rows["llc"]).mask(has_no_interval, 2 * rows["stderr"])
     for verdict, style in VERDICTS.items():
         own = rows["verdict"] == verdict
         if own.any():

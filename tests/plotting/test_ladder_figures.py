@@ -116,7 +116,7 @@ def test_the_whole_run_shows_both_samplers_and_the_interval_that_contains_the_bi
     def bars(axes):
         return [segment[:, 1].tolist() for bar in axes.containers for segment in bar.lines[2][0].get_segments()]
 
-    assert bars(in_basin) == [[22.0, 32.0], [5.0, 24.0], [-20.0, -3.0]]  # in the order of verdicts
+    assert bars(in_basin) == [[22.0, 32.0], [5.0, 24.0], [-7.0, -3.0]]  # in the order of verdicts; 2 stderr if invalid
     diamonds = [line.get_xydata().tolist() for line in in_basin.lines if line.get_marker() == "D"]
     assert diamonds == [[[10.0, 28.0]]]  # not where the drop is within its error, nor where the estimate is invalid
     assert bars(by_published) == [[148.0, 152.0], [76.0, 84.0], [0.0, 4.0], [70.0, 90.0]]
