@@ -307,7 +307,7 @@ def test_a_login_node_without_the_device_submits_and_shows_jobs_for_it(tmp_path,
     assert main([*words, "--status"]) == 1
     assert "waiting   M = inf: not started" in capsys.readouterr().out
     assert main([*words, "--slurm", "--background"]) == 2
-    assert "cannot be given together" in capsys.readouterr().err
+    assert "`--background` cannot be given with `--slurm`" in capsys.readouterr().err
 
 
 def test_two_processes_cannot_hold_one_experiment(tmp_path, capsys):

@@ -146,15 +146,15 @@ def test_scores_beyond_the_exponential_s_range_are_a_choice_of_one():
 @needs_kernel
 def test_what_the_kernel_would_misread_is_refused():
     (queries, keys, values), options = make_inputs(SIZES["L2H4"])
-    with pytest.raises(ValueError, match="got 4 heads, stride 2 and float32"):
+    with pytest.raises(ValueError, match="Got 4 heads, stride 2 and float32"):
         attention(queries, keys, values, **options | {"stride": 2})
     with pytest.raises(ValueError, match="stride 0"):
         attention(queries, keys, values, **options | {"stride": 0})
-    with pytest.raises(ValueError, match="got -4 heads"):
+    with pytest.raises(ValueError, match="Got -4 heads"):
         attention(queries, keys, values, **options | {"num_heads": -4})
     with pytest.raises(ValueError, match="bfloat16"):
         attention(queries, keys.bfloat16(), values, **options)
-    with pytest.raises(ValueError, match="got 4 heads"):
+    with pytest.raises(ValueError, match="Got 4 heads"):
         torch.ops.icl.attention_forward(queries[0], keys[0, 1:], values[0, 1:], 4, 1)
 
 

@@ -371,7 +371,7 @@ def test_numbers_may_come_from_arrays_and_tensors(model, as_users_run):
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        (nn.Linear(3, 2), "got Linear; `loss, params = module_loss(model, criterion)`"),
+        (nn.Linear(3, 2), "got Linear. For a module, `loss, params = module_loss(model, criterion)`"),
         (nn.Sequential(nn.Linear(3, 2)), "got Sequential"),
         ({}, "no parameters to sample"),
         (torch.zeros(3), "dict from names to tensors, got Tensor"),

@@ -81,7 +81,7 @@ def test_rows_are_functions_of_step_and_index_and_the_last_are_held_out(tmp_path
     assert set(rows_of(config, range(50), range(20), stream="llc").flatten().tolist()) == set(range(84))
     with pytest.raises(ConfigError, match=r"2 sets of 8 rows for evaluation .* no row 8 of set 0"):
         row_source(config, stream="test").sample(range(1), range(9))
-    with pytest.raises(ConfigError, match="got index 7 of set 2"):
+    with pytest.raises(ConfigError, match="no row 7 of set 2"):
         row_source(config, stream="test").sample(range(2, 3), range(8))
 
 

@@ -55,7 +55,7 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
             else:
                 yield f"{name:20s} not made, because its runs are missing"
             continue
-        text = conform(table, about).to_csv(index=False, float_format=f"%.{DIGITS}g")
+        text = conform(table, about).to_csv(index=False, float_format=_rounded)
         write_atomically(out / f"{name}.csv", text.encode())
         provenance["tables"][name] = {"rows": len(table), **_origin(about, record)}
         yield f"{name:20s} {len(table):6,} rows  {len(text) / 1000:6.0f} kB"
@@ -70,6 +70,11 @@ def find_runs(root: Path) -> dict[str, RunFolder]:
     done = [run for run in runs if (status := run.read_status()) is not None and status.state == "finished"]
     done.sort(key=lambda run: float(run.read_config().task.num_tasks) if "ladder" in run.path.parts else 0)
     return {str(run.path.relative_to(root)): run for run in done}
+
+
+def _rounded(number: float) -> str:
+    """Return a number with `DIGITS` significant digits. Larger numbers, such as steps, keep all digits before the point."""
+    return f"{number:.0f}" if abs(number) >= 10**DIGITS else f"{number:.{DIGITS}g}"
 
 
 def conform(table: pd.DataFrame, about: Table) -> pd.DataFrame:
