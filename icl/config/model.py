@@ -40,7 +40,7 @@ class ModelConfig:
     mlp_size: int = 64
     """Hidden width of the MLP. In a language model, 0 leaves the MLPs out."""
     positions: Literal["standard", "shortformer"] = "standard"
-    """Where position embeddings are added. `standard`: to the token embeddings. `shortformer` (only in language models; Press et al.
+    """The place where position embeddings are added. `standard`: to the token embeddings. `shortformer` (only in language models; Press et al.
     2021): to the inputs of queries and keys."""
     layer_norm: Literal["pre", "post", "none"] = "pre"
     """Place of the layer norms: before each sublayer (`pre`), after each residual sum (`post`), or nowhere (`none`)."""

@@ -30,7 +30,7 @@ Conventions:
 
 - A row of a table is one number, or one estimate with its diagnostics. `stderr` is a standard error.
 - Step s is the state after s updates. Losses and squared distances are per target, not divided by D.
-- Numbers have five significant digits. Numbers that are not finite are left empty.
+- Numbers have five significant digits, and all digits before the point. Numbers that are not finite are left empty.
 
 Other files:
 

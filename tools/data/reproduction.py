@@ -187,7 +187,7 @@ def ladder(data: Path) -> str:
 
 def costs(data: Path) -> str:
     """Return a Markdown table with the time of every phase."""
-    table = Tables(data / "small").read("phases")
+    table = pd.concat([Tables(data / size).read("phases") for size in reversed(SIZES)], ignore_index=True)
     lines = ["| Phase | Wall-clock time, min | CPU time, min |", "|---|---|---|"]
     for row in table.itertuples():
         cpu = "-" if math.isnan(row.cpu_seconds) else f"{row.cpu_seconds / 60:.1f}"

@@ -34,7 +34,7 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """What a Slurm job has recorded about itself. A job that continues after its time limit keeps its record."""
+    """The facts that a Slurm job has recorded about itself. A job that continues after its time limit keeps its record."""
 
     task: int
     """The job's index in the job array."""
