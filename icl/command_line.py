@@ -71,10 +71,12 @@ class CommandParser(argparse.ArgumentParser):
         """Add an option with its help text.
 
         Args:
-            spelling: The option as a user types it: `--out FILE`; `--num_prompts --n_prompts N` for an option that also has an older name;
-                `--force` for an option without a value, which is true or false; `path RUN` for a positional argument.
-            text: The help text.
-            options: Further arguments of argparse's `add_argument`.
+            spelling: The names of the option, followed by a word that stands for its value in the help text. `--out
+                FILE` is an option with a value. `--num_prompts --n_prompts N` is an option with two names; the second
+                name is an older one. `--force` has no value: it is true if the user gives it, and false otherwise.
+                `path RUN` is a positional argument, which the help text calls RUN.
+            text: The help text of the option.
+            options: Further arguments for argparse's `add_argument`.
         """
         *names, last = spelling.split()
         if last.startswith("--"):
@@ -259,9 +261,9 @@ def llc_parser() -> CommandParser:
         "llc",
         """\
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
-Finished steps are stored. After an interruption, run the same command again to continue. RUN is a folder or a run's name;
-without it, the command uses the run that `icl train` makes from the same settings. The exit status is not zero if every
-estimate is invalid, except in a sweep, where an invalid estimate is also a result.""",
+Finished steps are stored. After an interruption, run the same command again to continue. RUN is a folder or a run's
+name; without RUN, the command uses the run that `icl train` makes from the same settings. The exit status is not zero
+if every estimate is invalid, except in a sweep, where an invalid estimate is also a result.""",
         """icl llc runs/quickstart
         icl llc runs/quickstart --steps last --sampler.num_draws 1000
         icl llc runs/quickstart --calibrate

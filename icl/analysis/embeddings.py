@@ -5,9 +5,9 @@ All numbers are exact functions of the weights, so they have no standard errors.
 gives predictions, and the other rows are never trained. Row 0 gives the mean for `gaussian`, and the mean of the first component
 for `mixture`. The last position of W_P is never trained. Rows of the table, by `quantity`:
 
-- `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or `unembedding`,
-  largest first in `component`. These shares show embedding collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and
-  `effective_rank` is (sum s^2)^2 / sum s^4.
+- `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or
+  `unembedding`. `component` is the number i, and the largest singular value has i = 1. These shares show embedding
+  collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and `effective_rank` is (sum s^2)^2 / sum s^4.
 - `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two subspaces. The subspace of a
   matrix is spanned by its leading left singular directions that together have a share `spectrum_kept` of sum s^2. The subspace `readout` is
   the direction of the effective unembedding (below). `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the
@@ -17,9 +17,10 @@ for `mixture`. The last position of W_P is never trained. Rows of the table, by 
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
   the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
   grows.
-- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. For these
-  weights, the table contains the same statistics as for a layer norm. `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres
-  its input, so adding a constant to all weights changes nothing. As in the published figures, we do not remove this constant.
+- Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. The
+  rows `mean`, `std`, `min`, `max`, `norm` and `share_small` of this part are statistics of the vector of these weights.
+  `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so adding one constant to all weights of this
+  part changes no prediction. As in the published figures, we do not subtract such a constant (the mean of the weights).
 - `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
 """
 

@@ -37,7 +37,9 @@ def analyse_runs(
     """
     for option in ("out", "output_plot", "jointly_with"):
         if getattr(options, option, None) is not None:
-            raise ConfigError(f"`--{option}` is for one run, but {folder} has {len(runs)} runs below it; leave it out.")
+            raise ConfigError(
+                f"`--{option}` is for one run, but {folder} has {len(runs)} runs below it; leave out `--{option}`."
+            )
     told: set[str] = set()
     for name in names:
         tables = {}

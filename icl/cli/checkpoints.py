@@ -36,7 +36,7 @@ def run(words: list[str]) -> int:
     parser.add("--force", "for pull and push: copy every file, even if an earlier step then replaces a later step")
     options = parser.parse_args(words)
     if options.force and options.action not in ("pull", "push"):
-        raise ConfigError(f"`--force` works only with pull and push, not with {options.action}; leave it out.")
+        raise ConfigError(f"`--force` works only with pull and push, not with {options.action}; leave out `--force`.")
     folder, mirror = _find(options.run, options.store, options.action)
     if options.action == "ls":
         return _list(folder, mirror)

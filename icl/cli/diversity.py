@@ -41,7 +41,8 @@ _SETTINGS = {
     "learning_rate LR": ("optim.lr", "peak learning rate"),
     "warmup_steps N": (
         "optim.warmup_steps",
-        "number of steps over which the learning rate rises linearly; it then falls linearly to zero at the last step",
+        "number of steps over which the learning rate rises linearly; the rate then falls linearly to zero at the last "
+        "step",
     ),
     "checkpoint_every N": ("checkpoints.every", "number of steps between checkpoints"),
     "eval_every N": ("evaluation.every", "number of steps between evaluations"),
@@ -67,9 +68,9 @@ After any interruption, run the same command again to continue. The command then
 unfinished run, and tries failed runs again. Runs whose loss became NaN are not tried again, because they would fail
 again. Ctrl-C and SIGTERM stop the experiment after saving. checkpoints/experiment_metadata.json shows the progress.
 
-If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, it does
-not need the terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to the
-log of nohup. With --slurm, jobs of a Slurm cluster share the runs, and the command returns at once.
+If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, the
+experiment needs no terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to
+the log of nohup. With --slurm, jobs of a Slurm cluster share the runs, and the command returns at once.
 
 The defaults of the options are the values in the first example below. The defaults of --warmup_steps, --checkpoint_every and
 --eval_every are in proportion to --num_steps. All settings of `icl train` are allowed too (`icl train --help` lists
@@ -89,7 +90,7 @@ def run(words: list[str]) -> int:
     options = _parser().parse_args(join_sbatch(words))
     require_slurm_option(options)
     if options.dry_run and not options.slurm:
-        raise ConfigError("`--dry-run` works only with `--slurm`; add `--slurm`, or leave it out.")
+        raise ConfigError("`--dry-run` works only with `--slurm`. Add `--slurm`, or leave out `--dry-run`.")
     if options.background and (options.slurm or options.in_job):
         raise ConfigError(
             "`--background` cannot be given with `--slurm`, because jobs of Slurm need no terminal; leave out `--background`."
@@ -193,7 +194,7 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
     for key in RESERVED:
         if key in given or key in filed:
             raise ConfigError(
-                f"`{key}` is set by the experiment itself; leave it out (--max_power sets the values of M)."
+                f"`{key}` is set by the experiment itself; leave out `{key}` (--max_power sets the values of M)."
             )
     settings: dict[str, Any] = {}
     for option, (key, _) in _SETTINGS.items():

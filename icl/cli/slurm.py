@@ -42,7 +42,7 @@ class Submittable:
 
 def add_slurm_options(parser: CommandParser) -> None:
     """Add `--slurm`, `--jobs`, `--sbatch` and `--in-job`."""
-    parser.add("--slurm", "submit the work to Slurm as a job array whose jobs share it, and return")
+    parser.add("--slurm", "submit the work to Slurm, as an array of jobs that share the work, and return")
     text = "with --slurm: number of jobs (default: one for each program that is left to run)"
     parser.add("--jobs N", text, type=whole_number(1, _MAX_JOBS))
     text = 'with --slurm: further options of sbatch, all in one pair of quotes, such as "--time=4:00:00 --gpus=1 --partition=long"'
@@ -63,16 +63,16 @@ def join_sbatch(words: Sequence[str]) -> list[str]:
 
 
 def require_slurm_option(options: argparse.Namespace) -> None:
-    """Check the options for Slurm: `--jobs` and `--sbatch` need `--slurm`, and `--in-job` excludes it.
+    """Check that `--jobs` and `--sbatch` are given only with `--slurm`, and `--in-job` only without `--slurm`.
 
     Raises:
-        ConfigError: If `--jobs` or `--sbatch` is given without `--slurm`, `--in-job` is given with it, or `--sbatch` contains an option
-            that `icl` sets.
+        ConfigError: If `--jobs` or `--sbatch` is given without `--slurm`, `--in-job` is given with `--slurm`, or
+            `--sbatch` contains an option that `icl` sets.
     """
     parse_sbatch(options.sbatch or "")
     for name, value in (("--jobs", options.jobs), ("--sbatch", options.sbatch)):
         if value is not None and not options.slurm:
-            raise ConfigError(f"`{name}` works only with `--slurm`; add `--slurm`, or leave it out.")
+            raise ConfigError(f"`{name}` works only with `--slurm`. Add `--slurm`, or leave out `{name}`.")
     if options.in_job and options.slurm:
         raise ConfigError("`--in-job` and `--slurm` cannot be given together; leave out `--in-job`.")
 
@@ -109,7 +109,10 @@ def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
 
 
 def print_jobs(folder: Path) -> None:
-    """Print a line for each job that has been submitted for a sweep or an experiment. `folder` contains all its submissions."""
+    """Print a line for each submitted job of a sweep or an experiment.
+
+    `folder` contains all submissions of this sweep or experiment.
+    """
     lines = describe_jobs(submissions(folder))
     if lines:
         print("\n".join(["", *lines, ""]))

@@ -39,7 +39,7 @@ def run(words: list[str]) -> int:
     require_slurm_option(options)
     if options.seed is not None and sweep.method == "grid":
         raise ConfigError(
-            "`--seed` has no effect on a grid, because only `method: random` draws its points; leave it out."
+            "`--seed` has no effect on a grid, because only `method: random` draws points; leave out `--seed`."
         )
     for warning in sweep.warnings:
         print(f"icl: {options.file}: {warning}", file=sys.stderr)

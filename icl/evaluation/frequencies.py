@@ -1,8 +1,9 @@
 """Frequencies of tokens and of pairs of tokens in the training text of a language run, and the losses of predicting from them.
 
-q(t) and q(t | s) are counted in the first rows of the stream `frequencies`, which has the distribution of the training text. So that no
-token has probability zero, 1/2 is added to the count of each token (Krichevsky and Trofimov 1981). For pairs, q(t) / 2 is added to the
-count of each pair (s, t).
+q(t) is the frequency of the token t. q(t | s) is the frequency with which t follows directly after the token s. Both
+frequencies are counted in the first rows of the stream `frequencies`, which has the distribution of the training text.
+So that no token has probability zero, 1/2 is added to the count of each token (Krichevsky and Trofimov 1981). For
+pairs, q(t) / 2 is added to the count of each pair (s, t).
 """
 
 from functools import lru_cache
@@ -53,7 +54,7 @@ def count_pairs(xs: Int64[Tensor, "..."], ys: Int64[Tensor, "..."], vocab_size: 
 
 
 def from_counts(counts: Int64[Tensor, "V V"]) -> Frequencies:
-    """Return the frequencies, computed from a table with the counts of pairs (s, t)."""
+    """Return the frequencies of tokens and of pairs of tokens. `counts[s, t]` is how often token t follows token s."""
     pairs = counts.float()
     unigrams = pairs.sum(0) + _PRIOR
     unigrams = unigrams / unigrams.sum()
@@ -64,7 +65,7 @@ def from_counts(counts: Int64[Tensor, "V V"]) -> Frequencies:
 
 @lru_cache(maxsize=4)
 def _counted(source: RowSource) -> Frequencies:
-    """Return the frequencies of a text."""
+    """Return the frequencies in the rows that `source` draws from a text."""
     language = source.language
     counts = torch.zeros(language.vocab_size, language.vocab_size, dtype=torch.int64)
     each = max(1, _AT_ONCE // language.context_size)

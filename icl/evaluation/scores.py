@@ -6,13 +6,17 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
 - `loss`: the mean squared error per target, not divided by D.
 - `bayes_excess`: the model's loss minus the loss of the Bayes predictor, on the same prompts (a paired difference). On `pretrain` with
   finite M, the Bayes predictor is dMMSE. On `true`, and on `pretrain` with M = inf, it is ridge, or `bayes` if the prior or the noise is
-  not Gaussian. Shifts have no `bayes_excess`. If the Bayes predictor is exact, the excess has the same expectation as the gap to this
-  predictor, so the excess is negative only by chance. If `bayes` is estimated, the excess is too small by `bayes_variance`.
+  not Gaussian. Shifts have no `bayes_excess`. If the Bayes predictor is exact, the excess has the same expectation as
+  the gap to this predictor, so the excess is negative only by chance. If `bayes` is a particle estimate, the excess is
+  too small by `bayes_variance`.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, which is the mean squared difference of predictions (Raventos et al. 2023,
   section 2, who divide by D).
-- `delta_bayes`: the gap to the Bayes predictor for new tasks (`icl.bayes`), if the prior or the noise is not Gaussian. If this predictor
-  is only estimated, the gap includes `bayes_variance`, the mean squared standard error of its predictions.
-- `icl_score`: loss(k2) - loss(k1) for two positions k1 < k2. A negative score is good.
+- `delta_bayes`: the gap to the Bayes predictor for new tasks (`icl.bayes`), if the prior or the noise is not Gaussian.
+  For some priors and noise distributions, particle filters estimate the predictions of this Bayes predictor. The errors
+  of the estimates make the gap larger by `bayes_variance`, which is the mean squared standard error of the estimated
+  predictions.
+- `icl_score`: the loss at position k2 minus the loss at an earlier position k1. A negative ICL score means that the
+  model predicts better after more examples.
 - `nll`: the negative log-likelihood in nats per target, only for models with a predictive distribution (`model.output` is `gaussian` or
   `mixture`).
 - `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge with Gaussian noise and
@@ -99,7 +103,10 @@ def evaluate_predictions(
 
 
 def set_losses(predictions: Float[Tensor, "*N B K"], prompt_set: EvaluationSet) -> Float[Tensor, "*N B K"]:
-    """Return the loss at every position. For a language model, `predictions` already contains the losses (`predictor`)."""
+    """Return the loss at every position.
+
+    For a language model, `predictions` already contains the losses (`icl.evaluation.predictors.predictor`).
+    """
     if isinstance(prompt_set.prompts, TokenRows):
         return predictions
     return metrics.squared_error(predictions, prompt_set.prompts.ys)
@@ -191,8 +198,9 @@ def summarise(
 def icl_positions(num_predictions: int) -> tuple[int, int]:
     """Return the two positions, counted from 1, of a language model's ICL score.
 
-    In rows of 1,023 predictions they are 49 and 499, as in Hoogland et al. 2024 (who write l_48 and l_498, counted from 0). In rows of
-    another length, they are scaled in proportion to the length. They are at least 2, because the prediction after BOS has no context.
+    In rows of 1,023 predictions the positions are 49 and 499, as in Hoogland et al. 2024 (who write l_48 and l_498,
+    counted from 0). In rows of another length, both positions are scaled in proportion to the length. Both positions
+    are at least 2, because the prediction after BOS has no context.
     """
     first, second = (max(2, round(position / 1023 * num_predictions)) for position in (49, 499))
     return first, second

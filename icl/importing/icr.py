@@ -36,12 +36,12 @@ _DOUBLE = {
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether the content of a file comes from this code base."""
+    """Return whether the content of a file comes from the code base with `ICRegConfig`."""
     return isinstance(tree, Mapping) and ("model_state_dict" in tree or _is_state(tree))
 
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
-    """Return the number of updates, or None if the file does not contain it."""
+    """Return the number of updates before the checkpoint, or None if the file does not contain this number."""
     step = as_settings(tree).get("step")
     return step if is_count(step) else None
 
@@ -124,14 +124,15 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     """Draw the M training tasks as the older code did.
 
     Raises:
-        ConfigError: If the file does not contain `max_M`, on which the tasks depend.
+        ConfigError: If the file contains no `max_M`, or a `max_M` below M. The tasks depend on `max_M`.
     """
     table = as_settings(tree.get("cfg", tree.get("config")))
     rows, size, count = table.get("max_M"), config.task.task_size, int(config.task.num_tasks)
     if not is_count(rows) or rows < count:
         raise ConfigError(
-            f"The tasks cannot be drawn again, because the file contains no `max_M` (the size of the whole table) of at least {count:,}. "
-            "Give the tasks with --tasks FILE, or write --tasks unknown."
+            "The run's training tasks cannot be drawn again. The older code drew a table of `max_M` tasks and used the "
+            f"first M = {count:,}, but the config in the file contains no `max_M` of at least {count:,}. "
+            "Give the tasks with --tasks FILE, or write --tasks unknown to import the run without its tasks."
         )
     generator = torch.Generator().manual_seed(config.seeds.tasks)
     needed = -(-count * size // _ROUND) * _ROUND
@@ -153,7 +154,10 @@ def _state(tree: Mapping[str, Any]) -> Mapping[Any, Any]:
 
 
 def _learning_rate(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the learning rate, if it was constant. With a schedule, the file contains only the rate of one step."""
+    """Return the setting `optim.lr` if the learning rate was constant, else an empty dict.
+
+    If the learning rate followed a schedule, the file contains only the rate of one step.
+    """
     groups = as_table(tree.get("optimizer_state_dict")).get("param_groups")
     rate = as_table(groups[0]).get("lr") if isinstance(groups, list) and groups else None
     is_known = isinstance(rate, float) and 0 < rate < 1 and "scheduler_state_dict" not in tree

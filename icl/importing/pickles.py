@@ -1,8 +1,9 @@
 """Read files of `torch.save` without unpickling them.
 
 A pickle can run any code. So we read these files with `weights_only=True`. PyTorch's reader then accepts tensors, numbers, strings and
-containers, and refuses every other Python object by its name. Older code bases also saved a few harmless objects. This module
-has a list of their names, and replaces each object by a stand-in that only stores data. No module of the older code is imported.
+containers, and refuses every other Python object by its name. Older code bases also saved a few harmless objects. This
+module has a list of the names of these objects, and replaces each of them by a stand-in that stores or ignores the
+data. No module of the older code is imported.
 """
 
 import io
@@ -21,7 +22,7 @@ from icl.config.validation import UserError
 from icl.files.reading import ContentError, first_line, read_bytes
 
 CONFIG_CLASSES = ("ICRegConfig",)
-"""Names of classes whose objects are read as tables of their fields. The name of the module does not matter."""
+"""Names of config classes. An object of such a class is read as a dict of its fields, whatever its module is called."""
 MAX_FILE = 2**34
 """Largest size of a file in bytes."""
 _MAX_NAMES = 20
@@ -118,12 +119,16 @@ def read_pickle(path: Path) -> Any:
             _refuse(path, failure, name)
         stand_ins[name] = SavedConfig
     raise OlderFileError(
-        f"{path} contains more than {_MAX_NAMES} classes of configs, so it is not read. Save its config as a dict, and import that file."
+        f"{path} contains more than {_MAX_NAMES} classes of configs, so the file is not read. Save the file again with "
+        "its config as a dict, and import the new file."
     )
 
 
 def as_table(value: Any) -> dict[str, Any]:
-    """Return a config as a dict: the fields of a stand-in, or the dict itself. Return an empty dict for anything else."""
+    """Return the entries of a config as a dict with strings as keys. Return an empty dict if `value` is not a config.
+
+    A config is either a dict, or a `SavedConfig`, which contains the fields of an older config object.
+    """
     table = vars(value) if isinstance(value, SavedConfig) else value
     return {key: table[key] for key in table if isinstance(key, str)} if isinstance(table, Mapping) else {}
 
@@ -172,13 +177,14 @@ def _refused_name(error: Exception) -> str | None:
 def _refuse(path: Path, error: Exception, name: str | None) -> NoReturn:
     if name is not None:
         raise OlderFileError(
-            f"{path} contains the Python object `{name}`. It is not read, because a pickled object can run any code. In the "
-            "environment of the older code, save the file again with only the weights (as model_state_dict or model), the step, "
-            "and the config as a dict. Then import that file."
+            f"{path} contains the Python object `{name}`. The file is not read, because a pickled object can run any "
+            "code. In the environment of the older code, save the file again with only the weights (as "
+            "model_state_dict or model), the step, and the config as a dict. Then import the new file."
         ) from None
     reason = re.split(r"\.\s|\n", first_line(error))[0][:120].rstrip(".")
     raise OlderFileError(
-        f"{path} is damaged, or is not a file of torch.save with tensors only ({reason}). Copy the file again."
+        f"{path} is damaged, or is not a file of `torch.save` that contains only tensors, numbers and strings "
+        f"({reason}). Copy the file again. If this does not help, save the weights again with `torch.save`."
     ) from None
 
 

@@ -46,7 +46,7 @@ def choose_tasks(
     if config.task.is_gaussian:
         if choice is not None:
             raise ConfigError(
-                "`--tasks` has no effect if M = inf, because the tasks are drawn from N(0, I); leave it out."
+                "`--tasks` has no effect if M = inf, because the tasks are drawn from N(0, I); leave out `--tasks`."
             )
         return None, "from N(0, I)"
     size = 4 * int(config.task.num_tasks) * config.task.task_size

@@ -26,14 +26,17 @@ _MAX_TICKS = 11
 
 
 def plot_diversity(table: pd.DataFrame, *, title: str, thresholds: pd.DataFrame | None = None) -> Figure:
-    """Plot gaps on training tasks (left) and on new tasks (right) against M; M = inf has a separate tick.
+    """Plot the gaps to ridge and to dMMSE against M: on the training tasks (left) and on new tasks (right).
+
+    M = inf has a tick of its own, to the right of all finite M.
 
     Args:
         table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`, and `run` if an M has
             several seeds (`icl.plotting.seeds` describes how seeds are drawn). Only the last step of each run is drawn.
         title: Title of the figure.
-        thresholds: Table from `icl.diversity.threshold.thresholds`. The threshold over seeds is drawn, with its 95 % interval if the
-            table contains one.
+        thresholds: Table from `icl.diversity.threshold.thresholds`. The threshold in the last row of this table is
+            drawn. If there are several seeds, the last row is the row for all seeds. A band shows the 95 % interval of
+            the threshold, or two standard errors if there is only one seed.
     """
     keys = ["num_tasks", "run"] if "run" in table else ["num_tasks"]
     last = table[table["step"] == table.groupby(keys)["step"].transform("max")]

@@ -121,7 +121,8 @@ def write_report(
 def render(runs: Sequence[RunFacts], *, title: str, compare: bool, reload_seconds: int | None = None) -> str:
     """Return the HTML of the page.
 
-    With `compare`, the page begins with a comparison of the runs. With `reload_seconds`, a browser reloads it at this interval.
+    With `compare`, the page begins with a comparison of the runs. With `reload_seconds`, a browser loads the page again
+    at this interval.
     """
     folder_names = [facts.name for facts in runs]
     runs = with_varying_names(runs) if compare else runs

@@ -1,8 +1,8 @@
 """Tables of a page: short summaries, and long tables that a reader can open. Verdicts are shown in colour and in words.
 
 In a tidy result table, each row has a step, a quantity and its settings, and a value with its standard error and verdict.
-The summary of a tidy table has a row for each quantity and a column for each of a few steps. The summary of any other
-table is an evenly spread selection of its rows.
+The summary of a tidy table has a row for each quantity and a column for each of a few steps. Any other table is
+shown whole if it has at most `MAX_SHORT` rows. Otherwise its summary has `MAX_SUMMARY` rows at about equal distances.
 """
 
 import math
@@ -150,14 +150,15 @@ def count_verdicts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def summarise(table: pd.DataFrame, *, caption: str, columns: Sequence[str] = ()) -> list[Table]:
-    """Return a summary: columns for a few steps if the table is tidy, else evenly spread rows.
+    """Return one or two short tables that summarise a table. The module docstring says what a tidy table is.
 
-    Rows of a tidy table that belong to no step are in a separate table.
+    The summary of a tidy table has one column for each of a few steps. Rows of a tidy table that belong to no step are
+    in a separate summary. A long table that is not tidy is summarised by rows at about equal distances.
 
     Args:
         table: A table with at least one row.
         caption: Caption of the summary.
-        columns: If the table has any of these columns, only these are shown.
+        columns: Names of columns. If the table has any of these columns, the summary shows only these columns.
     """
     chosen = [name for name in columns if name in table]
     table = table[chosen] if chosen else table.drop(columns=[name for name in _NEVER_SHOWN if name in table])
@@ -233,7 +234,10 @@ def _measured(record: dict[Any, Any] | None) -> Cell:
 
 
 def _spread(table: pd.DataFrame, caption: str) -> Table:
-    """Return evenly spread rows, including the first and the last. Each value is in one cell with its standard error."""
+    """Return a table of rows at about equal distances, from the first row to the last; all rows of a short table.
+
+    A value and its standard error share one cell.
+    """
     table, constants = _without_constants(table)
     num_rows = len(table)
     part = table.iloc[spread_indices(num_rows, MAX_SUMMARY if num_rows > MAX_SHORT else num_rows)]
@@ -278,7 +282,11 @@ def _as_integer(value: Any) -> Any:
 
 
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
-    """Return at most `wanted` of the kinds in their original order: about equally many kinds for each first word."""
+    """Return at most `wanted` of the kinds, in their original order.
+
+    A kind is a combination of values in the key columns. Each value of the first key column gets about the same number
+    of kinds.
+    """
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):
         groups.setdefault(kind[0] if kind else "", []).append(index)

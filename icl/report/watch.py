@@ -1,7 +1,7 @@
-"""Keep a page up to date during training: write it again whenever a file of the runs has changed.
+"""Keep a page up to date during training: write the page again whenever a file of the runs has changed.
 
-The page is a static file that is replaced atomically. It asks the browser to reload it at intervals, so neither a server nor a
-script is needed.
+The page is a static file that is replaced atomically. The page tells the browser to load the file again at intervals,
+so neither a server nor a script is needed.
 """
 
 import signal
@@ -41,7 +41,7 @@ def watch(
 ) -> tuple[Report | None, signal.Signals | None]:
     """Keep the page of some runs up to date until all of them have ended, or a signal arrives.
 
-    The last version does not ask the browser to reload it.
+    The last version of the page no longer tells the browser to load the page again at intervals.
 
     Args:
         paths: Folders of runs, or folders in which runs are or will be.
@@ -51,7 +51,8 @@ def watch(
         say: Function that receives a line for each event.
 
     Returns:
-        The last version of the page, or None if no version was written; and the signal, or None if none arrived.
+        Two values: the last version of the page, or None if no version was written; and the signal, or None if no
+            signal arrived.
 
     Raises:
         StorageError: If the first version cannot be written.

@@ -2,9 +2,9 @@
 
 The file `run-id` contains a run's id and settings. The id is drawn at random once, in the folder where the run begins. A copy belongs
 to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same. A new folder has
-no id yet. If a new folder has the settings of the copy, it takes over the copy and the copy's id. This happens when the same run is
-resumed on another machine. Since `run-id` contains the settings, the new folder can do so even if the first machine was lost before
-`config.yaml` arrived in the store.
+no id yet. If a new folder has the settings of the copy, it takes over the copy and the copy's id. This happens when the
+same run is resumed on another machine. Since `run-id` contains the settings, the new folder can take over the copy even
+if the first machine was lost before `config.yaml` arrived in the store.
 
 A `run-id` is never replaced. So if two machines claim a copy at the same moment, they agree on the id and compute the same run.
 """
@@ -22,11 +22,13 @@ from icl.store.opening import open_store
 
 
 def claim(here: Store, there: Store, config: RunConfig) -> None:
-    """Claim a run's copy in a store. Do nothing if the copy already belongs to the run.
+    """Claim the copy of a run in a store, so that the copy belongs to the run's folder.
+
+    If the copy already belongs to the run's folder, nothing is changed.
 
     Args:
         here: The run's folder.
-        there: The folder of the copy in the store. It may be empty.
+        there: The folder of the copy in the store. This folder may be empty.
         config: The run's settings.
 
     Raises:
@@ -57,7 +59,7 @@ def _new_id(config: RunConfig) -> bytes:
 def _is_of(there: Store, owner: bytes, config: RunConfig) -> bool:
     """Return whether a copy belongs to a run with these settings. `owner` is the content of the copy's `run-id`.
 
-    A `run-id` that version 0.1.0 wrote contains no settings, so they are read from the first checkpoint.
+    A `run-id` that version 0.1.0 wrote contains no settings. The settings are then read from the first checkpoint.
     """
     settings = owner.partition(b"\n")[2]
     checkpoints = open_store(f"{there}/checkpoints")

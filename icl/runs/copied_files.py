@@ -68,12 +68,12 @@ def require_whole(name: str, data: bytes, where: str) -> None:
 
 
 def require_no_links_out(*stores: Store) -> None:
-    """Refuse to copy from or to a folder that contains a symbolic link out of this folder.
+    """Refuse to copy a run from or to a folder in which a symbolic link leads out of the folder.
 
-    The target of such a link is not part of the run.
+    If a link leads out of the run's folder, the file or folder to which it points is not part of the run.
 
     Raises:
-        StorageError: If there is such a link. The message names the first one.
+        StorageError: If a symbolic link leads out of its folder. The message names the first of these links.
     """
     for store in stores:
         links = list(filter(_is_copied, store.links_out())) if isinstance(store, LocalStore) else []
@@ -94,6 +94,6 @@ def _require_one_kind(names: Sequence[str], store: Store) -> None:
     both = next((name for name in names if name in folders), None)
     if both is not None:
         raise StorageError(
-            f"{store} has a file named {both!r} and files below {both + '/'!r}. A folder cannot have both, so `icl` does "
-            "not use this store. Remove one of them from the store."
+            f"{store} has a file named {both!r} and files below {both + '/'!r}. A folder cannot have both, so `icl` "
+            f"does not use this store. Remove either {both!r} or the files below {both + '/'!r} from the store."
         )

@@ -152,12 +152,13 @@ class RunFolder:
             return None
 
     def require_own_files(self) -> None:
-        """Refuse a folder in which one of the files or folders that `icl` uses is a symbolic link out of the folder.
+        """Refuse a run's folder in which a file or folder that `icl` uses is a symbolic link out of the run's folder.
 
         Otherwise, a folder from another person could make `icl` write to any place.
 
         Raises:
-            StorageError: If there is such a link, or a pipe or device in place of a file. The message names the link, pipe or device.
+            StorageError: If a file or folder that `icl` uses is a symbolic link out of the folder, a pipe or a device.
+                The message names this link, pipe or device.
         """
         foreign = dict.fromkeys(self.store.pipes(), "neither a file nor a folder")
         foreign |= dict.fromkeys(self.store.links_out(), "a symbolic link out of the run's folder")

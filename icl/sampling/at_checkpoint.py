@@ -12,8 +12,8 @@ control variate of the excess is used only if minibatches are drawn with replace
 average of c_B over each pass is zero anyway. Without a fixed pool, we use no control variates: gbar could only be estimated, and its error
 would distort the sampled density.
 
-The gradients at w0 are computed once, before the chains start. They are used only if they fit into `MEMORY` bytes, and if the number of
-minibatches in the pool is at most half the total number of moves of a checkpoint's chains.
+The gradients at w0 are computed once, before the chains start. These gradients are used only if they fit into `MEMORY`
+bytes, and if the number of minibatches in the pool is at most half the total number of moves of a checkpoint's chains.
 
 **One step down the gradient** (`GradientStep`). On one half of the batches, we compute the mean gradient g and the curvature along g (by a
 finite difference of gradients). The localised Newton step is g times nbeta / (nbeta curvature + localization). On the same half of the
@@ -70,9 +70,14 @@ class Variates(NamedTuple):
     """Whether minibatches are drawn with replacement. If so, the excess has a control variate too."""
 
     def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
-        """Return c_B (N, P) and the checkpoints' losses L_B(w0) (N, *T) for the minibatches B of a move.
+        """Return the control variates c_B (N, P) and the losses L_B(w0) of the checkpoints (N, *T) for N members.
 
-        The members are given by their checkpoint numbers and chain numbers.
+        Each member is one chain that starts at one checkpoint w0. B is the minibatch that this chain uses in one move.
+
+        Args:
+            checkpoints: The number of each member's checkpoint.
+            chains: The number of each member's chain.
+            move: The number of the move.
         """
         assert self.source.pool is not None
         numbers = {chain: self.source.pool.number_of(chain, move) for chain in dict.fromkeys(chains)}
@@ -83,7 +88,7 @@ class Variates(NamedTuple):
 
 
 class AnchorLosses:
-    """The checkpoints' losses on the minibatches of a pool. Each is computed when a draw first needs it, and then kept."""
+    """The checkpoints' losses on the minibatches of a pool. A loss is computed at its first use, and then kept."""
 
     def __init__(self, source: ChainBatches) -> None:
         self.source = source
@@ -92,11 +97,16 @@ class AnchorLosses:
     def of_members(
         self, checkpoints: Sequence[int], chains: Sequence[int], move: int, compute: Callable[[], Float[Tensor, "N *T"]]
     ) -> Float[Tensor, "N *T"]:
-        """Return the checkpoints' losses L_B(w0) on the minibatches B of a move.
+        """Return the losses L_B(w0) of the checkpoints (N, *T) for N members.
 
-        The members are given by their checkpoint numbers and chain numbers.
+        Each member is one chain that starts at one checkpoint w0. B is the minibatch that this chain uses in one move.
 
-        `compute` is a function that computes the losses of all these members. It is called only if a loss is not known yet.
+        Args:
+            checkpoints: The number of each member's checkpoint.
+            chains: The number of each member's chain.
+            move: The number of the move.
+            compute: Function that computes the losses of all N members. The function is called only if one of these
+                losses is not known yet. Without a pool, no loss is kept, so the function is always called.
         """
         if self.source.pool is None:
             return compute()

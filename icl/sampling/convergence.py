@@ -4,9 +4,10 @@ R-hat is the larger of two rank-normalised split R-hats: one of the draws, and o
 draws). The effective sample size (ESS) is for the mean of the draws. It is computed from split chains with Geyer's initial monotone
 sequence. Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
 
-The standard error of a mean over chains is the larger of two estimates. One is the standard deviation of the draws divided by sqrt(ESS). It
-accounts for autocorrelation, and also for chains that disagree, because the ESS is then smaller. The other is the standard deviation of the
-chains' means, divided by the square root of the number of chains. This estimate assumes nothing about the draws within a chain.
+The standard error of a mean over chains is the larger of two estimates. One estimate is the standard deviation of the
+draws divided by sqrt(ESS). This estimate accounts for autocorrelation, and also for chains that disagree, because the
+ESS is then smaller. The other estimate is the standard deviation of the chains' means, divided by the square root of
+the number of chains. This estimate assumes nothing about the draws within a chain.
 
 The drop is the checkpoint's loss minus the loss at the mean of the draws (`icl.sampling.at_checkpoint`). The mean of finitely many draws
 has an error. This error raises the loss at the mean, and so biases the drop. The jackknife over chains removes the bias to first order. For
@@ -38,10 +39,11 @@ class Drop(NamedTuple):
 
 
 def needed_ess(num_chains: int) -> int:
-    """Return the effective sample size that the verdict requires.
+    """Return the effective sample size that the verdict requires of all chains together.
 
-    The required size is larger for few chains, because a comparison of few chains says little. It is smaller for many chains, because the
-    spread between many chains gives a reliable standard error.
+    One to three chains need an effective sample size of 400, because so few chains can hardly show whether they sample
+    the same distribution. At least `MANY_CHAINS` chains need only 100, because the spread between many chains gives a
+    reliable standard error. Any other number of chains needs 200.
     """
     return 400 if num_chains < 4 else 200 if num_chains < MANY_CHAINS else 100
 
@@ -57,7 +59,7 @@ def rhat(draws: Float[ndarray, "K S"]) -> float:
 def ess(draws: Float[ndarray, "K S"]) -> float:
     """Return the effective sample size: the number of independent draws whose mean would be as precise as the mean of these draws.
 
-    It is NaN for chains of fewer than four draws.
+    The result is NaN for chains of fewer than four draws.
     """
     if draws.shape[1] < 4:
         return math.nan

@@ -2,8 +2,12 @@
 
 An estimate is an entry (`icl.runs.measure`) in the folder `results/llc/<settings>/` of the run. The entry contains the row of `llc.csv`, a
 row for each position, and the traces. `<settings>` is a hash of everything that determines the chains. So the tables have separate rows for
-different settings, and several programs may estimate LLCs of the same run at once. The entry's key also contains the version of the
-verdict's rules. Estimates that version 0.1.0 stored as `.npz` files stay in the tables until new estimates replace them.
+different settings, and several programs may estimate LLCs of the same run at once.
+
+Each entry is stored under a key. The key consists of the settings of the estimate, the hash of the checkpoint, and the
+version of the rules that decide the verdict (`icl.sampling.verdict.VERSION`). If any part of the key has changed, `icl
+llc` does not use the stored estimate, and estimates the LLC again. Estimates that version 0.1.0 stored as `.npz` files
+stay in the tables until new estimates replace them.
 """
 
 import contextlib
@@ -38,7 +42,7 @@ COLUMNS = (
 )
 """The first columns of `llc.csv`."""
 RENAMED_COLUMNS = {"heat": "bias_bound", "settled": "drop_at_mean", "settled_stderr": "drop_at_mean_stderr"}
-"""Current names of columns, keyed by their names in version 0.1.0. Readers accept both."""
+"""Current names of columns, keyed by their names in version 0.1.0. The current and the older names can be read."""
 _TEXTS = (
     *("checkpoint_hash", "loss_name", "kernel", "minibatches", "mode", "component", "settings", "verdict", "reasons"),
 )
@@ -48,7 +52,8 @@ COMPONENT_TABLE, SUSCEPTIBILITY_TABLE = "llc-components.csv", "llc-susceptibilit
 PARTS_NAME = "parts"
 """Name of the observable that records the losses on each part of the data (`prompt_loss.losses_by_part`)."""
 WITH_BUG = "llc_with_initial_loss_bug"
-"""Column with the estimate that the published code for language models makes, including its bug. Only rows of the published mode have it."""
+"""Column with the estimate that the published code for language models makes, with the bug of that code.
+Only rows of the published mode have this column."""
 MAX_TRACE = 1000
 """Largest number of stored points of each chain's trace."""
 VERSION = 3

@@ -8,9 +8,10 @@ In each block, one linear map is multiplied by a factor c and the next map by 1/
 - If the model has neither a ReLU MLP nor an output projection, the scale and shift of a layer norm are multiplied by c, and the linear map
   after the norm by 1/c.
 
-This is a change of coordinates, so the learning coefficient stays the same. But the localisation and the step size act differently in the
-new coordinates. If an estimate depends on c, it measures the size of the weights as well as the geometry of the loss. Then a fall of the
-estimate during training may be due to growing weights.
+The rescaling is a change of coordinates of the weights, so the learning coefficient stays the same. But the
+localisation and the step size act differently in the new coordinates. If an estimate depends on c, it measures the size
+of the weights as well as the geometry of the loss. Then a fall of the estimate during training may be due to growing
+weights.
 """
 
 from icl.config import ModelConfig
@@ -20,10 +21,12 @@ from icl.model.stacked import Params
 
 
 def rescaled(model: ModelConfig, params: Params, factor: float) -> Params:
-    """Return one member's parameters with two maps of every block rescaled, so that the function stays the same.
+    """Return a model's parameters after multiplying one map of every block by c = `factor`, and the next map by 1/c.
+
+    The model computes the same function as before. The module docstring says which two maps are rescaled.
 
     Raises:
-        ConfigError: If the factor is not positive, or the architecture has no such pair of maps.
+        ConfigError: If the factor is not positive, or the blocks have no two maps that can be rescaled in this way.
     """
     if not 0 < factor < float("inf"):
         raise ConfigError(f"`--rescale` must be positive and finite, got {factor!r}.")

@@ -7,8 +7,8 @@ higher number, so it knows that another worker has taken over the point. There a
 to check whether an attempt is alive:
 
 - On the machine of the attempt, check whether its file is locked. The worker and its program keep the lock until both have ended.
-- On any other machine, check whether the file was modified recently, because the worker refreshes it every few seconds. All times
-  come from the file server, so the clocks of the machines need not agree.
+- On any other machine, check whether the file was modified recently, because the worker refreshes the file every few
+  seconds. All times come from the file server, so the clocks of the machines need not agree.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Claim:
         return not next_file(self.path).exists()
 
     def finish(self, outcome: Outcome, *, exit_status: int | None = None, reason: str | None = None) -> None:
-        """Record how the attempt ended, and release the point.
+        """Record in the attempt's file how the attempt ended, and release the lock. Others can then claim the point.
 
         Raises:
             StorageError: If the file cannot be written.
@@ -146,7 +146,8 @@ def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
     A session is a series of attempts that continues until now, without a pause of more than `_PAUSE_SECONDS`.
 
     Args:
-        live: Attempts whose workers are still working. If there are none, there is no session, and the result is infinity.
+        live: Attempts whose workers are still working. If `live` is empty, there is no current session, and the result
+            is infinity.
         ended: Attempts that have ended.
     """
     start = min((attempt.started for attempt in live if attempt.started), default=math.inf)

@@ -1,4 +1,4 @@
-"""Make the command and environment of a point from the command of a sweep, by replacing the macros in it.
+"""Make the command and environment of a point from the command of a sweep, by replacing the macros in the command.
 
 The macros are W&B's: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
 `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
@@ -109,7 +109,9 @@ def own_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def require_packable(command: Sequence[str]) -> None:
-    """Check that the program of a sweep can train several points at once. Only `icl train` can, if it reads its points from a file.
+    """Check that one program of a sweep can train several points at once, as the option `--pack` demands.
+
+    Only `icl train` can train several points at once, and only if the command makes it read the settings from a file.
 
     Raises:
         ConfigError: If the command is not `icl train`, or passes the settings as arguments.
@@ -121,10 +123,10 @@ def require_packable(command: Sequence[str]) -> None:
 
 
 def with_own_icl(words: Sequence[str]) -> list[str]:
-    """Return a command in which `icl` starts the installation of `icl` that runs now, even if its environment is not activated.
+    """Return a command in which the word `icl` starts the installation of `icl` that runs now.
 
-    `python -m icl` is replaced too, because it would import from the working folder, which may contain other modules named `icl` or
-    `yaml`.
+    So the environment of this installation need not be activated. `python -m icl` is replaced too, because this command
+    would import from the working folder, which may contain other modules named `icl` or `yaml`.
     """
     start = 1 if words[:1] == [_ENV] else 0
     before, program = list(words[:start]), list(words[start:])
@@ -165,7 +167,8 @@ def refuse_missing_program(command: Sequence[str], program: str | None, settings
         return
     if shutil.which(words[0], path=_search_path()) is None:
         raise ConfigError(
-            f"The command cannot be started: there is no program `{words[0]}` on this machine. Install it, or correct `command`."
+            f"The command cannot be started: there is no program `{words[0]}` on this machine. "
+            "Install this program, or correct `command`."
         )
     is_python = words[0] == sys.executable or re.fullmatch(r"python[\d.]*", words[0])
     script = _script(words[1:]) if is_python else None

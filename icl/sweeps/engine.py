@@ -78,8 +78,10 @@ def run_sweep(
         points: The points of the sweep.
         root: Folder of all runs.
         num_workers: Number of programs that run at a time.
-        pack: Largest number of points in one program, which trains them as one population if their settings allow it.
-        retry: Whether to try every failed point again, even if it would fail again or has failed in this session.
+        pack: Largest number of points in one program. The program trains these points as one population, if their
+            settings allow this.
+        retry: Whether to try every failed point again, even if the point would fail again or has failed in this
+            session.
         job: The job of Slurm in which this process runs; None outside of Slurm.
         say: Function that receives a line for each event.
     """
@@ -178,10 +180,12 @@ class _Engine:
             self.programs = [program for program in self.programs if program.is_running()]
 
     def _count_earlier_attempts(self) -> dict[int, int]:
-        """Return the number of the last attempt before this session, keyed by point. A point that has failed in a later attempt is not tried again.
+        """Return, for each point, the number of the last attempt before this session; 0 if there was no such attempt.
 
-        If other engines are at work, this engine joins their session, so points that have failed since that session began are not
-        tried again either. In jobs of Slurm, the session begins when the jobs are submitted.
+        The keys of the dict are the numbers of the points. If a point has failed in an attempt of this session, the
+        engine does not try the point again. If other engines are at work, this engine joins their session. So the
+        engine does not try points that have failed since that session began. In jobs of Slurm, the session begins when
+        the jobs are submitted.
         """
         states = {point.number: self.state(point) for point in self.points}
         last = {point.number: last_attempt(self.root / point.name) for point in self.points}

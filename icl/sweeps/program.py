@@ -31,7 +31,7 @@ class Program:
     Args:
         work: The points, each with its claim.
         log: File that receives the output.
-        process: The process, or the reason why it could not be started.
+        process: The process, or a string with the reason why the process could not be started.
     """
 
     def __init__(self, work: Sequence[tuple[Point, Claim]], log: Path, process: subprocess.Popen | str) -> None:
@@ -74,10 +74,12 @@ class Program:
         return _amount(point, claim.folder) > self._first_amounts[point.number]
 
     def record(self, *, stopping: str | None) -> None:
-        """Record the outcome of each point, and release the point.
+        """Record the outcome of each point of this program, and give up the claim on the point.
+
+        Another worker can then claim the point, unless the point is done.
 
         Args:
-            stopping: The reason why the engine stops its programs; None if it does not stop them.
+            stopping: The reason why the engine stops all its programs; None if the engine does not stop them.
 
         Raises:
             StorageError: If the outcome cannot be written.
@@ -120,7 +122,10 @@ class Program:
         return claim.folder.is_dir() and (self.has_lost_storage or WAS_REMOVED in reason)
 
     def _last_line(self, prefix: str) -> str:
-        """Return the last line that begins with a prefix, without the prefix. If there is none, return the last nonempty line."""
+        """Return the last line of the log that begins with a prefix, without this prefix.
+
+        If no line begins with the prefix, return the last nonempty line.
+        """
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - _TAIL_BYTES))

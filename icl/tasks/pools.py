@@ -1,4 +1,4 @@
-"""Pools of tasks that change during training, whose state at any step is computed without the steps before it.
+"""Pools of tasks that change during training. The tasks at a step are computed without the pools at the steps before.
 
 Task m of a pool is a pure function of (seed, m, step). So pools are nested at every step, and a resumed run has the same pool.
 
@@ -9,12 +9,14 @@ Task m of a pool is a pure function of (seed, m, step). So pools are nested at e
   w(t + 1) = rho w(t) + sqrt(1 - rho^2) z with rho = exp(-1 / n). At every step the tasks are N(0, I). At step 0 the pool is the same as
   with `fixed`.
 
-The walk is computed by a binary tree. The roots of the tree are the steps that are multiples of 2^L, with 2^L at least 40 n. The values at
-the roots are drawn independently, because their correlation is at most e^-40, which is smaller than the rounding errors. The value at the
-middle of an interval is drawn given the values at both ends. If the halves have length h and r = exp(-h / n), the middle is
-normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2), because the process is Markov. After L halvings the
-interval begins at the requested step. Each step occurs once in the tree, so the random number for step t has the counter t. A pool at one
-step needs L + 2 normals per coordinate, whatever the step.
+To compute the walk at a step, we halve an interval of steps until the interval begins at the requested step. The first
+interval lies between two neighbouring multiples of 2^L. The number of halvings L is the smallest whole number for which
+2^L is at least 40 n, where n is the correlation time in steps. The values at multiples of 2^L are drawn independently.
+Their correlation is at most e^-40, which is smaller than the rounding errors. The value at the middle of an interval is
+drawn given the values at both ends. If both halves have length h, let r = exp(-h / n). The value at the middle is then
+normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2), because the process is Markov. Every
+step is the middle of only one interval, or a multiple of 2^L, so the random number for step t has the counter t. A pool
+at one step needs L + 2 normals per coordinate, whatever the step.
 """
 
 import math
@@ -30,7 +32,7 @@ from icl.tasks.laws import GAUSSIAN_TASKS, TaskLaw, draw_tasks
 POOL_STREAM = "tasks"
 """Name of the random stream for the sequence of tasks."""
 _MIN_DECAY = 40
-"""Minimum distance between two roots of the tree, in correlation times."""
+"""Minimum distance, in correlation times, between two steps whose values are drawn independently."""
 
 
 class PoolSchedule(NamedTuple):
@@ -53,7 +55,10 @@ def tasks_at(
     law: TaskLaw = GAUSSIAN_TASKS,
     schedule: PoolSchedule = FIXED,
 ) -> Float[Tensor, "S B D"]:
-    """Return the tasks at these positions of the sequence, at each of these steps. Under `walk`, the law is N(0, I)."""
+    """Return the tasks with the numbers `indices` at each of the steps `times`.
+
+    `law` is the distribution of the tasks. The schedule `walk` ignores `law`: its tasks are N(0, I).
+    """
     key = rng.stream(seed, POOL_STREAM)
     if schedule.name == "walk":
         assert schedule.steps is not None

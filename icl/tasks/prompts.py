@@ -64,7 +64,7 @@ class PromptSource(NamedTuple):
     def sample(
         self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
     ) -> Prompts:
-        """Return the prompts with these indices of each step, stacked on a leading axis of steps."""
+        """Return the prompts with the numbers `indices` of each of the steps, stacked on a leading axis of steps."""
         return Prompts(*(part.squeeze(0) for part in sample_together([self], steps, indices, device=device)))
 
 
@@ -75,9 +75,10 @@ def sample_together(
     *,
     device: torch.device | str = "cpu",
 ) -> Prompts:
-    """Sample the prompts of N sources whose sizes, noise and inputs agree: xs (N, S, B, K, D).
+    """Sample prompts from N sources at once. All sources must have the same sizes, noise and distribution of inputs.
 
-    Each source gives the same prompts as if it were used alone.
+    The result has the leading axes N (sources), S (steps) and B (indices). Each source gives the same prompts as if the
+    source were used alone.
     """
     first = sources[0]
     num_examples, task_size = first.max_examples, first.task_size
@@ -127,7 +128,7 @@ def training_pool(
 
     Args:
         config: The run.
-        step: Step whose pool is returned. It is needed if the pool changes during training.
+        step: Step whose pool is returned. The step is needed only if the pool changes during training.
         num_tasks: Number of tasks; None means all M.
         device: Device of the result.
 
@@ -146,7 +147,7 @@ def training_pool(
 
 
 def last_pool_step(step: int) -> int:
-    """Return the step whose pool was used by the last update before checkpoint `step`. For the initial model, return the first step."""
+    """Return the step whose pool was used by the last update before checkpoint `step`; 0 for the initial model."""
     return max(step - 1, 0)
 
 
@@ -160,7 +161,8 @@ def prompt_source(
         stream: `train`, or another name. All streams except `train` use `seeds.evaluation`.
         distribution: `pretrain` (the run's M tasks) or `true` (new tasks from the prior). The default is `true` for the stream `true`, and
             `pretrain` for all other streams.
-        pool_step: Step whose pool is used, if the pool changes. The stream `train` always uses the step of the prompts.
+        pool_step: Step whose pool is used, if the pool changes during training. The stream `train` ignores `pool_step`,
+            and uses the pool at the step of the prompts.
 
     Raises:
         ConfigError: If the distribution is unknown, the stream has no name, or the pool changes and its step is not given.
@@ -204,8 +206,8 @@ def _pool_time(config: RunConfig, step: int | None) -> int | None:
         return None
     if step is None:
         raise ConfigError(
-            f"The run's pool of tasks changes (`task.pool` is {config.task.pool}), so it has no fixed training tasks to evaluate "
-            "on. Give the step of the pool, or use new tasks (`true`)."
+            f"The run's pool of tasks changes during training (`task.pool` is {config.task.pool}), so the run has no "
+            "fixed training tasks. Give the step whose pool is to be used, or use new tasks (the distribution `true`)."
         )
     return whole("pool_step", step, 0, MAX_STEP)
 

@@ -31,7 +31,10 @@ def stream_source(config: RunConfig, *, stream: str) -> Source:
 def sample_sources(
     sources: Sequence[Source], steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
 ) -> Prompts | TokenRows:
-    """Sample N sources of one family: `xs` and `ys` have leading axes (N, S, B)."""
+    """Sample from N sources, either all of prompts or all of rows of tokens.
+
+    In the result, `xs` and `ys` have the leading axes N (sources), S (steps) and B (indices).
+    """
     rows = [source for source in sources if isinstance(source, RowSource)]
     if rows:
         return sample_rows_together(rows, steps, indices, device=device)

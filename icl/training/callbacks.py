@@ -131,9 +131,10 @@ class EarlyStopping(pl.Callback):
 
 
 class Ending(pl.Callback):
-    """End Lightning's fit when a member has ended, so that training can continue without this member.
+    """Stop Lightning's `fit` as soon as one member has ended. Training then continues in a new `fit`.
 
-    With several processes the fit ends when all members have ended.
+    `icl.training.run` starts the new `fit`, with the members that have not ended. With several processes, `fit` stops
+    only when all members have ended.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:

@@ -1,4 +1,4 @@
-"""Task vector of a predictor: the weights with which it maps the query to the prediction, at every position.
+"""Task vector of a predictor: the weights with which the predictor maps the query to the prediction, at every position.
 
 To measure the weights at position p, we append the query x_p = c e_i to the prompt's first p - 1 examples. Here e_i is a unit vector, and c
 is the mean norm of the inputs (as in the code of Hoogland et al. 2024). Weight i is the prediction for this query, divided by c. The
@@ -10,7 +10,8 @@ generated the prompt:
   weights of ridge at position 1.
 - `norm_ratio`: |weights| / |t|.
 
-Both are averaged over prompts. We cut each prompt at position p, because later examples have no effect on the prediction.
+Both numbers are averaged over prompts. We cut each prompt at position p, because later examples have no effect on the
+prediction.
 """
 
 from collections.abc import Callable
@@ -51,12 +52,12 @@ def effective_weights(predict: Predict, prompts: Prompts) -> Float[Tensor, "*N B
 
 
 def compare(weights: Float[Tensor, "*N B K D"], ws: Float[Tensor, "B D"]) -> Similarity:
-    """Return the cosine and the ratio of norms between weights and the prompts' tasks."""
+    """Compare the weights at every position with the task t that generated the prompt: cosine and |weights| / |t|."""
     tasks = ws.unsqueeze(-2)  # B 1 D
     return Similarity(torch.cosine_similarity(weights, tasks, dim=-1), weights.norm(dim=-1) / tasks.norm(dim=-1))
 
 
 def estimates(similarity: Similarity) -> dict[str, tuple[Estimate, Estimate]]:
-    """Return for each quantity the mean at every position (*N, K), and the mean over positions (*N,)."""
+    """Return `cosine` and `norm_ratio` averaged over prompts: at each position (*N, K), and over positions (*N,)."""
     pairs = similarity._asdict().items()
     return {name: (metrics.position_mean(values), metrics.overall_mean(values)) for name, values in pairs}

@@ -12,14 +12,15 @@ average is far below the standard error of either mean. The functions therefore 
   clear steps if their means have opposite signs and no other clear step lies between them. Between these two steps we interpolate linearly
   in log(t + 1). The standard error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear
   step between it and a neighbouring crossing or an end of the run.
-- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts of new
-  tasks is lowest. The run is transient if the loss at the last saved step exceeds this minimum by more than `RISE_ERRORS` standard errors.
-  If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard errors, the finding is `unresolved`. The
-  standard error of the rise has two parts. The first part comes from the prompts. The second part is the scatter of the
-  loss about a smooth curve at both ends of the rise, because training fluctuates. The scatter is correlated between saved
-  steps (`icl.analysis.scatter`). We require a rise of many standard errors, because the lowest of hundreds of losses is low partly
-  by chance. `data/verdict-rates.csv` gives the share of flat curves that are called transient, for several correlations of
-  the scatter. A rise that has disappeared by the end of the run does not count.
+- Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts
+  of new tasks is lowest. The run is transient if the loss at the last saved step exceeds this minimum by more than
+  `RISE_ERRORS` standard errors. If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard
+  errors, the finding is `unresolved`. The standard error of the rise has two parts: an error over prompts, and an error
+  due to fluctuations of training. The first part is the standard error of the mean over prompts. The second part is
+  computed from the scatter of the losses after the minimum about a smooth curve. This scatter is correlated between
+  saved steps (`icl.analysis.scatter`). We require a rise of many standard errors, because the lowest of hundreds of
+  losses is low partly by chance. `data/verdict-rates.csv` gives the share of flat curves that are called transient, for
+  several correlations of the scatter. A rise that has disappeared by the end of the run does not count.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is (zero loss - loss) / (zero loss - ridge loss) at t_crit,
   where the zero loss is the loss of predicting 0. If the dip is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is
   smaller but significant, the finding is `partial dip`; otherwise the finding is `rise without a dip`. In the paper (D = 8), ridge is
@@ -46,7 +47,7 @@ RISE_ERRORS = 6.5
 DOUBTFUL_RISE_ERRORS = 3.0
 TRANSIENT_DIP = 0.5
 _ENOUGH_STEPS = 16
-"""Minimum number of saved steps from which the scatter is estimated, if the run has that many."""
+"""Minimum number of saved steps from which the scatter is estimated. A shorter run uses all of its saved steps."""
 
 
 class TurningPoint(NamedTuple):
@@ -75,7 +76,7 @@ class Transience(NamedTuple):
     """`none`, `unresolved`, `transient ridge`, `partial dip` or `rise without a dip`."""
     critical: TurningPoint
     rise: Estimate
-    """Rise from t_crit to the last saved step; the error includes the scatter."""
+    """Rise of the loss from t_crit to the last saved step. Its standard error includes the scatter of the loss."""
     dip: Estimate
     """Position of the loss at t_crit on a scale where the loss of predicting zero is 0 and the loss of ridge is 1."""
     verdict: str
@@ -194,7 +195,10 @@ def _means(samples: Float[Tensor, "S B"]) -> Estimate:
 
 
 def _finite(steps: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """Return the steps at which all values are finite, these values in float64, and a reason if steps are left out."""
+    """Return the steps at which all values are finite, the values at these steps, and a reason if steps are left out.
+
+    The returned values are in float64.
+    """
     keep: Bool[Tensor, " S"] = samples.isfinite().all(1)
     num_left_out = int((~keep).sum())
     reasons = [f"the values of {num_left_out} saved step(s) are not finite"] if num_left_out else []

@@ -28,10 +28,21 @@ def read_points(
     steps: Literal["last", "all"] = "last",
     infinite: Literal["leave_out", "next"] = "leave_out",
 ) -> pd.DataFrame:
-    """Read a table and return one row per model.
+    """Read the table of trained models in a file, and return a table with one row for each model.
 
-    The columns are those that identify the model, `is_inside` (whether it is part of the fit), `target`,
-    `target_stderr`, and the features that the table has.
+    The columns of the returned table are:
+
+    - `num_tasks`, `step` and `checkpoint_hash`, which identify the model;
+    - `target`, the loss of the model on the distribution `target`, and its standard error `target_stderr`;
+    - one column for each feature in `FEATURES`, with NaN if the file has no value of the feature;
+    - `is_inside`, which says whether the fit uses the model.
+
+    Args:
+        path: The table, as written by `icl evaluate --checkpoint_base_dir`.
+        target: The distribution on which the loss is measured.
+        steps: With `last`, only the models at the last step of each M are returned.
+        infinite: With `leave_out`, the fit does not use models with M = inf. With `next`, the fit uses these models
+            too. For M = inf, `log2_num_tasks` is the largest finite log2 M plus 1.
 
     Raises:
         FitError: If the file cannot be read, lacks columns, or has no loss on the distribution `target`.

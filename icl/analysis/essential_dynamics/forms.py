@@ -3,15 +3,17 @@
 A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane spanned by two
 components, the curve has at t0 either a cusp at the projection of f, or a vertex whose osculating circle has its centre at this projection.
 We report a form if every plane spanned by two of the first three components has a cusp or a vertex, and the times of these three points lie
-within one kernel width of each other. Each component is in two of the three planes, so each coordinate of f has two values. `mismatch` is
-the largest difference between two such values, divided by the mean radius of the circles. The divisor is at least a twentieth of the
-trajectory's extent.
+within one kernel width of each other. Each component is in two of the three planes, so each coordinate of f has two
+values. `mismatch` is the largest difference between the two values of a coordinate, divided by the mean radius of the
+osculating circles. If this mean radius is smaller than 1/20 of the trajectory's extent, we divide by 1/20 of the extent
+instead. The extent is the largest range of the scores in one component.
 
-A cusp or vertex is `suspect` if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its time
-is half the range of the times with the three kernels. Random walks also have cusps, vertices and forms, because their
-components are smooth curves. So we count shapes in 19 random walks with the run's own steps
-(`principal_components.flipped_walks`). If one of these walks has at least as many shapes of a kind as the run, all shapes
-of that kind are `suspect`.
+A cusp or vertex is `suspect` if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its
+time is half the range of the times with the three kernels. Random walks also have cusps, vertices and forms, because
+their components are smooth curves. So we count the cusps, vertices and forms of 19 random walks that are made from the
+run's own steps (`principal_components.flipped_walks`). If one of these walks has at least as many cusps as the run, all
+cusps of the run are `suspect`. The same rule holds for vertices and for forms. Cusps, vertices and forms that are
+`suspect` for another reason are not counted.
 """
 
 import math

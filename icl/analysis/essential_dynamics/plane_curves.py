@@ -245,7 +245,11 @@ def _sides(curve: Smooth, index: int, num_widths: float) -> list[int]:
 def _weights(
     times: Float[np.ndarray, " S"], at: Float[np.ndarray, " G"], widths: Float[np.ndarray, " G"]
 ) -> Iterator[tuple[slice, Float[np.ndarray, "g 4 S"]]]:
-    """Yield the weights of all observations in the estimates of r, r', r'' and r''', for successive blocks of `at`."""
+    """Yield the weights with which the S observations enter the estimates of r, r', r'' and r''' at the times `at`.
+
+    Every estimate is a weighted sum of the observations. The times are processed in blocks of g times, so that the
+    weights fit in memory. For each block, yield the slice of `at` and the weights (g, 4, S).
+    """
     num_together = max(1, _NUMBERS_AT_ONCE // (4 * len(times)))
     powers, factorials = np.arange(4), np.array([1.0, 1.0, 2.0, 6.0])
     for start in range(0, len(at), num_together):

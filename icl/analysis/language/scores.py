@@ -27,18 +27,19 @@ def token_losses(config: ModelConfig, params: Params, rows: Rows) -> Float[Tenso
 def bigram_score(
     config: ModelConfig, params: Params, rows: Rows, at: Int64[Tensor, " B"], pairs: Float[Tensor, "V V"]
 ) -> tuple[Estimate, Estimate]:
-    """Return the cross-entropy of the model's next token relative to bigram frequencies, and its floor.
+    """Return the cross-entropy of the model's prediction relative to bigram frequencies, and the floor of this number.
 
-    For each row the model reads the tokens up to position `at`. Let s be the token at this position. The cross-entropy is the sum over t of
-    -q(t | s) log P(t). The floor is the mean entropy of q(t | s). A model that predicts q reaches the floor. Rows are left out if s
-    never occurs in the table of frequencies.
+    For each row the model reads the tokens up to position `at`. Let s be the token at this position, and P(t) the
+    probability that the model gives to token t as the next token. The cross-entropy is the sum of -q(t | s) log P(t)
+    over t. The floor is the lowest possible cross-entropy: the mean entropy of q(t | s). A model that predicts q
+    reaches the floor. A row is left out if its token s never occurs in the text from which q was counted.
 
     Args:
-        config: The architecture.
-        params: Stacked parameters.
+        config: The architecture of the language models.
+        params: Stacked parameters of the N models.
         rows: Rows of tokens.
         at: One position in each row.
-        pairs: Empirical frequencies q(t | s), with a row of zeros for a token that does not occur.
+        pairs: Empirical frequencies q(t | s), with a row of zeros for a token s that does not occur.
     """
     rows, at = rows[:, : int(at.max()) + 1], at.to(rows.device)
     targets = pairs.to(rows.device)[rows.gather(1, at[:, None]).squeeze(1)]  # B V
@@ -69,17 +70,18 @@ def next_token_logits(config: ModelConfig, params: Params, rows: Rows, at: Int64
 def ngram_score(
     config: ModelConfig, params: Params, ngrams: Int64[Tensor, "G n"], test_losses: Float[Tensor, "N B"], *, bos: int
 ) -> Estimate:
-    """Return the n-gram score: how much better the last token of common n-grams is predicted than test tokens at that position.
+    """Return the n-gram score: how much better the last token of common n-grams is predicted than tokens of test rows.
 
-    The score is the mean test loss at index n - 1 divided by the mean loss of the last token of the n-grams, each with BOS in front.
-    The test rows and the n-grams are independent samples. The standard error of the ratio is propagated to first order.
+    Token 0 of every row is BOS, so the last token of an n-gram is token n. The score is the mean loss of token n in the
+    test rows, divided by the mean loss of token n in rows that consist of BOS and an n-gram. The test rows and the
+    n-grams are independent samples. The standard error of the ratio is propagated to first order.
 
     Args:
-        config: The architecture.
-        params: Stacked parameters.
-        ngrams: The n-grams.
-        test_losses: Losses of the test rows at index n - 1.
-        bos: The token that begins a row.
+        config: The architecture of the language models.
+        params: Stacked parameters of the N models.
+        ngrams: Common n-grams, one in each row of the tensor, without BOS.
+        test_losses: Each model's loss of token n in every test row: index n - 1 on the last axis of `token_losses`.
+        bos: The number of the token BOS, which begins every row.
     """
     rows = torch.cat([torch.full_like(ngrams[:, :1], bos), ngrams], dim=1)
     ours, test = _mean(token_losses(config, params, rows)[..., -1]), _mean(test_losses)
@@ -136,7 +138,10 @@ def _attention(config: ModelConfig, params: Params, rows: Rows, queries: Tensor,
 def _in_chunks(
     config: ModelConfig, params: Params, rows: Rows, function: Callable[..., Tensor], *beside: Tensor
 ) -> Tensor:
-    """Apply a function to all rows, as many at a time as memory allows. The tensors `beside` are split in the same way."""
+    """Apply a function to all rows, as many at a time as memory allows.
+
+    The tensors `beside` are split into the same chunks as the rows.
+    """
     size = rows_at_once(config, params, rows.shape[1])
     with torch.no_grad():
         return torch.cat([function(*part) for part in _parts(size, rows, *beside)], dim=1)

@@ -1,11 +1,13 @@
 """Which prior a model has learned: the mixtures of dMMSE and ridge that are closest to the model, at every saved step.
 
-dMMSE is the Bayes predictor for the M training tasks, so a model that has memorised these tasks predicts like dMMSE. Ridge is the Bayes
-predictor for new tasks, so a model that generalises to all tasks predicts like ridge. `icl.analysis.mixture.fits` defines two mixtures of
-these predictors: `fixed`, with the same weight for all prompts, and `bayes`, with prior odds and the posterior weights of Bayes' rule. If
-the prior or the noise is not Gaussian, the Bayes predictor for new tasks (`icl.bayes`) takes the place of ridge everywhere. If this
-predictor is only estimated, residuals are too large by at most `predictor_variance`, the mean squared standard error of its predictions.
-The prompts of training tasks (`pretrain`) and of new tasks (`true`) are the same as in `icl evaluate`.
+dMMSE is the Bayes predictor for the M training tasks, so a model that has memorised these tasks predicts like dMMSE.
+Ridge is the Bayes predictor for new tasks, so a model that generalises to all tasks predicts like ridge.
+`icl.analysis.mixture.fits` defines two mixtures of these predictors: `fixed`, with the same weight for all prompts, and
+`bayes`, with prior odds and the posterior weights of Bayes' rule. If the prior or the noise is not Gaussian, the Bayes
+predictor for new tasks (`icl.bayes`) takes the place of ridge everywhere. For some priors and noise distributions,
+particle filters estimate the predictions of this Bayes predictor. The errors of the estimates make the residuals too
+large by at most `predictor_variance`, which is the mean squared standard error of the estimated predictions. The
+prompts of training tasks (`pretrain`) and of new tasks (`true`) are the same as in `icl evaluate`.
 
 Rows of the table, by `quantity`. Rows of a saved step have a `position` (1..K, or `mean` for a single mixture that is fitted to all
 positions):

@@ -142,7 +142,7 @@ def reference(config: RunConfig, settings: Settings, pool_step: int | None = Non
 
 
 def sample_rows(known: Reference, tasks: Float[Tensor, "B D"]) -> Iterator[Row]:
-    """Yield the rows of one model, from the estimated tasks of its rollouts."""
+    """Yield the table's rows for one model. `tasks` are the tasks that were estimated from the model's rollouts."""
     own = Sample(tasks)
     distances = {name: energy_distance(own, sample) for name, sample in known.samples.items()}
     separation = _separation(known)
@@ -162,7 +162,7 @@ def sample_rows(known: Reference, tasks: Float[Tensor, "B D"]) -> Iterator[Row]:
 
 
 def candidate_rows(known: Reference) -> Iterator[Row]:
-    """Yield the rows of the candidates, which do not depend on the model."""
+    """Yield the table's rows about the candidates alone. These rows do not depend on the model."""
     separation = _separation(known)
     if separation is not None:
         yield _row("separation", "", separation.estimate, judge_separation(separation.estimate))
@@ -195,7 +195,7 @@ def require_rollouts(config: RunConfig, settings: Settings) -> None:
 
 
 def _separation(known: Reference) -> Energy | None:
-    """Return the distance between the first two candidates, or None if there is only one."""
+    """Return the distance between the first two candidates, or None if there is only one candidate."""
     if len(known.pair) < 2:
         return None
     first, second = known.pair

@@ -50,7 +50,8 @@ class SlurmJob:
         submission = read_submission(folder)
         if not array or not task.isdecimal() or submission is None:
             raise ConfigError(
-                "`--in-job` works only in the script that `--slurm` submits; leave it out, or use `--slurm` to submit jobs."
+                "`--in-job` works only in the script that `--slurm` submits. Leave out `--in-job`, or use `--slurm` to "
+                "submit jobs."
             )
         self.folder, self.say = folder, say
         self.id = f"{array}_{task}"
