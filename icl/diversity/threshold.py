@@ -109,8 +109,11 @@ def sentences(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _without_tasks(config: RunConfig) -> RunConfig:
-    """Return the settings of a run without its name and its M, so that these settings are equal for all runs of one seed."""
-    return dataclasses.replace(config, run_name=None, task=dataclasses.replace(config.task, num_tasks=math.inf))
+    """Return the settings of a run without its name and with M = 1, so that these settings are equal for all runs of one seed.
+
+    M = 1 can be used with every other setting. M = inf cannot, because it excludes pools that change.
+    """
+    return dataclasses.replace(config, run_name=None, task=dataclasses.replace(config.task, num_tasks=1))
 
 
 def _log_ratios(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

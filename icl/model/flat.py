@@ -6,7 +6,7 @@ updated (the fixed entries) are not in the matrix, so no update can change them.
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -86,9 +86,16 @@ class Layout:
             rows: The moving entries of several members (N, width), or of one member (width,).
             fixed: The fixed entries, as the method `fixed` returns them, with the same leading axis as `rows`.
         """
-        params = dict(fixed or {})
+        return self.join(self.split(rows), fixed)
+
+    def split(self, rows: Float[Tensor, "*N width"]) -> tuple[Tensor, ...]:
+        """Return the columns of each parameter, and last the padding, as views of the rows."""
         # Compiled graphs trace this method. They cannot trace `cached_property`, which uses a lock up to Python 3.11.
-        parts = rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=-1)
+        return rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=-1)
+
+    def join(self, parts: Sequence[Tensor], fixed: Mapping[str, Tensor] | None = None) -> Params:
+        """Convert the columns of each parameter, as `split` returns them, to parameters. See `to_params` for `fixed`."""
+        params = dict(fixed or {})
         for slot, part in zip(self.slots, parts, strict=False):  # the last part is padding
             if slot.dtype is not None:
                 part = part.to(slot.dtype)

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, ordered_colours
-from icl.plotting.seeds import draw_curves
 from icl.plotting.style import draw_band, finish_step_axes, label_plainly, new_figure, select, write_in_middle
 from icl.plotting.tidying import KEY
 
@@ -19,6 +18,8 @@ _SUSPECT_SHARE, _INVALID_SHARE = 0.1, 1.0
 """Residual shares above which a mixture is suspect and invalid, as in `icl.analysis.mixture.judging`."""
 _MAX_LOG_ODDS = 21.5
 """Largest log odds in a figure: slightly more than the limit of the search in `icl.analysis.mixture.fits`."""
+_FIRST_STEP = 100
+"""First step of a figure of several seeds. At earlier steps, models do not yet use the examples."""
 _CURVE = "theory (Wurgaft et al. 2025)"
 
 
@@ -66,7 +67,8 @@ def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
     has_seeds = bool(table.groupby("num_tasks")["run"].nunique().max() > 1)
     how = "bands: 2 standard errors; open marks: verdict is not ok"
     if has_seeds:
-        how = "thick: mean over seeds, with its 95 % interval; without steps that no mixture explains"
+        how = "thin: seeds, thick: their mean; without steps that no mixture explains, and without log odds at a limit of the search"
+        table = table[table["step"].isna() | (table["step"] >= _FIRST_STEP)]
     title = f"{title}   (colour: M; {how})"
     figure, panels = new_figure(4, num_rows=2, width=4.3, height=3.6, title=title)
     colours = dict(zip(ladder, ordered_colours(len(ladder)), strict=True))
@@ -78,13 +80,16 @@ def _plot_ladder(table: pd.DataFrame, title: str) -> Figure:
             for axes, quantity in ((weights, "weight"), (odds, "log_odds")):
                 _draw_seeds(axes, _means(own, quantity), color=colour, label=f"{m:g}")
             for axes, quantity, line in ((weights, "curve_weight", ":"), (residuals, "curve_residual", "-")):
-                for _, curve in _explained(own, select(own, quantity=quantity), has_seeds).groupby("run"):
-                    axes.plot(curve["step"].astype(float), curve["value"], color=colour, linestyle=line, linewidth=1.2)
+                curve = _explained(own, select(own, quantity=quantity), has_seeds)
+                mean = _over_all_seeds(curve).groupby("step")["value"].mean()
+                axes.plot(mean.index.astype(float), mean, color=colour, linestyle=line, linewidth=1.4)
         _finish_parameter(weights, "weight", f"Fixed weight, {label} (dotted: theory)", legend="M")
         _finish_parameter(odds, "log_odds", f"Prior odds, {label}", legend="M")
         residuals.axhline(0, color=BLACK, linewidth=0.7)
         finish_step_axes(residuals, f"Fixed weight minus theory ({_curve_text(rows)})", "difference of the weights")
         _draw_transitions(transitions, rows, label)
+        for axes in (weights, residuals, odds) if has_seeds else ():
+            axes.set_xlim(left=0.8 * _FIRST_STEP)
     return figure
 
 
@@ -99,22 +104,26 @@ def _explained(own: pd.DataFrame, curve: pd.DataFrame, has_seeds: bool) -> pd.Da
     return curve.merge(fitted, on=["run", "step"]) if has_seeds else curve
 
 
+def _over_all_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows at steps at which the most seeds have numbers, because a mean over fewer seeds would make a curve jump."""
+    num_seeds = rows.groupby("step")["run"].transform("size")
+    return rows[num_seeds == num_seeds.max()]
+
+
 def _draw_seeds(axes: Axes, rows: pd.DataFrame, *, color: Any, label: str) -> None:
     """Draw the weights or log odds of one run or of several seeds.
 
-    For one run, marks show the verdicts. For several seeds, invalid numbers are left out, and the mean weight is drawn too.
-    Log odds can be at a limit of the search, so their mean has no meaning.
+    For one run, marks show the verdicts. For several seeds, invalid numbers and log odds at a limit of the search are left out.
     """
     if rows["run"].nunique() < 2:
         _draw_points(axes, rows, color=color, linewidth=1.1, label=label)
         return
-    rows = rows[rows["verdict"] != "invalid"]
-    if (rows["quantity"] == "log_odds").any():
-        for number, (_, curve) in enumerate(rows.groupby("run", sort=False)):
-            text = None if number else label
-            axes.plot(curve["step"].astype(float), curve["value"], color=color, linewidth=1.0, label=text)
-    elif len(rows):
-        draw_curves(axes, rows.assign(x=rows["step"]), color=color, linewidth=1.8, label=label)
+    rows = rows[(rows["verdict"] != "invalid") & rows["stderr"].notna()]  # at a limit there is no standard error
+    for _, curve in rows.groupby("run"):
+        axes.plot(curve["step"].astype(float), curve["value"], color=color, linewidth=0.6, alpha=0.6)
+    mean = _over_all_seeds(rows).groupby("step")["value"].mean()
+    marker = "o" if len(mean) == 1 else None
+    axes.plot(mean.index.astype(float), mean, color=color, linewidth=2.0, marker=marker, markersize=4, label=label)
 
 
 def _of(quantity: str) -> str:

@@ -1,5 +1,7 @@
 """The figure of fixed and changing pools of tasks: the gaps to ridge and to dMMSE over training, one panel for each pool."""
 
+from typing import Any, TypeAlias
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,7 +12,9 @@ from icl.plotting.style import label_plainly, new_figure, select
 
 FIRST_STEP = 100
 """First step of the figure. At earlier steps, models do not yet use the examples."""
-_GAPS = (("delta_ridge", VERMILION, "--", "to ridge"), ("delta_dmmse", GREEN, "-", "to dMMSE"))
+Gaps: TypeAlias = tuple[tuple[str, Any, str, str], ...]
+"""The gaps to draw: for each, its `quantity`, colour, line style and label."""
+_GAPS: Gaps = (("delta_ridge", VERMILION, "--", "to ridge"), ("delta_dmmse", GREEN, "-", "to dMMSE"))
 
 
 def plot_moving_pools(table: pd.DataFrame, *, title: str) -> Figure:
@@ -28,7 +32,7 @@ def plot_moving_pools(table: pd.DataFrame, *, title: str) -> Figure:
         is_walk = pool["pool"] == "walk"
         own = rows[(rows["num_tasks"] == pool["num_tasks"]) & (rows["pool"] == pool["pool"])]
         own = own[own["pool_steps"] == pool["pool_steps"]] if is_walk else own
-        _draw_gaps(axes, own)
+        draw_gaps(axes, own, _GAPS)
         how = f"walking, n = {pool['pool_steps']:,.0f} steps" if is_walk else "fixed"
         axes.set_title(f"M = {pool['num_tasks']}, {how}", fontsize=10)
         axes.sharey(panels[0])
@@ -39,9 +43,12 @@ def plot_moving_pools(table: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
-def _draw_gaps(axes: Axes, rows: pd.DataFrame) -> None:
-    for quantity, colour, line, label in _GAPS:
+def draw_gaps(axes: Axes, rows: pd.DataFrame, gaps: Gaps) -> None:
+    """Draw the curves of these gaps over the steps, on logarithmic axes, with their mean over seeds. Gaps that the rows lack are left out."""
+    for quantity, colour, line, label in gaps:
         curves = select(rows, quantity=quantity)
+        if curves.empty:
+            continue
         curves = curves.assign(x=curves["step"], run=curves["seed"])
         draw_curves(axes, curves, color=colour, floor=0.1, linestyle=line, label=label)
     axes.set(xscale="log", yscale="log", xlabel="step (updates)")

@@ -135,10 +135,11 @@ def sgld_step(
     """
     position, g = state.position, state.preconditioner
     drift = potential_gradient(position, state.anchor, grad, nbeta=nbeta, localization=localization)
+    # The new positions replace the drift in memory. For large models, new memory would take longer than the arithmetic.
     if g is None:
-        moved = position.add(drift, alpha=-lr / 2).add_(noise, alpha=lr**0.5)
+        moved = torch.add(position, drift, alpha=-lr / 2, out=drift).add_(noise, alpha=lr**0.5)
     else:
-        moved = position.addcmul(g, drift, value=-lr / 2).addcmul_(g.sqrt(), noise, value=lr**0.5)
+        moved = torch.addcmul(position, g, drift, value=-lr / 2, out=drift).addcmul_(g.sqrt(), noise, value=lr**0.5)
     return state._replace(position=moved)
 
 

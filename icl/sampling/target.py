@@ -198,18 +198,18 @@ def looped_gradient(loss: Loss) -> Gradient:
     """Return a function that computes the gradients of one member after another with plain autograd, for losses that `vmap` cannot map."""
 
     def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        grads, components = [], []
+        grads, components = torch.empty_like(rows), []
         for i, row in enumerate(rows):
-            leaf = row.detach().requires_grad_()
-            with torch.enable_grad(), _refuse_random_loss(leaf.device):
-                params = layout.to_params(leaf, {name: tensor[i] for name, tensor in fixed.items()})
+            # Each parameter is a leaf, so its gradient is copied only once, into its columns of the row.
+            leaves = [part.detach().requires_grad_() for part in layout.split(row)]
+            with torch.enable_grad(), _refuse_random_loss(row.device):
+                params = layout.join(leaves, {name: tensor[i] for name, tensor in fixed.items()})
                 values = _require_loss(loss(params, _batch_of(i, batch)))
-                (grad,) = torch.autograd.grad(values.mean(), [leaf], allow_unused=True)
-            grads.append(torch.zeros_like(row) if grad is None else grad)
+                parts = torch.autograd.grad(values.mean(), leaves, allow_unused=True)
+            pairs = zip(leaves, parts, strict=True)
+            torch.cat([torch.zeros_like(leaf) if part is None else part for leaf, part in pairs], out=grads[i])
             components.append(values.detach())
-        if len(grads) == 1:
-            return grads[0][None], components[0][None]  # without a copy
-        return torch.stack(grads), torch.stack(components)
+        return grads, torch.stack(components)
 
     return gradient
 

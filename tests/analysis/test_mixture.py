@@ -1,6 +1,7 @@
 """Mixtures of dMMSE and ridge: models that are exact mixtures, coverage of the errors, limits, transitions, theory curve, the command."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +19,7 @@ from icl.analysis.mixture.findings import RunFits, ladder_rows, transition_rows
 from icl.analysis.mixture.fits import MAX_LOG_ODDS
 from icl.analysis.mixture.theory import CurvePoints, fit_curve, log_odds, table_bits
 from icl.analysis.seeds import over_seeds
+from icl.bayes.particles import particle_filter
 from icl.build import build_model
 from icl.cli import main
 from icl.config import SeedsConfig
@@ -26,7 +28,7 @@ from icl.runs.checkpoints import save_checkpoint
 from icl.runs.folder import RunFolder
 from icl.runs.measure import Entry
 from icl.tasks.priors import task_pool, task_sequence
-from icl.tasks.prompts import Prompts, sample_prompts, training_pool
+from icl.tasks.prompts import Prompts, noise_law, sample_prompts, task_law, training_pool
 
 WORLD = change(TINY, task={"num_tasks": 8, "task_size": 3, "max_examples": 6})
 SETS = ("pretrain", "true")
@@ -97,6 +99,46 @@ def test_in_another_world_an_exact_mixture_has_its_own_log_odds():
     found = list(fit_rows(each, bayes(each.pair, -1.0)))
     assert row(found, "log_odds", "bayes")["value"] == pytest.approx(-1, abs=1e-6)
     assert row(found, "residual_share", "bayes")["value"] == pytest.approx(0, abs=1e-9)
+
+
+LAPLACE = change(WORLD, task={"task_size": 1, "num_tasks": 4, "prior": "laplace"})
+
+
+def laplace_mean(xs, ys, variance):
+    """Return the posterior means of all targets for D = 1 under a Laplace prior of variance 1, by a sum over a fine grid of w."""
+    grid = np.linspace(-12, 12, 24_001)
+    log_posterior = np.tile(-math.sqrt(2) * np.abs(grid), (len(ys), 1))
+    means = np.zeros(ys.shape)
+    for k in range(ys.shape[1]):
+        weights = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
+        means[:, k] = xs[:, k] * (weights @ grid) / weights.sum(1)
+        log_posterior -= (ys[:, k, None] - xs[:, k, None] * grid) ** 2 / (2 * variance)
+    return torch.from_numpy(means)
+
+
+def test_an_estimated_bayes_predictor_makes_the_residual_too_large_by_its_share_of_the_variance(monkeypatch):
+    """The model is a mixture with weight p and the exact Bayes predictor, so its expected residual is (1 - p)^2 times the predictor's variance.
+
+    All prompts of one estimate share the filters' random numbers, so the errors are averaged over filters with 32 seeds.
+    """
+    some, weight = prompts("true", config=LAPLACE, count=64), 0.4
+    exact = laplace_mean(some.xs.double().numpy()[..., 0], some.ys.double().numpy(), LAPLACE.task.noise_variance)
+    residuals, variances = [], []
+    for seed in range(32):
+        seeded = partial(particle_filter, law=task_law(LAPLACE), noise=noise_law(LAPLACE), seed=seed)
+        estimate = partial(seeded, noise_variance=LAPLACE.task.noise_variance)
+        monkeypatch.setattr("icl.analysis.mixture.bayes", lambda config, xs, ys, estimate=estimate: estimate(xs, ys))
+        each = reference(LAPLACE, "true", some)
+        dmmse = each.pair.ridge + each.pair.difference
+        fitted = list(fit_rows(each, exact + weight * (dmmse - exact)))
+        assert row(fitted, "weight", "fixed")["value"] == pytest.approx(weight, abs=0.01)
+        residuals.append(row(fitted, "residual", "fixed")["value"])
+        variances.append(each.variance.mean().item())
+    assert max(residuals) < max(variances)
+    expected = (1 - weight) ** 2 * np.array(variances)
+    errors = np.array(residuals) - expected
+    allowed = 4 * errors.std(ddof=1) / len(errors) ** 0.5
+    assert abs(errors.mean()) < allowed < expected.mean()
 
 
 def test_the_mixture_is_the_posterior_mean_under_the_mixed_prior():

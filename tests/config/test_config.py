@@ -34,6 +34,17 @@ NAMES = (
     "language-quickstart",
     "prior-quickstart",
     "transience",
+    "student-t-tasks",
+    "laplace-tasks",
+    "sparse-tasks",
+    "low-rank-tasks",
+    "mixture-tasks",
+    "student-t-noise",
+    "laplace-noise",
+    "student-t-inputs",
+    "ar1-inputs",
+    "resampled-pool",
+    "walking-pool",
 )
 
 

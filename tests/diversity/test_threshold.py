@@ -112,4 +112,6 @@ def test_runs_that_differ_only_in_m_and_seeds_are_a_ladder():
     assert found["num_tasks"].tolist() == ["4", "8", "16", "inf"] * 2
     assert found["run"].nunique() == 2
     assert ladder_table(numbers, configs | {"0-4": change(configs["0-4"], optim={"lr": 0.5})}) is None
+    walking = {"task": {"num_tasks": 8, "pool": "walk", "pool_steps": 5}}
+    assert ladder_table(numbers, configs | {"0-8": change(configs["0-8"], **walking)}) is None
     assert ladder_table(numbers, {name: config for name, config in configs.items() if name[2:] != "16"}) is None

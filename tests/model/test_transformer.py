@@ -255,6 +255,8 @@ def l2h4(max_examples=8, **options):
         ("quickstart", 17_603),  # 96 tokens + 512 positions + 2 x 8,416 block + 64 norm + 99 unembedding
         ("prior-quickstart", 4_860),  # 48 tokens + 256 positions + 2 x 2,160 block + 32 norm + 204 unembedding
         ("transience", 68_100),
+        ("sparse-tasks", 17_603),
+        ("walking-pool", 17_603),
         ("L2H4", 51_717),
         ("raventos-base", 1_591_808),
         ("raventos-small", 202_752),

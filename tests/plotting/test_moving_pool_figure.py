@@ -41,20 +41,14 @@ def test_every_pool_has_its_panel_with_a_line_for_each_seed_and_their_mean():
             assert list(mean.get_ydata()) == pytest.approx(list(expected))
 
 
-@pytest.mark.parametrize(
-    ("num_tasks", "steps", "nearer"), [(8, None, "dmmse"), (64, None, "ridge"), (8, 1000, "dmmse"), (8, 30, "ridge")]
-)
+@pytest.mark.parametrize(("num_tasks", "steps", "nearer"), [(8, None, "dmmse"), (64, None, "ridge"), (8, 30, "ridge")])
 def test_the_shipped_runs_show_the_known_result(num_tasks, steps, nearer):
-    """At the last step all four seeds, which have other tasks, are nearer to one predictor, and their mean is so by two standard errors over seeds.
-
-    The interval over seeds excludes zero where ridge and dMMSE are not close to each other, which they are for M = 64 in two dimensions.
-    """
+    """At the last step all eight seeds, which have other tasks, are nearer to the same predictor, and the 95 % interval excludes zero."""
     table = pd.read_csv(TABLE)
     last = of_pool(table[table["step"] == table["step"].max()], num_tasks, steps)
     gaps = last.pivot(index="seed", columns="quantity", values="value")
     other = "ridge" if nearer == "dmmse" else "dmmse"
     found = over_seeds(gaps[f"delta_{other}"] - gaps[f"delta_{nearer}"])
-    assert len(found.values) == 4
+    assert len(found.values) == 8
     assert min(found.values) > 0
-    assert found.mean > 2 * found.stderr
-    assert found.low > 0 or num_tasks == 64
+    assert found.low > 0

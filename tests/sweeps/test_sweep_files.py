@@ -25,9 +25,10 @@ NUM_POINTS = {
     "icr-diversity": 21,
     "quickstart": 4,
     "implicit-prior": 8,
-    "moving-pool": 16,
+    "moving-pool": 32,
     "prior-ladder": 15,
     "transience": 4,
+    "worlds": 27,
 }
 
 

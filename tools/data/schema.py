@@ -411,6 +411,23 @@ TABLES: dict[str, Table] = {
         "moving pools",
         "means over positions on training tasks",
     ),
+    "worlds": Table(
+        "runs whose tasks, noise or inputs are not Gaussian (`docs/priors.md`): gaps to ridge and to the Bayes predictor on new tasks",
+        {
+            "preset": Column("text", "preset of the run"),
+            "seed": Column("integer", "seed of the tasks, the initial weights, the data and the noise", may_miss=True),
+            "step": Column("integer", "number of updates; empty for numbers about the predictors", may_miss=True),
+            "quantity": Column(
+                "text",
+                "the gap `delta_ridge` or `delta_bayes`; `separation`: mean squared distance between ridge and the Bayes predictor; "
+                "`bayes_variance`: mean squared standard error of the Bayes predictor",
+            ),
+            "value": _VALUE,
+            "stderr": _STDERR,
+        },
+        "other worlds",
+        f"means over positions; these steps are kept: {FEW_STEPS}",
+    ),
     "prior-mixture": Table(
         "mixtures of dMMSE and ridge that are closest to the models of a ladder of M (`docs/priors.md`)",
         {

@@ -33,11 +33,17 @@ icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
 for m in $DIVERSITIES; do icl evaluate "$RUNS/ladder/num_tasks=$m" --num_prompts 2048 --num_ood_prompts 512; done
 
 ## moving pools: the runs
-# M = 8 and 64 fixed tasks, and M = 8 tasks that walk slowly or fast, with four seeds each.
+# M = 8 and 64 fixed tasks, and M = 8 tasks that walk slowly or fast, with eight seeds each.
 LOCAL_ROOT=$RUNS/moving-pool icl sweep sweeps/training-runs/moving-pool.yaml --pack
 
 ## moving pools: the gaps
 icl evaluate "$RUNS"/moving-pool/*max_steps=3000* --num_prompts 2048 --num_ood_prompts 16
+
+## other worlds: the runs
+LOCAL_ROOT=$RUNS/worlds icl sweep sweeps/training-runs/worlds.yaml --pack
+
+## other worlds: the gaps
+icl evaluate "$RUNS"/worlds/* --num_prompts 2048 --num_ood_prompts 16
 
 ## prior ladder: the runs
 LOCAL_ROOT=$RUNS/prior-ladder icl sweep sweeps/training-runs/prior-ladder.yaml --pack

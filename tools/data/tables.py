@@ -17,6 +17,7 @@ import pandas as pd
 
 from icl.evaluation.scores import headlines
 from icl.files.writing import write_atomically
+from icl.presets import PRESETS
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
 from icl.runs.folder import RunFolder
 from tools.data.schema import LABELS, TABLES, Kind, Table
@@ -302,6 +303,36 @@ def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
+def _make_worlds(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Join the gaps on new tasks of the runs of `sweeps/training-runs/worlds.yaml`, and the distances between their two predictors."""
+    from icl.evaluation.sets import evaluation_set
+    from icl.metrics import overall_mean
+
+    folders = [RunFolder(file.parent) for file in root.glob("worlds/*/config.yaml")]
+    configs = {run.path: run.read_config() for run in folders}
+    order = list(PRESETS)
+    parts = []
+    for run in sorted(folders, key=lambda run: (order.index(configs[run.path].preset), configs[run.path].seeds.model)):
+        table, config = _read(run, "evaluation.csv"), configs[run.path]
+        if table is None:
+            continue
+        labels = {"preset": config.preset, "seed": config.seeds.model}
+        is_kept = (table["distribution"] == "true") & (table["position"] == "mean")
+        is_kept &= table["quantity"].isin(["delta_ridge", "delta_bayes"])
+        parts.append(table[is_kept & table["step"].isin(few_steps(table["step"].tolist()))].assign(**labels))
+        made = evaluation_set(config, "true", num_prompts=2048, with_bayes=True)
+        if "bayes" in made.baselines:
+            separation = (made.baselines["bayes"] - made.baselines["ridge"]).double().square()
+            numbers = {"separation": separation, "bayes_variance": made.variances["bayes_variance"].double()}
+            means = {quantity: overall_mean(values) for quantity, values in numbers.items()}
+            rows = [
+                {"quantity": key, "value": mean.value.item(), "stderr": mean.stderr.item()}
+                for key, mean in means.items()
+            ]
+            parts.append(pd.DataFrame(rows).assign(**labels))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
 def _make_prior_mixture(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
     """Read the table of the mixtures of the ladder, which is in the folder of one of the runs, and shorten the names of runs."""
     folders = [RunFolder(file.parent) for file in root.glob("prior-ladder/*/config.yaml")]
@@ -385,6 +416,7 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "hessian": _make_hessian,
     "essential-dynamics": _make_dynamics,
     "moving-pool": _make_moving_pool,
+    "worlds": _make_worlds,
     "prior-mixture": _make_prior_mixture,
     "implicit-prior": _make_implicit_prior,
     "transience": _make_transience,
