@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.application import measure_application
+from benchmarks.modules import devinterp_module_chains, modules, our_module_chains
 from benchmarks.peers import dmmse_by_prefix, matrix_products, plain_loop
 from benchmarks.sampling import devinterp_chains, has_devinterp, our_chains
 from benchmarks.turns import Side, Turn, take_turns
@@ -71,6 +72,10 @@ def make_cases(device: str) -> Iterator[Case]:
     yield Case(f"loop over checkpoints / icl evaluate, {NUM_CHECKPOINTS}", partial(take_evaluation_turns, device), "4")
     yield Case("loop over prefixes / dMMSE, M = 2^14", against(*dmmse_sides(device)), "5")
     yield from sampling_cases(device)
+    if device == "cpu" and has_devinterp():
+        for name, (module, inputs) in modules().items():
+            theirs, ours = devinterp_module_chains(module, inputs), our_module_chains(module, inputs)
+            yield Case(f"devinterp / 4 chains, {name}", against(Side(theirs, calls=1), Side(ours, calls=1)), "1")
     yield Case("bare loop / the application, one member", partial(measure_application, CONFIG, device, one.call), "0.9")
 
 
