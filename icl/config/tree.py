@@ -36,6 +36,14 @@ _LANGUAGE_SETTINGS: dict[str, Any] = {
     "optim.weight_decay": OptimConfig.weight_decay,
 }
 """Settings that were added with language models. The saved settings of a language run always include them."""
+PRESETS_OF_WORLDS = frozenset(
+    (
+        *("student-t-tasks", "laplace-tasks", "sparse-tasks", "low-rank-tasks", "mixture-tasks", "student-t-noise"),
+        *("laplace-noise", "student-t-inputs", "ar1-inputs", "resampled-pool", "walking-pool"),
+    )
+)
+"""Presets that change a setting of `task` in `LATER_SETTINGS`. Their runs save all settings of `task`: a setting that was left out would get
+the preset's value, and not the default, when the saved settings are resolved again."""
 LATER_SETTINGS: dict[str, Any] = {
     **{f"task.{name}": default for name, default in WORLD_SETTINGS.items()},
     "model.num_components": ModelConfig.num_components,
@@ -161,12 +169,14 @@ class RunConfig:
         """Return the tree as nested dicts of plain values. Infinity becomes the string `inf`.
 
         Settings of `LATER_SETTINGS` are left out if they have their defaults, and a regression run has no section `language`. For a
-        language run, all settings that were added with language models are included.
+        language run, all settings that were added with language models are included. For a preset of `PRESETS_OF_WORLDS`, all settings of
+        `task` are included.
         """
         tree = self._tree()
         for key, default in LATER_SETTINGS.items():
             section, _, name = key.partition(".")
             is_needed = self.model.is_language and key in _LANGUAGE_SETTINGS
+            is_needed |= section == "task" and self.preset in PRESETS_OF_WORLDS
             if section in tree and tree[section][name] == default and not is_needed:
                 del tree[section][name]
         return tree

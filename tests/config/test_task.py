@@ -8,9 +8,10 @@ import pytest
 
 from icl.config import OptimConfig, PopulationConfig, RunConfig, TaskConfig, flatten
 from icl.config.task import WORLD_SETTINGS
-from icl.config.tree import LATER_SETTINGS
+from icl.config.tree import LATER_SETTINGS, PRESETS_OF_WORLDS
 from icl.config.validation import ConfigError
 from icl.presets import PRESETS
+from icl.resolve import resolve
 from icl.run_names import run_name, varying_names
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
@@ -114,8 +115,17 @@ def test_settings_that_came_later_are_saved_only_if_they_were_changed():
 def test_presets_of_regression_runs_do_not_change_later_settings():
     """Otherwise a saved run that has the default would get the preset's value when its settings are resolved again."""
     for config in PRESETS.values():
-        if not config.model.is_language:
+        if not config.model.is_language and config.preset not in PRESETS_OF_WORLDS:
             assert config.all_settings().items() >= LATER_OF_REGRESSION.items()
+
+
+def test_presets_of_other_worlds_save_all_settings_of_the_task():
+    """So a setting that was changed back to its default stays the default when the saved settings are resolved again."""
+    assert {name for name, config in PRESETS.items() if not config.task.is_usual} == PRESETS_OF_WORLDS
+    for name in PRESETS_OF_WORLDS:
+        usual = TaskConfig(num_tasks=8)
+        config = dataclasses.replace(PRESETS[name], task=usual)
+        assert resolve(config.to_dict()) == config
 
 
 def test_a_name_says_how_runs_differ_in_a_setting_that_one_of_them_leaves_out():
@@ -143,4 +153,4 @@ def test_jobs_of_older_sweeps_keep_their_hashes(file, job):
 
 def test_jobs_of_other_worlds_have_other_hashes():
     points = sweep_points(read_sweep_file(SWEEPS / "training-runs" / "moving-pool.yaml"))
-    assert len({point.job for point in points}) == len(points) == 16
+    assert len({point.job for point in points}) == len(points) == 32
