@@ -4,7 +4,6 @@ Both programs run 4 SGLD chains on the same list of minibatches, one chain after
 `benchmarks.sampling`, neither program computes the checkpoint's loss, and nearly all moves are burn-in, so a turn is the time of the moves.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.sampling import devinterp_sampler
 from icl.config import ChainsConfig
 from icl.model.flat import make_layout
 from icl.model.stacked import stack
@@ -34,47 +34,37 @@ class _LastToken(nn.Module):
 
 def modules() -> dict[str, tuple[nn.Module, Tensor]]:
     """Return three modules with inputs (B, ...): a perceptron of 300,000 parameters, a small convolutional network and a small transformer."""
-    torch.manual_seed(0)
-    count = 16 * BATCH_SIZE
-    perceptron = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
-    convolutions = nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(32 * 49, 10)),
-    )
-    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
-    transformer = nn.Sequential(
-        nn.Embedding(100, 64),
-        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
-        _LastToken(),
-        nn.Linear(64, 10),
-    )
-    return {
-        "perceptron": (perceptron, torch.randn(count, 784)),
-        "convolutions": (convolutions, torch.randn(count, 1, 28, 28)),
-        "transformer": (transformer, torch.randint(100, (count, 32))),
-    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        count = 16 * BATCH_SIZE
+        perceptron = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
+        convolutions = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(32 * 49, 10)),
+        )
+        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+        transformer = nn.Sequential(
+            nn.Embedding(100, 64),
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+            _LastToken(),
+            nn.Linear(64, 10),
+        )
+        return {
+            "perceptron": (perceptron, torch.randn(count, 784)),
+            "convolutions": (convolutions, torch.randn(count, 1, 28, 28)),
+            "transformer": (transformer, torch.randint(100, (count, 32))),
+        }
 
 
 def devinterp_module_chains(model: nn.Module, inputs: Tensor) -> Callable[[], None]:
     """Return a function that runs all chains with devinterp."""
-    from devinterp.slt.llc import LLCEstimator
-    from devinterp.slt.sampler import sample
-
     loader = DataLoader(TensorDataset(inputs, _targets(inputs)), batch_size=BATCH_SIZE)
 
     def evaluate(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return functional.cross_entropy(model(batch[0]), batch[1])
 
-    def call() -> None:
-        estimator = LLCEstimator(NUM_CHAINS, 2, init_loss=1.0, nbeta=_KERNEL["nbeta"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice on settings
-            sizes = {"num_chains": NUM_CHAINS, "num_draws": 2, "num_burnin_steps": NUM_MOVES - 2}
-            options = {"optimizer_kwargs": dict(_KERNEL), "init_loss": 1.0, "cores": 1, "verbose": False}
-            sample(model, loader, [estimator], evaluate=evaluate, **sizes, **options)
-
-    return call
+    return devinterp_sampler(model, loader, evaluate, _KERNEL, num_chains=NUM_CHAINS, num_moves=NUM_MOVES)
 
 
 def our_module_chains(model: nn.Module, inputs: Tensor) -> Callable[[], object]:

@@ -44,9 +44,6 @@ def has_devinterp() -> bool:
 
 def devinterp_chains(config: RunConfig, device: str, *, num_moves: int = NUM_MOVES) -> Callable[[], None]:
     """Return a function that runs all chains of one checkpoint with devinterp."""
-    from devinterp.slt.llc import LLCEstimator
-    from devinterp.slt.sampler import sample
-
     model = PlainTransformer(config).to(device)
     prompts = sample_prompts(config, stream="llc", step=0, batch_size=16 * BATCH_SIZE)
     loader = DataLoader(TensorDataset(prompts.xs, prompts.ys), batch_size=BATCH_SIZE, shuffle=True)
@@ -54,8 +51,27 @@ def devinterp_chains(config: RunConfig, device: str, *, num_moves: int = NUM_MOV
     def evaluate(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return (model(*batch) - batch[1]).square().mean()
 
+    return devinterp_sampler(
+        model, loader, evaluate, _KERNEL, num_chains=NUM_CHAINS, num_moves=num_moves, device=device
+    )
+
+
+def devinterp_sampler(
+    model: nn.Module,
+    loader: DataLoader,
+    evaluate: Callable[[nn.Module, Any], Tensor],
+    kernel: dict[str, Any],
+    *,
+    num_chains: int,
+    num_moves: int,
+    device: str = "cpu",
+) -> Callable[[], None]:
+    """Return a function that runs devinterp's chains, of which only the last two moves are draws."""
+    from devinterp.slt.llc import LLCEstimator
+    from devinterp.slt.sampler import sample
+
     def call() -> None:
-        estimator = LLCEstimator(NUM_CHAINS, 2, init_loss=1.0, nbeta=_KERNEL["nbeta"], device=device)
+        estimator = LLCEstimator(num_chains, 2, init_loss=1.0, nbeta=kernel["nbeta"], device=device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on settings
             sample(
@@ -63,13 +79,14 @@ def devinterp_chains(config: RunConfig, device: str, *, num_moves: int = NUM_MOV
                 loader,
                 [estimator],
                 evaluate=evaluate,
-                optimizer_kwargs=dict(_KERNEL),
+                optimizer_kwargs=dict(kernel),
+                num_chains=num_chains,
+                num_draws=2,
                 num_burnin_steps=num_moves - 2,
                 init_loss=1.0,
                 cores=1,
                 device=device,
                 verbose=False,
-                **_SIZES,
             )
 
     return call

@@ -415,7 +415,7 @@ TABLES: dict[str, Table] = {
         "runs whose tasks, noise or inputs are not Gaussian (`docs/priors.md`): gaps to ridge and to the Bayes predictor on new tasks",
         {
             "preset": Column("text", "preset of the run"),
-            "seed": Column("integer", "seed of the tasks, the initial weights, the data and the noise", may_miss=True),
+            "seed": Column("integer", "seed of the tasks, the initial weights, the data and the noise"),
             "step": Column("integer", "number of updates; empty for numbers about the predictors", may_miss=True),
             "quantity": Column(
                 "text",
