@@ -4,32 +4,16 @@ The counts do not depend on the machine. The losses have known LLCs and no minib
 mean of S draws. Over chains, these estimates have variance v / S and bias b. So a root mean square error r needs v / (r^2 - b^2)
 gradients, without burn-in. Each kernel uses the best of a few step sizes.
 
-With `--checkpoint FILE --reference LLC`, the number of gradients is measured with repeated estimates of a checkpoint's LLC. Then all
-gradients are counted, including the burn-in and the initial loss. For the quickstart this takes about ten minutes:
-
-    python -m benchmarks.gradients --checkpoint data/small/models/quickstart/step-000005000.safetensors --reference 44
+`python -m benchmarks.equal_error` compares samplers on a checkpoint of a model.
 """
 
 import argparse
-import dataclasses
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from icl.build import build_checkpoint_model
-from icl.config import ChainsConfig, SamplerConfig
+from icl.config import ChainsConfig
 from icl.config.sampler import Kernel
-from icl.model.flat import Layout
-from icl.model.stacked import Params
-from icl.runs.checkpoints import load_checkpoint_file
 from icl.sampling import estimate_llcs
-from icl.sampling.batches import Batch
-from icl.sampling.prompt_loss import prompt_target
-from icl.sampling.run import estimate_grid
 from icl.sampling.self_test import Problem, problems
 
 NAMES = ("stiff quadratic, steps counted", "normal crossing a^2 b^2", "separable a^4 + b^4 + c^2")
@@ -73,50 +57,10 @@ def on_problem(
     return Efficiency(float(means.mean()) - problem.finite(nbeta, 0.0), num_draws * float(means.var()))
 
 
-def on_checkpoint(file: Path, sampler: SamplerConfig, *, reference: float, num: int) -> Efficiency:
-    """Measure the accuracy of a sampler by repeated estimates of a checkpoint's LLC."""
-    checkpoint, values, counted = load_checkpoint_file(file), [], 0
-    build_checkpoint_model(checkpoint)
-    for seed in range(num):
-        settings = dataclasses.replace(sampler, seed=1000 + seed)
-        target = prompt_target(checkpoint.config, settings)
-        gradient = target.chain_gradient
-
-        def counting(layout: Layout, rows: Float[Tensor, "N P"], fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-            nonlocal counted
-            counted += len(rows)
-            return gradient(layout, rows, fixed, batch)  # noqa: B023 -- called within the round
-
-        target = dataclasses.replace(target, gradient=counting)
-        ((result,),) = estimate_grid(
-            [checkpoint], [settings], target, device=torch.device("cpu"), advance=lambda moves: None
-        )
-        values.append(result.llc)
-    llcs = torch.tensor(values, dtype=torch.float64)
-    return Efficiency(float(llcs.mean()) - reference, float(llcs.var()) * counted / num)
-
-
 def main() -> None:
     """Print the best step size and its number of gradients, for each problem and kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=Path, help="a checkpoint file; by default, losses with known LLCs are used"
-    )
-    parser.add_argument("--reference", type=float, help="the checkpoint's LLC from a longer estimate")
-    parser.add_argument("--repetitions", type=int, default=8, help="number of estimates of the checkpoint (default 8)")
-    arguments = parser.parse_args()
-    if arguments.checkpoint is not None:
-        own = load_checkpoint_file(arguments.checkpoint).config.sampler
-        longer = dataclasses.replace(own, kernel="sgld", num_samples=2**20, num_burnin_steps=150, num_draws=100)
-        cases = [("baoab", dataclasses.replace(SamplerConfig(), lr=own.lr))]
-        cases += [("sgld", dataclasses.replace(longer, lr=factor * own.lr)) for factor in (0.5, 1.0)]
-        for name, sampler in cases:
-            found = on_checkpoint(
-                arguments.checkpoint, sampler, reference=arguments.reference, num=arguments.repetitions
-            )
-            needed = found.gradients(0.03 * arguments.reference)
-            print(f"{name:6} lr {sampler.lr:.3g}: bias {found.bias:+.2f}, gradients for 3%: {needed:,.0f}", flush=True)
-        return
+    parser.parse_args()
     for problem in problems():
         if problem.name in NAMES:
             assert problem.finite is not None

@@ -57,7 +57,7 @@ def modules() -> dict[str, tuple[nn.Module, Tensor]]:
         }
 
 
-def devinterp_module_chains(model: nn.Module, inputs: Tensor) -> Callable[[], None]:
+def devinterp_module_chains(model: nn.Module, inputs: Tensor) -> Callable[[], float]:
     """Return a function that runs all chains with devinterp."""
     loader = DataLoader(TensorDataset(inputs, _targets(inputs)), batch_size=BATCH_SIZE)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,7 +43,7 @@ def has_devinterp() -> bool:
     return found
 
 
-def devinterp_chains(config: RunConfig, device: str, *, num_moves: int = NUM_MOVES) -> Callable[[], None]:
+def devinterp_chains(config: RunConfig, device: str, *, num_moves: int = NUM_MOVES) -> Callable[[], float]:
     """Return a function that runs all chains of one checkpoint with devinterp."""
     model = PlainTransformer(config).to(device)
     prompts = sample_prompts(config, stream="llc", step=0, batch_size=16 * BATCH_SIZE)
@@ -64,14 +65,18 @@ def devinterp_sampler(
     *,
     num_chains: int,
     num_moves: int,
+    num_draws: int = 2,
+    init_loss: float = 1.0,
+    seed: int | None = None,
     device: str = "cpu",
-) -> Callable[[], None]:
-    """Return a function that runs devinterp's chains, of which only the last two moves are draws."""
+) -> Callable[[], float]:
+    """Return a function that runs devinterp's chains and returns the LLC. The last `num_draws` moves of each chain are draws."""
     from devinterp.slt.llc import LLCEstimator
     from devinterp.slt.sampler import sample
 
-    def call() -> None:
-        estimator = LLCEstimator(num_chains, 2, init_loss=1.0, nbeta=kernel["nbeta"], device=device)
+    def call() -> float:
+        start = torch.tensor(init_loss, device=device)
+        estimator = LLCEstimator(num_chains, num_draws, init_loss=start, nbeta=kernel["nbeta"], device=device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on settings
             sample(
@@ -81,13 +86,15 @@ def devinterp_sampler(
                 evaluate=evaluate,
                 optimizer_kwargs=dict(kernel),
                 num_chains=num_chains,
-                num_draws=2,
-                num_burnin_steps=num_moves - 2,
-                init_loss=1.0,
+                num_draws=num_draws,
+                num_burnin_steps=num_moves - num_draws,
+                init_loss=start,
                 cores=1,
+                seed=seed,
                 device=device,
                 verbose=False,
             )
+        return float(estimator.get_results()["llc/mean"])
 
     return call
 

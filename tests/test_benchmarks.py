@@ -255,6 +255,33 @@ def test_gradients_for_an_error_are_variance_over_what_the_bias_leaves():
     assert Efficiency(bias=0.5, variance=1.0).gradients(0.5) == math.inf
 
 
+def test_the_plain_model_of_a_checkpoint_predicts_what_our_model_predicts():
+    from benchmarks.equal_error import plain_model
+    from icl.build import build_checkpoint_model
+    from icl.runs.checkpoints import load_checkpoint_file
+    from icl.tasks.prompts import sample_prompts
+
+    checkpoint = load_checkpoint_file(ROOT / "data/small/models/quickstart/step-000005000.safetensors")
+    prompts = sample_prompts(checkpoint.config, stream="llc", step=0, batch_size=16)
+    with torch.no_grad():
+        ours = build_checkpoint_model(checkpoint)(prompts.xs, prompts.ys)
+        torch.testing.assert_close(plain_model(checkpoint)(prompts.xs, prompts.ys), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_work_at_equal_error():
+    """An estimate with bias 0.3 and variance 0.32 needs four times its draws for the error sqrt(0.3^2 + 0.32 / 4)."""
+    from benchmarks.equal_error import Accuracy, Estimate, as_table
+
+    accuracy = Accuracy(bias=0.3, bias_stderr=0.0, deviation=0.32**0.5, gradients=100, seconds=2.0)
+    assert accuracy.share((0.3**2 + 0.32 / 4) ** 0.5) == pytest.approx(4.0)
+    assert accuracy.share(0.3) == math.inf
+    over = Accuracy.over([Estimate(1.0, 10, 0.5), Estimate(3.0, 30, 1.5)], reference=1.5)
+    assert over == pytest.approx((0.5, 1.0, 2**0.5, 20.0, 1.0))
+    assert over.rmse == pytest.approx(2**0.5)  # the bias is within its standard error
+    table = as_table({"first": over, "second": over})
+    assert table.gradients_at_equal_rmse.tolist() == [20.0, 20.0]
+
+
 @pytest.mark.slow
 def test_baoab_needs_an_eighth_of_the_gradients_on_a_stiff_quadratic():
     from benchmarks.gradients import ERROR, NAMES, on_problem

@@ -51,8 +51,9 @@ def predict_next(model: LanguageModel, config: RunConfig, path: Path, *, count: 
         if tree is None
         else _tokens_of(tree, path)
     )
-    if not all(0 <= token < text.vocab_size for token in tokens):
-        raise PromptError(f"Tokens must be from 0 to {text.vocab_size - 1:,}, got {min(tokens):,} to {max(tokens):,}.")
+    unknown = [token for token in tokens if not 0 <= token < text.vocab_size]
+    if unknown:
+        raise PromptError(f"Tokens must be from 0 to {text.vocab_size - 1:,}, got {unknown[0]:,}.")
     row = torch.tensor([[text.bos, *tokens[-text.num_predictions :]]])
     with torch.no_grad():
         chances, best = model(row)[0, -1].softmax(-1).topk(min(count, text.vocab_size))

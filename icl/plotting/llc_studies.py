@@ -164,7 +164,8 @@ def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
             rows["step"][has_drop], (rows["llc"] + rows["drop_at_mean"])[has_drop], linestyle="", marker="D", color=GREEN,
             markersize=3, label="LLC + drop of the loss at the mean draw",
         )  # fmt: skip
-    axes.set_ylabel("LLC (bars: 95 % intervals)")
+    exception = "; 2 s.e. if invalid" if has_no_interval.any() else ""
+    axes.set_ylabel(f"LLC (bars: 95 % intervals{exception})")
 
 
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:

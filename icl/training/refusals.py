@@ -9,6 +9,7 @@ from icl.config import RunConfig
 from icl.config.schedules import rate_factor
 from icl.config.validation import ConfigError
 from icl.runs.metrics_file import metric_columns
+from icl.tasks.rows import row_source
 
 
 def require_monitor(config: RunConfig) -> None:
@@ -58,3 +59,13 @@ def require_learning(config: RunConfig) -> None:
             f"`optim.lr` ({optim.lr:g}) is so small that the learning rate of every update is zero in float32, so nothing "
             "would be trained. Raise it, or lower `optim.warmup_steps`."
         )
+
+
+def require_text(config: RunConfig) -> None:
+    """Refuse to train a language model on a text that cannot be read or is too short. A text is opened only once per process.
+
+    Raises:
+        ConfigError: If the text cannot be used.
+    """
+    if config.model.is_language:
+        row_source(config, stream="train")

@@ -37,7 +37,7 @@ from icl.training.module import PopulationModule
 from icl.training.opening import begin_run, has_ended, open_run
 from icl.training.processes import join_processes
 from icl.training.progress import member_status
-from icl.training.refusals import require_learning, require_monitor, require_own_run
+from icl.training.refusals import require_learning, require_monitor, require_own_run, require_text
 from icl.training.saving import read_resume_file
 from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
 from icl.training.wandb import agent as wandb_agent
@@ -132,6 +132,7 @@ def train_population(
             require_own_place(member.folder)
             if not has_ended(member):
                 require_learning(member.config)
+                require_text(member.config)
                 require_room(member.config, choose_device(member.config.trainer.accelerator))
     if is_child_rank():
         unfinished = [member for member in members if not has_ended(member)]

@@ -435,6 +435,13 @@ def test_what_does_not_serve_language_runs_is_one_sentence(words, sentence, fold
     assert "Traceback" not in told
 
 
+def test_a_text_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    assert main(["train", "--preset", "language-quickstart", "--language.source", str(tmp_path / "missing.npy")]) != 0
+    assert "missing.npy cannot be read: No such file" in " ".join(capsys.readouterr().err.split())
+    assert not any(tmp_path.iterdir())
+
+
 def test_settings_of_regression_runs_are_those_of_versions_without_language_models():
     tree = RunConfig().to_dict()
     assert "language" not in tree

@@ -222,7 +222,7 @@ def improper(e: Evidence) -> str | None:
 
 @rule(
     "note",
-    source="same as `localization_outweighs`; at sensitivity / LLC = 1/3, localization has half the weight of the data",
+    source="same as `localization_outweighs`; at sensitivity / LLC = 0.3, localization has 0.43 times the weight of the data",
 )
 def localization_counts(e: Evidence) -> str | None:
     """A localization that is about as strong as the data changes the LLC."""
