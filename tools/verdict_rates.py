@@ -2,7 +2,7 @@
 
 `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`. The scatter is an autoregression of
 order one over the saved steps. Its standard deviation is 1 at every step, and the correlation between neighbouring steps is phi. There
-are five kinds of curves:
+are eight kinds of curves:
 
 - `flat tail`: a loss that falls and then stays flat. A verdict `ok` is a false finding of `transient ridge`.
 - `rise`: the same loss, with a rise by ten standard deviations after its minimum.
@@ -10,6 +10,8 @@ are five kinds of curves:
 - `line`: loss and LLC are straight lines in log time, with scatter of 3 % of their range.
 - `turn`: loss and LLC move in one direction until half of the log time has passed, and then back. The strength of this boundary
   is about ten standard errors in each signal.
+- `language noise` and `language line`: the loss of a language run, and the score of a head. Their scatter is as in `noise` and `line`.
+- `onset`: the same two signals are constant until three quarters of the log time have passed, and then move in one direction.
 """
 
 import argparse
@@ -34,6 +36,11 @@ TIMES = np.log1p(STEPS)
 PHIS = (0.0, 0.5, 0.8, 0.9)
 TURN = {0.0: 10.0, 0.5: 20.0, 0.8: 25.0, 0.9: 20.0}
 """Size of the turn for each phi, in standard deviations of the scatter. The turn is larger if the scatter is correlated."""
+ONSET = 50.0
+"""Size of the motion after an onset, in standard deviations of the scatter."""
+
+
+_STAGE_KINDS = ("noise", "line", "turn", "language noise", "language line", "onset")
 
 
 class Case(NamedTuple):
@@ -94,7 +101,7 @@ def autoregression(phi: float, num_steps: int, rng: np.random.Generator) -> np.n
 
 
 def _cases(num_runs: int) -> Iterator[Case]:
-    for kind in ("noise", "line", "turn", "flat tail", "rise"):
+    for kind in (*_STAGE_KINDS, "flat tail", "rise"):
         for phi in PHIS:
             yield Case(kind, phi, num_runs if kind in ("flat tail", "rise") else max(1, num_runs // 2))
 
@@ -113,22 +120,26 @@ def _transience(kind: str, phi: float, rng: np.random.Generator) -> str:
 
 
 def _stages(kind: str, phi: float, rng: np.random.Generator) -> str:
-    """Return the best verdict of any boundary. For `turn`, count only boundaries within one unit of log time of the turn."""
+    """Return the best verdict of any boundary. For `turn` and `onset`, count only boundaries within one unit of log time of the true one."""
+    middle, late = TIMES[-1] / 2, 3 * TIMES[-1] / 4
+    is_language = kind in ("language noise", "language line", "onset")
     shapes = {
         "noise": 0 * TIMES,
         "line": TIMES / TIMES[-1] / 0.03,
-        "turn": TURN[phi] * (1 - np.abs(2 * TIMES / TIMES[-1] - 1)),
+        "turn": TURN[phi] * (1 - np.abs(TIMES / middle - 1)),
+        "onset": ONSET * ((TIMES - late) / (TIMES[-1] - late)).clip(0),
     }
     signals = []
-    for name, sign in (("loss", -1.0), ("llc", 1.0)):
-        values = sign * shapes[kind] + autoregression(phi, len(TIMES), rng)
+    for name, sign in (("loss", -1.0), ("prefix_matching" if is_language else "llc", 1.0)):
+        values = sign * shapes[kind.removeprefix("language ")] + autoregression(phi, len(TIMES), rng)
         points = pd.DataFrame({"step": STEPS, "checkpoint_hash": "", "stderr": 0.0, "value": values})
-        signals.append(Signal(name, "simulated", points))
+        signals.append(Signal(name, "simulated", points, has_onsets=is_language))
     settings = stages.Settings()
     fits = {signal.name: stages.smooth_signal(signal, settings) for signal in signals}
     boundaries = agree(signals, fits, tolerance=settings.tolerance, least_change=settings.least_change)
-    if kind == "turn":
-        boundaries = [each for each in boundaries if abs(each.time - TIMES[-1] / 2) < 1.0]
+    if kind in ("turn", "onset"):
+        true = middle if kind == "turn" else late
+        boundaries = [each for each in boundaries if abs(each.time - true) < 1.0]
     verdicts = {each.verdict for each in boundaries}
     return next((verdict for verdict in ("ok", "suspect", "invalid") if verdict in verdicts), "none")
 

@@ -169,6 +169,39 @@ def test_at_most_one_flat_curve_in_twenty_shows_a_boundary(num_points):
     assert np.mean(shown) <= 0.05
 
 
+def with_onsets(signals):
+    """Return the signals of a language run, in which onsets are boundaries."""
+    return [one._replace(has_onsets=True) for one in signals]
+
+
+@pytest.mark.parametrize("name", ["constant", "power law", "line in log time"])
+def test_curves_without_a_sudden_motion_have_no_onset(name):
+    steps = SAVED[::4]
+    curve = FLAT[name](np.log1p(steps))
+    for noise in (0.003, 0.1):
+        both = [
+            signal("loss", steps, -curve, noise=noise, seed=1),
+            signal("prefix_matching", steps, curve, noise=noise, seed=2),
+        ]
+        assert not usable(found(with_onsets(both))[0])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_onset_of_an_induction_head_is_a_boundary_only_in_language_runs(seed):
+    """The score of a head rises from step 1,500 on, as in the language quickstart. The loss also falls at the start of training."""
+    steps = np.unique(np.r_[0, np.geomspace(1, 3000, 30), np.linspace(0, 3000, 20)].astype(int))
+    times, start = np.log1p(steps), math.log1p(1500)
+    motion = ((times - start) / 0.3).clip(0, 1)
+    both = [
+        signal("loss", steps, 1.8 + 2 / (1 + np.exp(2 * (times - 3.5))) - 0.3 * motion, noise=0.005, seed=seed),
+        signal("prefix_matching", steps, 0.02 + 0.5 * motion, noise=0.005, seed=seed),
+    ]
+    late = [one for one in usable(found(with_onsets(both))[0]) if one.time > math.log1p(500)]
+    assert [one.verdict for one in late] == ["ok"]
+    assert late[0].time == pytest.approx(start, abs=max(3 * late[0].stderr, 0.1))
+    assert not any(one.verdict == "ok" for one in found(both)[0])
+
+
 # Verdicts
 
 

@@ -4,7 +4,8 @@ The method has three parts:
 
 1. Every available signal (loss, scores, LLC; `icl.analysis.stages.signals`) is smoothed in log time u = ln(step + 1)
    (`icl.analysis.stages.smoothing`).
-2. Turns and plateaus of a smoothed signal are candidates for boundaries (`icl.analysis.stages.boundaries` defines them).
+2. Turns and plateaus of a smoothed signal, and in language runs onsets, are candidates for boundaries (`icl.analysis.stages.boundaries`
+   defines them).
 3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
 For at most one in twenty curves without stages, the method reports a boundary that is `ok` or `suspect`. It finds the published stages

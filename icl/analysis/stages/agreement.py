@@ -72,7 +72,7 @@ def agree(
     remaining = [
         Candidate(signal, boundary, _group(signal, boundary.time))
         for signal in signals
-        for boundary in find_boundaries(fits[signal.name], least_change=least_change)
+        for boundary in find_boundaries(fits[signal.name], least_change=least_change, onsets=signal.has_onsets)
     ]
     groups: list[list[Candidate]] = []
     while remaining:

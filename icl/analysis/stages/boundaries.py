@@ -3,7 +3,7 @@
 Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where d lambda / d ln t is zero
 or has a plateau near zero. They published no rule. (An early version mentions an 'automated procedure', which we did
 not find.) Our rule works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes
-of f over intervals of log time. Every mean slope has a standard error. There are two kinds of boundaries:
+of f over intervals of log time. Every mean slope has a standard error. There are three kinds of boundaries:
 
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval. Both mean slopes are at least
   `SIGNIFICANCE` standard errors from zero. The boundary lies at the extremum of f between the two intervals.
@@ -12,21 +12,26 @@ of f over intervals of log time. Every mean slope has a standard error. There ar
   minus `STEEPNESS` times the slope of the pause must be at least `SIGNIFICANCE` standard errors above zero. To place the boundary, we fit
   two cubics to the observations between the middles of the two intervals. The cubics have equal value and slope where they join. The
   boundary is the joint with the best fit.
+- An *onset*, in language runs only: f hardly moves over an interval (the rest), and moves over the next interval (the motion), which is not
+  longer. The absolute slope of the motion minus `ONSET` times the absolute slope of the rest must be at least `ONSET_SIGNIFICANCE`
+  standard errors above zero. The boundary is placed as for a plateau, between the start of the rest and the end of the motion, but the
+  slopes of the two cubics may differ. If a sudden motion follows a pause, we report the onset and not the plateau. The scores of heads need
+  this kind: before an induction head forms, its scores do not move at all.
 
 An interval counts as motion only if f changes over it by at least `least_change` of the range of f, because smoothing a corner
 causes smaller changes. We take the strongest boundary first, and then search on each side of it. A boundary is dropped if
 there is no motion between it and the next boundary (or the end of the curve) on one of its sides. The search treats the scatter as
 independent between saved steps. The strength of a boundary is the smaller of two significances: with independent scatter, and with the
-correlation that `icl.analysis.scatter` estimates. A curve that moves in one direction without a pause has no boundary,
-even if its slope varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one.
+correlation that `icl.analysis.scatter` estimates. A curve that moves in one direction without a pause has no turn and no
+plateau, even if its slope varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one.
 
 The standard error of the time of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and
-longer kernels. The standard error of the time of a plateau comes from its likelihood profile. Both errors include the spacing of the
+longer kernels. The standard error of the time of a plateau or an onset comes from its likelihood profile. Both errors include the spacing of the
 checkpoints, because a boundary can lie anywhere between two checkpoints.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +51,10 @@ Otherwise the limit is `CORRELATED_SIGNIFICANCE`."""
 STEEPNESS = 1.25
 """Factor by which the slopes of both motions must exceed the slope of the pause between them. With our choice, the slope in the pause is
 at least a fifth smaller."""
+ONSET = 3.0
+"""Factor by which the slope after an onset must exceed the slope before it (our choice)."""
+ONSET_SIGNIFICANCE = 4.0
+"""Minimum strength of an onset, in standard errors. It is larger than `SIGNIFICANCE`, because an onset has only one motion."""
 _MAX_KNOTS = 64
 """Largest number of grid points at which intervals may begin and end."""
 _MAX_PAUSE = 16
@@ -57,7 +66,7 @@ _LEAST_POINTS = 8
 _NUM_SAMPLES = 200
 """Number of curves that are sampled to estimate the error of an extremum."""
 
-Kind = Literal["turn", "plateau"]
+Kind = Literal["turn", "plateau", "onset"]
 
 
 class Boundary(NamedTuple):
@@ -68,7 +77,7 @@ class Boundary(NamedTuple):
     """u = ln(step + 1)."""
     stderr: float
     strength: float
-    """Significance of the weaker of the two motions, in standard errors.
+    """Significance of the weaker of the two motions (of an onset: of its motion), in standard errors.
 
     This is the smaller of two values: with independent scatter, and with correlated scatter.
     """
@@ -87,6 +96,10 @@ class _Intervals(NamedTuple):
     """Mean slopes divided by their errors."""
     short: Int[np.ndarray, " P"]
     """Indices of intervals that may be the pause of a plateau."""
+    slopes: Float[np.ndarray, " K"]
+    lengths: Float[np.ndarray, " K"]
+    covariance: Callable[[Int[np.ndarray, " k"], Int[np.ndarray, " r"]], Float[np.ndarray, "k r"]]
+    """Function from two lists of intervals to the covariances of their mean slopes."""
     contrasts: tuple[Float[np.ndarray, "K P"], Float[np.ndarray, "K P"]]
     """Slope k minus `STEEPNESS` times |slope of pause p|, in standard errors; then the same number with -slope k in place of slope k."""
     moves: Bool[np.ndarray, " K"]
@@ -102,18 +115,19 @@ class _KnotBoundary(NamedTuple):
     high: int
     strength: float
     stretches: tuple[tuple[int, int], ...]
-    """First and last knot of each stretch: the motion before, the motion after, and for a plateau the pause."""
+    """First and last knot of each stretch: the motion before, the motion after, and for a plateau the pause. For an onset: the motion, the rest."""
 
 
-def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundary]:
+def find_boundaries(fit: SmoothedSignal, *, least_change: float, onsets: bool = False) -> list[Boundary]:
     """Find the boundaries in a signal, in order of time.
 
     Args:
         fit: The smoothed signal.
         least_change: Minimum change of the signal between two boundaries, as a share of the curve's range.
+        onsets: Whether onsets count as boundaries.
     """
     grid, knots = fit.curve.times, _knots(fit)
-    rough = _knot_boundaries(fit.curve, knots, least_change)
+    rough = _knot_boundaries(fit.curve, knots, least_change, onsets=onsets)
     rng = np.random.default_rng(0)
     samples = [curve.sample(_NUM_SAMPLES, rng) for curve in fit.curves] if rough else []
     boundaries = []
@@ -122,14 +136,15 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float) -> list[Boundar
         if kind == "turn":
             time, error = _extremum([curves[:, low : high + 1] for curves in samples], grid[low : high + 1])
         else:
-            time, error = _corner(fit.points, float(grid[low]), float(grid[high]))
+            time, error = _corner(fit.points, float(grid[low]), float(grid[high]), bends=kind == "onset")
         # The exact time between two neighbouring checkpoints is unknown. We treat it as uniform over the spacing.
         spacing = np.diff(fit.points.times)[np.searchsorted(fit.points.times[1:-1], time)]
         error = math.hypot(error, spacing / math.sqrt(12))
         on_grid = [(int(knots[first]), int(knots[last])) for first, last in stretches]
-        is_robust = all(_strength(curve, kind, on_grid) >= SIGNIFICANCE for curve in fit.others)
+        least = ONSET_SIGNIFICANCE if kind == "onset" else SIGNIFICANCE
+        is_robust = all(_strength(curve, kind, on_grid) >= least for curve in fit.others)
         if_correlated = _strength(fit.if_correlated, kind, on_grid)
-        needed = SIGNIFICANCE if if_correlated > _LITTLE_LOST * strength else CORRELATED_SIGNIFICANCE
+        needed = least if if_correlated > _LITTLE_LOST * strength else max(least, CORRELATED_SIGNIFICANCE)
         is_significant = if_correlated >= needed
         boundaries.append(Boundary(kind, time, error, min(strength, if_correlated), is_robust, is_significant))
     return boundaries
@@ -145,10 +160,10 @@ def _extremum(samples: Sequence[Float[np.ndarray, "J g"]], times: Float[np.ndarr
     return medians[0], math.hypot(float(np.concatenate(extrema).std(ddof=1)), max(medians) - min(medians))
 
 
-def _corner(points: Points, low: float, high: float) -> tuple[float, float]:
+def _corner(points: Points, low: float, high: float, *, bends: bool) -> tuple[float, float]:
     """Return the time and the standard error of the joint of two cubics, from the likelihood of the joint at many trial times.
 
-    The cubics have equal value and slope at the joint.
+    The cubics have equal value at the joint. They also have equal slope, unless `bends` is set.
     """
     inside = (points.times >= low) & (points.times <= high)
     times, values, noise = (array[inside] for array in points)
@@ -159,7 +174,8 @@ def _corner(points: Points, low: float, high: float) -> tuple[float, float]:
     for time in trial_times:
         distance = (times - time) / (high - low)
         before, after = distance.clip(max=0), distance.clip(min=0)
-        basis = np.stack([np.ones_like(distance), distance, before**2, after**2, before**3, after**3], axis=1)
+        columns = [np.ones_like(distance), distance, before**2, after**2, before**3, after**3]
+        basis = np.stack([*columns, after] if bends else columns, axis=1)
         basis, target = basis / noise[:, None], values / noise
         misfits.append(float(np.sum((target - basis @ np.linalg.lstsq(basis, target, rcond=None)[0]) ** 2)))
     weights = np.exp(-0.5 * (np.array(misfits) - min(misfits)))
@@ -176,6 +192,8 @@ def _strength(curve: Curve, kind: Kind, stretches: Sequence[tuple[int, int]]) ->
     sign = np.sign(weights[0] @ curve.values)
     if kind == "turn":
         contrasts = [sign * weights[0], -sign * weights[1]]
+    elif kind == "onset":
+        contrasts = [sign * weights[0] + rest for rest in (ONSET * weights[1], -ONSET * weights[1])]
     else:
         pause = STEEPNESS * weights[2]
         contrasts = [sign * motion + slow for motion in weights[:2] for slow in (pause, -pause)]
@@ -212,14 +230,21 @@ def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) 
     plus = (slopes[:, None] + STEEPNESS * slopes[short]) / np.sqrt(np.maximum(spread + shared, 1e-300))
     contrasts = (np.minimum(minus, plus), np.minimum(-minus, -plus))
     moves = np.abs(slopes) * lengths >= least_change * np.ptp(curve.values)
-    return _Intervals(first, last, slopes / np.sqrt(variances), short, contrasts, moves)
+
+    def covariance(rows: Int[np.ndarray, " k"], columns: Int[np.ndarray, " r"]) -> Float[np.ndarray, "k r"]:
+        return half[rows] @ weights[columns].T
+
+    z = slopes / np.sqrt(variances)
+    return _Intervals(first, last, z, short, slopes, lengths, covariance, contrasts, moves)
 
 
-def _knot_boundaries(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) -> list[_KnotBoundary]:
+def _knot_boundaries(
+    curve: Curve, knots: Int[np.ndarray, " k"], least_change: float, *, onsets: bool
+) -> list[_KnotBoundary]:
     """Find boundaries at knots, then drop each boundary without motion between it and a neighbouring boundary or end."""
     intervals = _intervals(curve, knots, least_change)
     end = int(intervals.last.max())
-    boundaries = sorted(_search(intervals, 0, end), key=lambda boundary: boundary.knot)
+    boundaries = sorted(_search(intervals, 0, end, onsets), key=lambda boundary: boundary.knot)
     num_before = -1
     while len(boundaries) != num_before:
         num_before = len(boundaries)
@@ -227,24 +252,28 @@ def _knot_boundaries(curve: Curve, knots: Int[np.ndarray, " k"], least_change: f
         boundaries = [
             kept
             for boundary, low, high in zip(boundaries, edges, edges[2:], strict=False)
-            if (kept := _strongest(intervals, low, high, boundary.knot)) is not None
+            if (kept := _strongest(intervals, low, high, onsets, boundary.knot)) is not None
         ]
     return boundaries
 
 
-def _search(intervals: _Intervals, low: int, high: int) -> Iterator[_KnotBoundary]:
+def _search(intervals: _Intervals, low: int, high: int, onsets: bool) -> Iterator[_KnotBoundary]:
     """Yield the strongest boundary between two knots, then the boundaries on each side of it."""
-    boundary = _strongest(intervals, low, high)
+    boundary = _strongest(intervals, low, high, onsets)
     if boundary is not None:
         yield boundary
-        yield from _search(intervals, low, boundary.knot)
-        yield from _search(intervals, boundary.knot, high)
+        yield from _search(intervals, low, boundary.knot, onsets)
+        yield from _search(intervals, boundary.knot, high, onsets)
 
 
-def _strongest(intervals: _Intervals, low: int, high: int, at: int | None = None) -> _KnotBoundary | None:
+def _strongest(intervals: _Intervals, low: int, high: int, onsets: bool, at: int | None = None) -> _KnotBoundary | None:
     """Return the strongest significant boundary between two knots, or at knot `at`."""
-    both = (_turn(intervals, low, high, at), _plateau(intervals, low, high, at))
-    significant = [boundary for boundary in both if boundary and boundary.strength >= SIGNIFICANCE]
+    found = [_turn(intervals, low, high, at)]
+    onset = _onset(intervals, low, high, at) if onsets else None
+    # A pause before a sudden motion ends in an onset, whose time is better defined than a time within the pause.
+    is_sudden = onset is not None and onset.strength >= ONSET_SIGNIFICANCE
+    found.append(onset if is_sudden else _plateau(intervals, low, high, at))
+    significant = [boundary for boundary in found if boundary and boundary.strength >= SIGNIFICANCE]
     return max(significant, key=lambda boundary: boundary.strength, default=None)
 
 
@@ -289,10 +318,37 @@ def _plateau(intervals: _Intervals, low: int, high: int, at: int | None) -> _Kno
     return best
 
 
+def _onset(intervals: _Intervals, low: int, high: int, at: int | None) -> _KnotBoundary | None:
+    """Return the strongest onset between two knots, or at knot `at`. It need not be significant."""
+    best: _KnotBoundary | None = None
+    inside = (intervals.first >= low) & (intervals.last <= high)
+    for knot in range(low + 1, high) if at is None else [at]:
+        rests = np.flatnonzero(inside & (intervals.last == knot))
+        motions = np.flatnonzero(inside & intervals.moves & (intervals.first == knot))
+        if not len(rests) or not len(motions):
+            continue
+        slow, fast = ONSET * intervals.slopes[rests], intervals.slopes[motions, None]
+        own = np.diag(intervals.covariance(motions, motions))[:, None]
+        spread = own + ONSET**2 * np.diag(intervals.covariance(rests, rests))
+        shared = 2 * ONSET * intervals.covariance(motions, rests)
+        minus = (fast - slow) / np.sqrt(np.maximum(spread - shared, 1e-300))
+        plus = (fast + slow) / np.sqrt(np.maximum(spread + shared, 1e-300))
+        strengths = np.maximum(np.minimum(minus, plus), np.minimum(-minus, -plus))
+        strengths[intervals.lengths[rests] < intervals.lengths[motions, None]] = -np.inf
+        motion, rest = np.unravel_index(int(strengths.argmax()), strengths.shape)
+        strength = float(strengths[motion, rest])
+        if best is None or strength > best.strength:
+            best = _knot_boundary("onset", knot, strength, intervals, [int(motions[motion]), int(rests[rest])])
+    return best
+
+
 def _knot_boundary(
     kind: Kind, knot: int, strength: float, intervals: _Intervals, chosen: Sequence[int]
 ) -> _KnotBoundary:
-    """Build a boundary. Its exact time lies between the middles of the two motions."""
+    """Build a boundary. Its exact time lies between the middles of the two motions, or between the ends of rest and motion."""
     stretches = tuple((int(intervals.first[index]), int(intervals.last[index])) for index in chosen)
-    low, high = (sum(ends) // 2 for ends in stretches[:2])
+    if kind == "onset":
+        low, high = stretches[1][0], stretches[0][1]
+    else:
+        low, high = (sum(ends) // 2 for ends in stretches[:2])
     return _KnotBoundary(kind, knot, low, high, strength, stretches)

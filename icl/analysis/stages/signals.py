@@ -72,6 +72,8 @@ class Signal(NamedTuple):
     """Description of the source for the summary."""
     points: pd.DataFrame
     """Columns `step`, `checkpoint_hash`, `value` and `stderr`; for the LLC also `verdict`, `init_loss` and `mean_loss`."""
+    has_onsets: bool = False
+    """Whether an onset in this signal counts as a boundary (`icl.analysis.stages.boundaries`)."""
 
     @property
     def group(self) -> str:
@@ -108,6 +110,7 @@ def read_signals(
     if path.is_file():
         raise RunError(f"Stages need a whole run, but {path} is a single file; give the run's folder.")
     folder = run_of(path)
+    is_language = family_of(path) == "language"
     signals, missing = _behaviour(path, folder, num_prompts)
     llc = _llc(folder, llc_settings, worst_llc)
     if isinstance(llc, Signal):
@@ -121,7 +124,7 @@ def read_signals(
             f"Stages need a signal with at least {MIN_POINTS} steps, and {folder.path} has none. Train with more checkpoints "
             "(--checkpoints.num_log 60), or copy the run's results/evaluation.csv or results/llc.csv into its folder."
         )
-    return signals, missing
+    return [signal._replace(has_onsets=is_language) for signal in signals], missing
 
 
 def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
@@ -268,7 +271,7 @@ def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | st
     if signal is not None:
         return signal
     reasons = _column(table, "reasons", "")[chosen & ~usable]
-    example = next((f" (for example: {reason})" for reason in reasons if reason), "")
+    example = next((f" (for example: {reason.split('; ')[0]})" for reason in reasons if reason), "")
     return (
         f"The LLC is left out: {usable.sum()} of {chosen.sum()} estimates have a verdict no worse than `{worst}`, and "
         f"at least {MIN_POINTS} steps with the same settings are needed{example}."
