@@ -13,7 +13,8 @@ CPU time are of one estimate. They include the burn-in, the diagnostics, the con
 
 If SGLD had N times as many draws, the variance of its estimate would be divided by N, and its bias would stay. The last two columns are the
 gradients and the seconds that a sampler would then need for the RMSE of `baoab`. They are infinite if its bias alone is larger. The CPU
-time is the process time, so run the command with one thread (`OMP_NUM_THREADS=1`). The quickstart takes about 20 minutes.
+time is the process time, so run the command with one thread (`OMP_NUM_THREADS=1`). With `--factors 1 --repetitions 6`, the quickstart takes
+about half an hour on one core; with the default options, several hours.
 """
 
 import argparse
@@ -112,16 +113,20 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--reference", type=float, required=True, help="the checkpoint's LLC from a longer estimate")
     parser.add_argument("--repetitions", type=int, default=12, help="number of estimates of each sampler (default 12)")
     parser.add_argument("--lr", type=float, help="step size of `baoab`, and largest step size of SGLD")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", default=FACTORS, help="step sizes of SGLD, as multiples of that of `baoab`"
+    )
     parser.add_argument("--batch_size", type=int, help="number of prompts in a minibatch")
     parser.add_argument("--out", type=Path, help="file .csv to write")
     options = parser.parse_args(words)
     checkpoint = load_checkpoint_file(options.file)
     given = {name: value for name in ("lr", "batch_size") if (value := getattr(options, name)) is not None}
-    samplers = make_samplers(checkpoint, **given)
+    samplers = make_samplers(checkpoint, options.factors, **given)
     accuracies = {}
     for name, estimate in samplers.items():
         seeds = tqdm(range(options.repetitions), desc=name, leave=False)
         accuracies[name] = Accuracy.over([estimate(1000 + seed) for seed in seeds], options.reference)
+        print(f"{name}: {accuracies[name]}", flush=True)
     table = as_table(accuracies)
     print(table.to_string(index=False))
     if options.out is not None:
@@ -146,12 +151,14 @@ def as_table(accuracies: dict[str, Accuracy]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def make_samplers(checkpoint: Checkpoint, **changes: Any) -> dict[str, Callable[[int], Estimate]]:
+def make_samplers(
+    checkpoint: Checkpoint, factors: Sequence[float], **changes: Any
+) -> dict[str, Callable[[int], Estimate]]:
     """Return a function from a seed to an estimate for each sampler, the first of them `baoab`."""
     baoab = dataclasses.replace(SamplerConfig(), **changes)
     sgld = dataclasses.replace(baoab, kernel="sgld", num_samples=4096 * baoab.batch_size)
     samplers = {f"baoab, lr {baoab.lr:.2g}": our_estimate(checkpoint, baoab)}
-    for factor in FACTORS:
+    for factor in factors:
         longer = dataclasses.replace(
             sgld, lr=factor * sgld.lr, num_burnin_steps=round(150 / factor), num_draws=round(100 / factor)
         )

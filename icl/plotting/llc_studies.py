@@ -169,8 +169,12 @@ def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the LLC of the loss at each position, with a panel for each set of sampler settings and a line for each step."""
-    hashes = list(llc.sort_values("nbeta")["settings"].unique())
+    """Plot the LLC of the loss at each position, with a panel for each set of sampler settings and a line for each step.
+
+    If some settings were used at several steps, settings that were used at a single step (controls) have no panel.
+    """
+    num_steps = llc.sort_values("nbeta").groupby("settings", sort=False)["step"].nunique()
+    hashes = list(num_steps[(num_steps > 1) | (num_steps.max() == 1)].index)
     figure, panels = new_figure(len(hashes), width=5.0, height=3.9, title=title)
     for axes, settings in zip(panels, hashes, strict=True):
         rows = select(positions, settings=settings)
@@ -193,6 +197,7 @@ def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) ->
 
 def plot_chains(traces: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
     """Plot minibatch losses along the chains with E[L] and L(w0). Rows are sets of sampler settings, columns are steps."""
+    llc = llc[llc["settings"].isin(traces["settings"])]
     hashes = list(llc.sort_values(["nbeta", "settings"])["settings"].unique())
     num_columns = max(select(traces, settings=settings)["step"].nunique() for settings in hashes)
     figure, axes = new_figure(num_columns, num_rows=len(hashes), width=4.4, height=2.9, title=title)
@@ -225,5 +230,9 @@ def plot_run(llc: pd.DataFrame, *, title: str) -> Figure:
 
 
 def rows_of_sampler(llc: pd.DataFrame, is_published: bool) -> pd.DataFrame:
-    """Return the estimates from the published sampler (or, if `is_published` is false, from all other samplers), ordered by step."""
-    return llc[llc["mode"].fillna("").str.startswith("published") == is_published].sort_values("step")
+    """Return the estimates from the published sampler (or, if `is_published` is false, from another sampler), ordered by step.
+
+    If the table has several settings of the sampler, those with the most estimates are returned. Other settings are controls at single steps.
+    """
+    rows = llc[llc["mode"].fillna("").str.startswith("published") == is_published].sort_values("step")
+    return rows[rows["settings"].isin(rows["settings"].mode()[:1])]

@@ -92,6 +92,7 @@ def test_the_stages_were_told_from_the_llcs_that_are_shipped(size):
     stages, llcs = read(DATA / size / "stages.csv"), read(DATA / size / "llc.csv")
     told = stages[(stages["quantity"] == "measured") & (stages["signal"] == "llc")].astype({"at": int})
     own = llcs[llcs["mode"].isna() & (llcs["rescale"] == 1)]
+    own = own[own["settings"].isin(own["settings"].mode()[:1])]  # without controls at single steps
     both = told.merge(own, left_on=["run", "at"], right_on=["run", "step"], suffixes=("", "_llc"))
     assert len(both) == len(told) >= 8
     for stage, llc in (("value", "llc"), ("stderr", "stderr_llc"), ("verdict", "verdict_llc")):

@@ -23,6 +23,15 @@ icl evaluate "$RUNS/L2H4/seed=0" --num_prompts 8192 --num_ood_prompts 512
 # The preset has minibatches of 1,024 prompts and more draws: 8 chains of 120 + 400 moves. Runs of version 0.1.0 have other settings.
 icl llc "$RUNS/L2H4/seed=0" --steps "$STEPS" $BAOAB
 
+## LLCs of L2H4, seed 0, with a localization that follows the weights
+# From the end of LR2 (step 40,292) to the end of the run, the norm of the weights grows by the factor 8.2. With a localization of 1000 / 8.2^2,
+# the chains move as far in relation to the weights as they do at the end of LR2 with 1000. The weaker localization needs longer chains.
+WEAKER="--sampler.kernel baoab --sampler.lr 1e-5 --sampler.friction 0.8 --sampler.num_samples 131072 --sampler.batch_size 512"
+icl llc "$RUNS/L2H4/seed=0" --steps 500000 $WEAKER --sampler.num_chains 4 --sampler.localization 120 \
+    --sampler.num_burnin_steps 300 --sampler.num_draws 600
+icl llc "$RUNS/L2H4/seed=0" --steps 500000 $WEAKER --sampler.num_chains 4 --sampler.localization 14.8 \
+    --sampler.num_burnin_steps 2000 --sampler.num_draws 2000
+
 ## LLCs of L2H4, seed 0, with the published sampler
 # Published: 10 chains of 5,000 moves on 1,024 prompts. Exit status 1 means that all estimates are invalid, which is a result.
 icl llc "$RUNS/L2H4/seed=0" --published --steps "$STEPS" --sampler.num_chains 2 --sampler.num_draws 1000 \
