@@ -173,8 +173,8 @@ def _results(cell: Cell) -> list[LLCResult]:
 def _quadratic(params: Params, batch: Float[Tensor, "runs 2 6"] | None) -> Tensor:
     w, curvatures, slopes = params["w"], CURVATURES, torch.zeros(6)
     if batch is not None:
-        own = torch.tensordot(params["run"], batch, 1)
-        curvatures, slopes = CURVATURES * (1 + own[0]), own[1]
+        noise = torch.tensordot(params["run"], batch, 1)
+        curvatures, slopes = CURVATURES * (1 + noise[0]), noise[1]
     return (curvatures * w.square()).sum() / 2 + (slopes * w).sum()
 
 
@@ -182,8 +182,8 @@ def _quadratic_gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batc
     """Return the gradient of `_quadratic` in closed form, which is faster than automatic differentiation."""
     w, curvatures, slopes = rows[:, : layout.size], CURVATURES, torch.zeros(6)
     if batch is not None:
-        own = torch.einsum("nr,nrij->nij", fixed["run"], batch)
-        curvatures, slopes = CURVATURES * (1 + own[:, 0]), own[:, 1]
+        noise = torch.einsum("nr,nrij->nij", fixed["run"], batch)
+        curvatures, slopes = CURVATURES * (1 + noise[:, 0]), noise[:, 1]
     losses = ((curvatures * w / 2 + slopes) * w).sum(1)
     return pad(curvatures * w + slopes, (0, layout.width - layout.size)), losses
 

@@ -28,7 +28,7 @@ from icl.analysis.stages.smoothing import SmoothedSignal
 
 STRONG = 5.0
 """Minimum strength of a boundary, in standard errors, if only one group of signals shows it (our choice). With two
-groups, `boundaries.SIGNIFICANCE` is enough."""
+groups, `boundaries.SIGNIFICANCE` is enough (for an onset, `boundaries.ONSET_SIGNIFICANCE`)."""
 AROUND = 1.0
 """Distance in log time, before and after a boundary, within which we test whether an LLC mirrors the loss."""
 
