@@ -205,7 +205,7 @@ L2W256 = RunConfig(
     ),
 )
 
-# Our own preset: the architecture of `L2W256` at a smaller width, which trains in about five minutes on two CPU cores and needs no download. In the
+# Our own preset: the architecture of `L2W256` at a smaller width, which trains in about three minutes on one CPU core and needs no download. In the
 # synthetic language, the model first learns the frequencies of tokens, then bigrams, then copying. With the settings of the sampler, the LLC at
 # the last step has the verdict `ok` (docs/language-models.md).
 LANGUAGE_QUICKSTART = RunConfig(
