@@ -27,6 +27,8 @@ from torch import Tensor
 
 MANY_CHAINS = 16
 """Minimum number of chains for a reliable standard error from the spread between chains alone."""
+NUM_BATCHES = 4
+"""Number of batches of each chain for the standard error of chains that stop at a target."""
 
 
 class Drop(NamedTuple):
@@ -89,6 +91,19 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
     within = math.sqrt(draws.var(ddof=1) / ess(draws)) if draws.shape[1] >= 4 else math.nan
     between = draws.mean(1).std(ddof=1) / math.sqrt(len(draws)) if len(draws) > 1 else math.nan
     return float(np.fmax(within, between))
+
+
+def standard_error_at_stop(draws: Float[ndarray, "K S"]) -> float:
+    """Return the standard error of the mean for chains that stop when this error is small enough: the larger of two estimates.
+
+    A standard error is sometimes too small by chance, and chains that stop by it stop most often then. So chains stop only if two
+    estimates are small: `standard_error`, and the estimate from the spread of batch means (`NUM_BATCHES` consecutive batches of each chain).
+    """
+    length = draws.shape[1] // NUM_BATCHES
+    if not len(draws) or length < 1:
+        return standard_error(draws)
+    means = draws[:, -NUM_BATCHES * length :].reshape(len(draws) * NUM_BATCHES, length).mean(1)
+    return float(np.fmax(standard_error(draws), means.std(ddof=1) / math.sqrt(len(means))))
 
 
 def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:

@@ -171,7 +171,8 @@ class Recorder:
         used = _to_float64(nats[nats.isfinite().all(1)]).numpy()
         if not len(used):
             return False
-        return convergence.ess(used) >= convergence.needed_ess(len(used)) and convergence.standard_error(used) <= stderr
+        is_long = convergence.ess(used) >= convergence.needed_ess(len(used))
+        return is_long and convergence.standard_error_at_stop(used) <= stderr
 
     def traces(self) -> Traces:
         """Return everything that was recorded. All of it is on the CPU in float64, except the mean position."""

@@ -200,9 +200,10 @@ def evidence_of(
     sensitivity, sensitivity_stderr = math.nan, math.nan
     if not traces.few_batches:
         sensitivity, sensitivity_stderr = convergence.sensitivity(excess, pull, is_noisy=not traces.one_batch)
+    is_fixed_length = settings.target_stderr is None
     return Evidence(
         llc=llc,
-        stderr=convergence.standard_error(excess),
+        stderr=(convergence.standard_error if is_fixed_length else convergence.standard_error_at_stop)(excess),
         num_params=num_params,
         num_chains=settings.num_chains,
         num_chains_used=int(used.sum()),
