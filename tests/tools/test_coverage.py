@@ -47,9 +47,13 @@ def test_noise_of_a_fixed_set_of_minibatches_has_mean_zero_in_every_run(loss):
 @pytest.mark.parametrize("loss", coverage.LOSSES)
 def test_runs_of_a_cell_differ_and_estimate_its_truth(loss, monkeypatch):
     monkeypatch.setattr(coverage, "RUNS_AT_ONCE", 3)
-    cell = Cell(loss, "baoab", 4, 300, None, 5)
-    llcs = [result.llc for result in coverage._results(cell)]
-    row = measure(cell)
+    llcs = [result.llc for result in coverage._results(Cell(loss, "baoab", 4, 300, None, 5))]
     assert len(set(llcs)) == 5
-    assert row["mean_llc"] == pytest.approx(row["truth"], rel=0.25)  # five runs: the standard error is a tenth of this
+    assert sum(llcs) / 5 == pytest.approx(coverage._truth(loss), rel=0.25)  # the standard error is a tenth of this
+
+
+def test_a_row_has_the_shares_of_covered_and_ok_runs():
+    row = measure(Cell("quadratic", "baoab", 4, 300, None, 5))
     assert row["num_runs"] == 5
+    assert 0 <= row["coverage"] <= 1
+    assert row["share_ok"] in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
