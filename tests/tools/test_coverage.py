@@ -53,7 +53,14 @@ def test_runs_of_a_cell_differ_and_estimate_its_truth(loss, monkeypatch):
 
 
 def test_a_row_has_the_shares_of_covered_and_ok_runs():
-    row = measure(Cell("quadratic", "baoab", 4, 300, None, 5))
+    cell = Cell("quadratic", "baoab", 4, 300, None, 5)
+    results, truth, row = coverage._results(cell), coverage._truth("quadratic"), measure(cell)
+    is_ok = [result.verdict == "ok" for result in results]
+    covers = [result.interval[0] <= truth <= result.interval[1] for result in results]
     assert row["num_runs"] == 5
-    assert 0 <= row["coverage"] <= 1
-    assert row["share_ok"] in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
+    assert row["share_ok"] == pytest.approx(sum(is_ok) / 5)
+    assert row["coverage"] == pytest.approx(sum(covers) / 5)
+    if any(is_ok):
+        assert row["coverage_ok"] == pytest.approx(
+            sum(map(all, zip(is_ok, covers, strict=True))) / sum(is_ok), abs=1e-4
+        )
