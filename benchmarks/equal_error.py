@@ -44,7 +44,7 @@ from icl.config.validation import ConfigError
 from icl.model.flat import Layout
 from icl.model.stacked import Params
 from icl.presets import preset
-from icl.runs.checkpoints import Checkpoint, load_checkpoint_file
+from icl.runs.checkpoints import Checkpoint, CheckpointError, load_checkpoint_file
 from icl.sampling.batches import Batch
 from icl.sampling.prompt_loss import prompt_target
 from icl.sampling.run import estimate_grid
@@ -123,7 +123,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, help="number of prompts in a minibatch")
     parser.add_argument("--out", type=Path, help="file .csv to write")
     options = parser.parse_args(words)
-    checkpoint = load_checkpoint_file(options.file)
+    try:
+        checkpoint = load_checkpoint_file(options.file)
+    except CheckpointError as error:
+        parser.error(str(error))
     given = {name: value for name in ("lr", "batch_size") if (value := getattr(options, name)) is not None}
     samplers = make_samplers(checkpoint, options.factors, **given)
     accuracies = {}

@@ -282,6 +282,14 @@ def test_work_at_equal_error():
     assert table.gradients_at_equal_rmse.tolist() == [20.0, 20.0]
 
 
+def test_the_comparison_at_equal_error_refuses_a_missing_file_in_one_sentence(tmp_path, capsys):
+    from benchmarks.equal_error import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "missing.safetensors"), "--reference", "1"])
+    assert "There is no checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_baoab_needs_an_eighth_of_the_gradients_on_a_stiff_quadratic():
     from benchmarks.gradients import ERROR, NAMES, on_problem

@@ -65,12 +65,8 @@ def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) 
     short = np.flatnonzero((last - first <= _MAX_PAUSE) & (first > 0) & (last < len(knots) - 1))
     half = weights @ curve.covariance[np.ix_(knots, knots)]
     slopes, variances = weights @ values, np.maximum((half * weights).sum(1), 1e-300)
-    # Slope k minus (or plus) STEEPNESS times the slope of the pause. The variances differ in the sign of the covariance.
-    spread = variances[:, None] + STEEPNESS**2 * variances[short]
-    shared = 2 * STEEPNESS * half @ weights[short].T
-    minus = (slopes[:, None] - STEEPNESS * slopes[short]) / np.sqrt(np.maximum(spread - shared, 1e-300))
-    plus = (slopes[:, None] + STEEPNESS * slopes[short]) / np.sqrt(np.maximum(spread + shared, 1e-300))
-    contrasts = (np.minimum(minus, plus), np.minimum(-minus, -plus))
+    covariances = half @ weights[short].T
+    contrasts = _contrasts(slopes[:, None], slopes[short], variances[:, None], variances[short], covariances, STEEPNESS)
     moves = np.abs(slopes) * lengths >= least_change * np.ptp(curve.values)
 
     def covariance(rows: Int[np.ndarray, " k"], columns: Int[np.ndarray, " r"]) -> Float[np.ndarray, "k r"]:
@@ -78,6 +74,24 @@ def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) 
 
     z = slopes / np.sqrt(variances)
     return _Intervals(first, last, z, short, slopes, lengths, covariance, contrasts, moves)
+
+
+def _contrasts(
+    fast: Float[np.ndarray, "k #r"],
+    slow: Float[np.ndarray, " r"],
+    fast_variances: Float[np.ndarray, "k #r"],
+    slow_variances: Float[np.ndarray, " r"],
+    covariances: Float[np.ndarray, "k r"],
+    factor: float,
+) -> tuple[Float[np.ndarray, "k r"], Float[np.ndarray, "k r"]]:
+    """Return by how many standard errors each fast slope is steeper than `factor` times each slow slope, upwards and downwards.
+
+    The slow slope may have either sign, so each result is the smaller of two: one with the slow slope added, one with it subtracted.
+    """
+    spread, shared = fast_variances + factor**2 * slow_variances, 2 * factor * covariances
+    minus = (fast - factor * slow) / np.sqrt(np.maximum(spread - shared, 1e-300))
+    plus = (fast + factor * slow) / np.sqrt(np.maximum(spread + shared, 1e-300))
+    return np.minimum(minus, plus), np.minimum(-minus, -plus)
 
 
 def knot_boundaries(
@@ -169,13 +183,11 @@ def _onset(intervals: _Intervals, low: int, high: int, at: int | None) -> KnotBo
         motions = np.flatnonzero(inside & intervals.moves & (intervals.first == knot))
         if not len(rests) or not len(motions):
             continue
-        slow, fast = ONSET * intervals.slopes[rests], intervals.slopes[motions, None]
-        variances = np.diag(intervals.covariance(motions, motions))[:, None]
-        spread = variances + ONSET**2 * np.diag(intervals.covariance(rests, rests))
-        shared = 2 * ONSET * intervals.covariance(motions, rests)
-        minus = (fast - slow) / np.sqrt(np.maximum(spread - shared, 1e-300))
-        plus = (fast + slow) / np.sqrt(np.maximum(spread + shared, 1e-300))
-        strengths = np.maximum(np.minimum(minus, plus), np.minimum(-minus, -plus))
+        fast, slow = intervals.slopes[motions, None], intervals.slopes[rests]
+        fast_variances = np.diag(intervals.covariance(motions, motions))[:, None]
+        slow_variances = np.diag(intervals.covariance(rests, rests))
+        shared = intervals.covariance(motions, rests)
+        strengths = np.maximum(*_contrasts(fast, slow, fast_variances, slow_variances, shared, ONSET))
         strengths[intervals.lengths[rests] < intervals.lengths[motions, None]] = -np.inf
         motion, rest = np.unravel_index(int(strengths.argmax()), strengths.shape)
         strength = float(strengths[motion, rest])
