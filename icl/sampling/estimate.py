@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icl.compute.calls import keep_freed_memory
 from icl.compute.devices import bytes_made_by
 from icl.config import ChainsConfig
 from icl.config.validation import ConfigError
@@ -160,6 +161,7 @@ def run_chains(
         advance: See `estimate`.
         watch: See `estimate`.
     """
+    keep_freed_memory()
     num_chains = settings[0].num_chains
     num_members = size(checkpoints) * num_chains
     if settings[0].target_stderr is None:

@@ -31,7 +31,6 @@ from icl.compute.calls import (
     Result,
     compiling_pays,
     in_parallel,
-    keep_freed_memory,
     one_graph,
 )
 from icl.config import ModelConfig, RunConfig, SamplerConfig
@@ -209,7 +208,6 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
         grads, values = (torch.cat(parts) for parts in zip(*results, strict=True))
         return grads, values
 
-    keep_freed_memory()
     return call
 
 
