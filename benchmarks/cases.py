@@ -1,7 +1,7 @@
 """The cases that are measured: our training step, evaluation, dMMSE, LLC chains, and the whole training program.
 
-Our training step is compared with a plain training loop, with training the members of a population one at a time, and with the
-matrix products of the step alone.
+Our training step is compared with three others: a plain training loop, training the members of a population one at a time, and
+the matrix products of the step alone.
 """
 
 import shutil

@@ -1,8 +1,8 @@
-"""Compare the work that samplers need for a checkpoint's LLC with the same error: in gradients, and in CPU time.
+"""Compare the work, in gradients and in CPU time, that samplers need to estimate a checkpoint's LLC with the same error.
 
     python -m benchmarks.equal_error data/small/models/quickstart/step-000005000.safetensors --reference 44.0
 
-`--reference` is the checkpoint's LLC from a much longer estimate. Its own error should be at most a third of the errors to compare. Each
+`--reference` is the checkpoint's LLC from a much longer estimate. Its own error should be at most a third of the samplers' errors. Each
 sampler estimates the LLC several times, with different noise. Its bias is the mean of the estimates minus the reference. Its error is the
 root mean square error (RMSE) over the repetitions.
 
@@ -11,14 +11,14 @@ root mean square error (RMSE) over the repetitions.
 - `devinterp` is SGLD in devinterp 1.3.2, with the sizes of our SGLD. We give it the checkpoint's loss on many batches. Without this, its
   estimate would have the noise of a few batches.
 
-Gradients and CPU time are of one estimate. Ours include the burn-in, the diagnostics, the control variates, the prompts and the checkpoint's
-own loss. For devinterp, they include only the burn-in and the draws, so the comparison favours it.
+Gradients and CPU time are those of one estimate. Ours include the burn-in, the diagnostics, the control variates, the prompts and the
+checkpoint's own loss. For devinterp, they include only the burn-in and the draws, so the comparison favours it.
 
-If a sampler had N times as many draws, the variance of its estimate would be divided by N, and its bias would stay. The last two columns are
-the gradients and the seconds for the N with which a sampler reaches the RMSE of `baoab`. They are infinite if the sampler's bias alone
-exceeds this RMSE. (All costs are multiplied by N, although a longer chain needs no longer burn-in.) The CPU time is the process time, so run
-the command with one thread (`OMP_NUM_THREADS=1`). With `--factors 1 --repetitions 6`, the quickstart takes about half an hour on one core;
-with the default options, several hours.
+If a sampler had N times as many draws, the variance of its estimate would be divided by N, and its bias would stay. The last two columns
+are the gradients and the seconds for the N with which a sampler reaches the RMSE of `baoab`. They are infinite if the sampler's bias alone
+exceeds this RMSE. All costs are multiplied by N, including the burn-in, although a longer chain needs no longer burn-in. The CPU time is
+the process time, so run the command with one thread (`OMP_NUM_THREADS=1`). With `--factors 1 --repetitions 6`, the quickstart takes about
+half an hour on one core; with the default options, several hours.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def as_table(accuracies: dict[str, Accuracy]) -> pd.DataFrame:
-    """Return one row for each sampler. The first sampler determines the RMSE that all are asked to reach."""
+    """Return a table with one row for each sampler. The costs at equal RMSE refer to the RMSE of the first sampler."""
     error = next(iter(accuracies.values())).rmse
     rows = []
     for name, accuracy in accuracies.items():
@@ -161,7 +161,7 @@ def as_table(accuracies: dict[str, Accuracy]) -> pd.DataFrame:
 def make_samplers(
     checkpoint: Checkpoint, factors: Sequence[float], **changes: Any
 ) -> dict[str, Callable[[int], Estimate]]:
-    """Return a function from a seed to an estimate for each sampler, the first of them `baoab`."""
+    """Return, for each sampler, a function from a seed to an estimate. The first sampler is `baoab`."""
     baoab = dataclasses.replace(SamplerConfig(), **changes)
     sgld = dataclasses.replace(baoab, kernel="sgld", num_samples=4096 * baoab.batch_size)
     samplers = {f"baoab, lr {baoab.lr:.2g}": our_estimate(checkpoint, baoab)}

@@ -90,8 +90,9 @@ def dmmse_by_prefix(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float
 def matrix_products(config: RunConfig, device: str) -> Callable[[], None]:
     """Return a function that computes only the dense matrix products of one training step. Its time is a lower bound for any step.
 
-    These are the products of the forward pass, and of the gradients with respect to inputs and weights. In the last block, all products
-    except keys and values are computed only for x-tokens, as in our model. The small products inside attention are left out.
+    These are the products of the forward pass, and of the gradients with respect to inputs and weights. In the last block, all
+    products except those of keys and values are computed only for x-tokens, as in our model. The small products inside attention
+    are left out.
     """
     model, prompts, num_examples = config.model, config.trainer.batch_size, config.task.max_examples
     width, wide = model.embed_size, model.mlp_size

@@ -121,11 +121,11 @@ def train_ic_regression(
         num_steps: Number of optimiser steps.
         batch_size: Number of prompts per step.
         learning_rate: Constant learning rate, or the peak of a triangular schedule if `warmup_steps` is given.
-        warmup_steps: Number of steps over which the rate rises linearly. Then the rate falls linearly to zero at `num_steps`.
+        warmup_steps: Number of steps over which the rate rises linearly. After them, the rate falls linearly to zero at `num_steps`.
         grad_clip: Largest norm of the gradient; larger gradients are scaled down. None means no clipping.
         checkpoint_dir: The run's folder. The default is `$LOCAL_ROOT/<run name>`.
-        checkpoint_every: Number of steps between checkpoints. The first and the last step are always saved.
-        eval_every: Number of steps between evaluations on `pretrain` and `true` tasks.
+        checkpoint_every: Number of steps between checkpoints. The first and the last step are always saved; None saves only these.
+        eval_every: Number of steps between evaluations on `pretrain` and `true` tasks; None means no evaluation.
         print_every: Number of steps between rows of `metrics.csv`.
         early_stopping_patience: Number of evaluations without improvement after which training stops. It needs `eval_every`.
         early_stopping_min_delta: Smallest decrease of the evaluated loss that counts as improvement.
@@ -175,10 +175,10 @@ def load_checkpoint(
 
     Args:
         path: A checkpoint file, or a run's folder. The file may also be a `.pt` file of older code, such as
-            `checkpoint_step_150000.pt` (`icl.importing`). Instead of a path, it may be the address of a run or a checkpoint in a store,
+            `checkpoint_step_150000.pt` (`icl.importing`). Instead of a path, give the address of a run or a checkpoint in a store,
             such as `hf://USER/REPO`, `hf://USER/REPO@REVISION/RUN` or `s3://BUCKET/RUN`.
-        cfg: Required settings of the checkpoint's task and model. By default, any settings are accepted. If a `.pt` file
-            contains no config, the number of heads is taken from `cfg`.
+        cfg: Required D, K and architecture of the checkpoint's model; other settings are not compared. By default, any are
+            accepted. If a `.pt` file contains no config, the number of heads is taken from `cfg`.
         step: The step to load from a folder or a store. The default is the last step.
 
     Returns:
@@ -186,7 +186,8 @@ def load_checkpoint(
         RunConfig), `digest` and `path`.
 
     Raises:
-        CheckpointError: If there is no usable checkpoint, or the checkpoint's settings differ from `cfg`.
+        CheckpointError: If there is no usable checkpoint, or the checkpoint's D, K or architecture differ from `cfg`.
+        ConfigError: If `cfg` is neither an ICRegConfig nor a RunConfig.
         OlderFileError: If a `.pt` file cannot be read safely, or does not come from a known older code base.
     """
     shape = None if cfg is None else _as_run_config(cfg)
@@ -228,9 +229,10 @@ def _find_checkpoint(path: str | Path, shape: RunConfig | None, step: int | None
 def evaluate_ood_score(
     model: Transformer, cfg: ICRegConfig | RunConfig | None = None, n_samples: int = 10_000, *, batch_size: int = 1000
 ) -> float:
-    """Return the mean squared error per target on new tasks from N(0, I), averaged over `n_samples` prompts and all K positions.
+    """Return the mean squared error per target on new tasks, averaged over `n_samples` prompts and all K positions.
 
-    Unlike the older code, this function does not divide the score by D.
+    New tasks are drawn from N(0, I), or from the prior in `cfg` if it is another one. Unlike the older code, this function does not
+    divide the score by D.
 
     Args:
         model: A trained model. Predictions are computed in its dtype.
@@ -239,7 +241,8 @@ def evaluate_ood_score(
         batch_size: Number of prompts in one forward pass.
 
     Raises:
-        ConfigError: If a size is not a positive whole number, D or K of the model and `cfg` differ, or predictions are not finite.
+        ConfigError: If a size is not a positive whole number, `n_samples` is above 2^31, D or K of the model and `cfg` differ, or
+            the mean squared error is not finite.
     """
     n_samples, batch_size = whole("n_samples", n_samples, 1, _MAX_PROMPTS), whole("batch_size", batch_size, 1)
     parameter = parameter_of(model)

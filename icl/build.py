@@ -1,4 +1,4 @@
-"""Build models and evaluation sets from a run's settings. Only this module turns settings into objects."""
+"""Build models and evaluation sets from a run's settings. Only this module makes models from settings."""
 
 from functools import partial
 

@@ -4,8 +4,8 @@ A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole sec
 nested parameters in this way: `--task={'num_tasks': 2}`. This module keeps the values of settings as strings. `icl.resolve` converts
 them, together with the values from files.
 
-The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain such
-command lines.
+The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain
+command lines of `icl train` and `icl llc`.
 """
 
 import argparse
@@ -97,7 +97,7 @@ class CommandParser(argparse.ArgumentParser):
                 break
         raise ConfigError(f"{message[0].upper()}{message[1:]}. `{self.prog} --help` has an example.")
 
-    def parse_args(  # type: ignore[override]  # of overloads
+    def parse_args(  # type: ignore[override]  # the parent's method has overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         """Parse the options. The result's attribute `settings` is a dict of the run's settings as strings, keyed by dotted name.

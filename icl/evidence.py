@@ -12,8 +12,9 @@ the evidence of the first k - 1. The negative of this log density is the negativ
 - `ridge_nll` is the NLL under the Gaussian N(ridge's prediction, x_k^T (X^T X / sigma^2 + I)^-1 x_k + sigma^2), with X the earlier inputs.
 - `dmmse_nll` is the NLL under a mixture of M Gaussians N(w_m . x_k, sigma^2) with the posterior weights of the tasks.
 
-On prompts from the prior that one of them assumes, no predictor has a smaller expected NLL. So these numbers are lower bounds for models whose
-`model.output` is `gaussian` or `mixture`. The lower bounds for other task priors are in `icl.bayes`. Everything is computed in float64.
+If prompts come from the prior that a Bayes predictor assumes, no other predictor has a smaller expected NLL. So the NLL of this Bayes
+predictor is a lower bound for models whose `model.output` is `gaussian` or `mixture`. The lower bounds for other task priors are in
+`icl.bayes`. Everything is computed in float64.
 """
 
 import math

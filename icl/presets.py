@@ -4,14 +4,15 @@ A comment at every preset names its source. Where a paper does not give a settin
 check the exact numbers of parameters: `transience` 68,100, `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752,
 `carroll` 2,654,217, `icr` 4,761,097, `L2W256` 3,355,016.
 
-The `sampler` of a preset is our choice, because estimates with the published sampler (`icl.sampling.published.PUBLISHED`) cannot
-be trusted. We choose the sampler by three rules:
+The `sampler` of every preset except `L2W256` is our choice, because estimates with the published sampler
+(`icl.sampling.published.PUBLISHED`) cannot be trusted. For regression runs, we choose the sampler by three rules:
 
 - In a flat direction, chains spread to a width of 1 / sqrt(localization). This width is small compared with the root mean
   square weight, so chains stay in the basin.
 - `nbeta` equals `localization`. So the LLC counts mostly directions whose curvature is above one, and the loss along the
   chains rises only a little.
-- lr x nbeta x h is between 1 and 3, where h is the largest eigenvalue of the loss's Hessian. Above 4, the chains of `sgld` are unstable.
+- lr x nbeta x h is about 3 for the largest h that we measured along the run, where h is the largest eigenvalue of the loss's Hessian.
+  Above 4, the chains of `sgld` are unstable.
 
 We have checked estimates with these samplers for the quickstart, and for `L2H4` at one checkpoint. For another model or task,
 `icl llc RUN --calibrate` searches for settings, and the verdicts say whether they work.
@@ -149,9 +150,9 @@ ICR = RunConfig(
 )
 
 # Our own preset, which shows transient ridge (Carroll et al. 2025) on a laptop. The loss on new tasks is smallest at about step 700. By
-# then it has fallen by 71 % of the distance from the loss of predicting zero to ridge's loss. It then rises while the model learns its ten
-# tasks. (docs/reproduction.md lists the settings that we tried.) With batches of 256 prompts and a constant rate, the scatter between steps is
-# less than a tenth of the rise. The preset uses the quickstart's sampler. We have not checked the sampler for this model.
+# then, this loss has fallen by 71 % of the distance from the loss of predicting zero to ridge's loss. It later rises while the model learns
+# its ten tasks. (docs/reproduction.md lists the settings that we tried.) With batches of 256 prompts and a constant rate, the scatter
+# between steps is less than a tenth of the rise. The preset uses the quickstart's sampler. We have not checked the sampler for this model.
 TRANSIENCE = RunConfig(
     preset="transience",
     task=TaskConfig(num_tasks=10, task_size=3, max_examples=8, noise_variance=0.1),
@@ -162,7 +163,7 @@ TRANSIENCE = RunConfig(
 )
 
 # Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler have the settings in the authors' files. At step
-# 25,000, the authors change to a second training text. To do so too, add --language.next_source hf://georgeyw/dsir-pile-5m-2
+# 25,000, the authors change to a second training text. To do the same, add --language.next_source hf://georgeyw/dsir-pile-5m-2
 # --language.change_step 25000. The preset leaves these settings out, because both texts would be fetched before the first step. The authors
 # save every 100 steps. In the sampler, `nbeta` is n / ln n with n = 100, as in their settings. We have not checked estimates with this
 # sampler at this size.

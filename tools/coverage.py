@@ -7,9 +7,9 @@ The nominal coverage of the intervals is 95 %. There are five losses:
 
 - `quadratic`: six directions with curvatures from 0.01 to 10. The truth is known in closed form.
 - `product`: L = a^2 b^2, which has a degenerate minimum. The truth is computed by quadrature.
-- `fresh`, `pool` and `list`: the same quadratic, with minibatches whose curvatures and gradients differ. The minibatches are endless and
-  fresh, or they are drawn from a pool, or the chains go through a list in passes. The noise has mean zero over all minibatches, so the truth
-  is that of `quadratic`.
+- `fresh`, `pool` and `list`: the same quadratic, with minibatches whose curvatures and gradients differ. With `fresh`, every minibatch is
+  new. With `pool`, minibatches are drawn from a pool. With `list`, the chains go through a list in passes. The noise has mean zero over all
+  minibatches, so the truth is that of `quadratic`.
 
 The runs of a cell are computed together, as populations. Each run has its own minibatches. In cells with a `target_stderr`, the chains of a
 run stop when its standard error is small enough. These runs are computed one after the other, which takes hours; `--target_runs` sets their
@@ -60,7 +60,7 @@ SHAPES = ((2, 2000), (4, 1000), (8, 600), (64, 50))
 TARGET_STDERR, MAX_DRAWS = {"quadratic": 0.08, "product": 0.01, "pool": 0.08}, 6000
 """Target standard errors of the runs that stop at a target, and the largest number of draws of each of their four chains."""
 NOISE = 0.1
-"""Standard deviation over minibatches of each component of the gradient at w0, and of each curvature as a share of the curvature."""
+"""Standard deviation of the noise of a minibatch: in each component of the gradient at w0, and in each curvature relative to its mean."""
 POOL_SIZE = 64
 RUNS_AT_ONCE = 50
 """Number of runs in one population, if the runs have minibatches."""

@@ -1,4 +1,4 @@
-"""Analyses of how models develop. Each analysis turns a run's checkpoints, or a table, into one tidy table with verdicts.
+"""Analyses of how models develop. Each analysis turns a run's checkpoints, or a table, into one tidy table.
 
 An analysis is a module or a folder in this package. `essential-dynamics`, for example, is in `essential_dynamics/`. An
 analysis consists of:
@@ -71,7 +71,7 @@ ANALYSES: dict[str, About] = {
     ),
     "mixture": About(
         "run",
-        "mixtures of dMMSE and ridge that are closest to the model (fixed weight, or prior odds), the steps at which they change, and the effect of M",
+        "mixtures of dMMSE and ridge that are closest to the model (fixed weight, or prior odds), the steps of transitions, and the effect of M",
         needs_finite_tasks=True,
     ),
     "prior": About(

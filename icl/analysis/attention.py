@@ -13,10 +13,11 @@ over prompts, and has the standard error of this average.
 
 The published code has errors that we do not repeat:
 
-- `hardness` counted the masked tokens j > k as well, but divided by k + 1.
+- `hardness` was the share of all T tokens with p_kj <= 0.001, so it included the masked tokens j > k. This share was
+  then divided by k + 1.
 - The distance to the attended token was sum_j p_kj j / (k + 1). This is a mean position, not a distance.
 - The averages over the x- and y-tokens of a whole block took every second head instead of every second token.
-- In one place, an entropy in bits was divided by a natural logarithm.
+- In one place, an entropy in nats was divided by a logarithm to base 2.
 - The averages included k = 0. Token 0 can attend only to itself, so the entropy was 0 / 0 and the score `previous` was
   0. We leave k = 0 out of every average.
 

@@ -1,27 +1,37 @@
 """Embeddings, layer norms and unembedding over training: spectra, overlaps and collapse.
 
-All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens, and W_P
-(C, 2K) embeds positions. W_U maps the residual stream to the outputs. With `model.output` `scalar` or `token`, only row 0 of W_U
-gives predictions, and the other rows are never trained. Row 0 gives the mean for `gaussian`, and the mean of the first component
-for `mixture`. The last position of W_P is never trained. Rows of the table, by `quantity`:
+All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens. W_P
+(2K, C) embeds positions, one in each row. W_U maps the residual stream to the outputs, one in each row. With
+`model.output` `scalar`, W_U has one row. With `token`, only row 0 of W_U gives predictions. With `gaussian`, row 0
+gives the mean of the predictive distribution. With `mixture`, row 0 gives the mean of the first component.
+
+Some rows get no gradient: the last row of W_P, and with `token` all rows of W_U except row 0. Only weight decay changes
+these rows. They still enter the spectra of W_P and W_U, the overlaps of W_P, and the shares of dead weights.
+
+Rows of the table, by `quantity`:
 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or
   `unembedding`. `component` is the number i, and the largest singular value has i = 1. These shares show embedding
-  collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2), and `effective_rank` is (sum s^2)^2 / sum s^4.
-- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two subspaces. The subspace of a
-  matrix is spanned by its leading left singular directions that together have a share `spectrum_kept` of sum s^2. The subspace `readout` is
-  the direction of the effective unembedding (below). `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the
-  mean overlap of two random subspaces with the same dimensions. It is d / C, where d is the larger dimension. In the published figure,
-  vectors were instead multiplied by the full C x C factor U of a singular value decomposition. U is a rotation and changes no norm. The
-  published figure therefore says nothing about a subspace.
-- Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and `share_small`,
-  the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share falls when a vector
-  grows.
+  collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2). `effective_rank` is the participation ratio
+  (sum s^2)^2 / sum s^4.
+- `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two
+  subspaces of the C channels. The subspace of W_E, or of W_P transposed, is spanned by the fewest left singular vectors
+  that hold at least the share `spectrum_kept` of sum s^2. The subspace `readout` is the direction of the effective
+  unembedding (below). `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the mean
+  overlap of two random subspaces of these dimensions, d1 and d2: max(d1, d2) / C. Hoogland et al. 2024 show cosines
+  between W_E and W_P that we do not reproduce. They multiplied each column of W_E by the full C x C factor U of the
+  singular value decomposition of W_P transposed. Their cosine is between the column and this product. U is orthogonal,
+  but it does not project onto a subspace. Their cosines therefore say nothing about subspaces.
+- Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and
+  `share_small`, the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share
+  falls when a vector grows.
 - Unembedding collapse, part `effective_unembedding`: `weight` is W_U[0] * gamma_f, with the channel in `component`. The
   rows `mean`, `std`, `min`, `max`, `norm` and `share_small` of this part are statistics of the vector of these weights.
-  `bias` is W_U[0] . beta_f + b_U[0]. The final norm centres its input, so adding one constant to all weights of this
-  part changes no prediction. As in the published figures, we do not subtract such a constant (the mean of the weights).
-- `share_small` of every other weight tensor, and of all parameters in part `all`: the share of dead weights.
+  `bias` is W_U[0] . beta_f + b_U[0]. Here gamma_f and beta_f are the weight and the bias of the final norm, and b_U is
+  the bias of the unembedding. If there is a final norm, it centres its input, so adding one constant to all weights of
+  this part changes no prediction. Like the published figures, we do not subtract the mean of the weights.
+- `share_small` of every other parameter tensor (biases too), and of all parameters in part `all`: the share of dead
+  weights.
 """
 
 from collections.abc import Iterator
@@ -104,9 +114,9 @@ def spectrum_shares(matrix: Float[Tensor, "C R"]) -> Float[Tensor, " r"]:
 
 
 def subspace(matrix: Float[Tensor, "C R"], kept: float) -> Float[Tensor, "C r"]:
-    """Return the fewest left singular directions that together have a share `kept` of sum s^2, as an orthonormal basis.
+    """Return the fewest left singular vectors that hold at least the share `kept` of sum s^2, as an orthonormal basis.
 
-    With kept = 1 this is the column space. Directions whose singular value is zero up to rounding are left out.
+    With kept = 1 this is a basis of the column space. Vectors whose singular value is zero up to rounding are left out.
     """
     directions, values, _ = torch.linalg.svd(matrix, full_matrices=False)
     shares = values.square().cumsum(0) / values.square().sum()
@@ -116,7 +126,12 @@ def subspace(matrix: Float[Tensor, "C R"], kept: float) -> Float[Tensor, "C r"]:
 
 
 def principal_cosines(first: Float[Tensor, "C r"], second: Float[Tensor, "C s"]) -> Float[Tensor, " c"]:
-    """Return the cosines of the principal angles between two subspaces, largest first. Bases must be orthonormal."""
+    """Return the cosines of the principal angles between two subspaces, largest first.
+
+    Args:
+        first: Orthonormal basis of one subspace.
+        second: Orthonormal basis of the other subspace.
+    """
     return torch.linalg.svdvals(first.mT @ second).clamp(max=1)
 
 

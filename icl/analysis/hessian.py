@@ -1,11 +1,12 @@
 """Curvature at every saved step: extreme eigenvalues, trace and spectrum of the Hessian of the loss.
 
-The loss is the training loss per target (squared error, or negative log-likelihood: `icl.model.heads`), averaged over positions
-and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. Parameters that do not change any
-prediction (the unused rows of the unembedding) give rows of zeros. A Hessian-vector product is the vector-Jacobian product of the
-gradient (torch.func), computed for a whole population at once. `icl.compute.linalg` estimates eigenvalues, trace and spectrum from
-these products. Each saved step has its own random start vector and probes, so the errors that these vectors cause are independent
-between steps.
+The loss is the training loss per target (squared error, or negative log-likelihood: `icl.model.heads`), averaged over
+positions and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. With
+`model.output` `token`, only row 0 of the unembedding is used for predictions. The rows and columns of the Hessian are
+zero for the other rows of the unembedding, and for the last position embedding. A Hessian-vector product is the
+vector-Jacobian product of the gradient (torch.func), computed for a whole population at once. `icl.compute.linalg`
+estimates eigenvalues, trace and spectrum from these products. Each saved step has its own random start vector and
+probes, so the errors that these vectors cause are independent between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
 squared error on 1,024 prompts. For L2H4 with `model.double_residual`, the released trace is about 150 at the start and 2,800 at
@@ -18,8 +19,8 @@ Rows of the table, by `quantity`:
   does not include a bias: with a finite number of prompts, the eigenvalues at both ends are more extreme than they are for the
   expected loss. `lanczos_error` is the estimated error of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the
   verdict is `suspect`.
-- `trace`: `stderr` includes the errors from the random prompts and from the random probes. If the probes' error exceeds
-  5 % of the trace, the verdict is `suspect`.
+- `trace`: `stderr` accounts for the random choice of the prompts and of the probes. If the standard error from the
+  probes alone exceeds 5 % of the trace, the verdict is `suspect`.
 - `spectral_node`, `spectral_weight`: approximate eigenvalues, and the share of all P eigenvalues that each of them represents.
   The shares are estimated from one random start vector.
 - `num_parameters`: P.

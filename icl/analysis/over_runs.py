@@ -1,7 +1,8 @@
 """Findings and curves of an analysis over runs that differ only in their seeds.
 
-An analysis of one run gives each finding an error over prompts. This module pools the same findings of several runs: it gives their mean,
-error and interval over seeds (`icl.analysis.seeds`). A finding over seeds is `ok` if
+The standard errors of one run do not say how much a finding differs between seeds. This module pools the same finding
+of several runs. It gives the finding's mean, standard error and interval over seeds (`icl.analysis.seeds`). A finding
+over seeds is `ok` if
 
 - there are at least three seeds, so that there is an interval,
 - every seed has the finding, with the verdict `ok` and the same text in the column `finding`,

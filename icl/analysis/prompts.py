@@ -33,7 +33,10 @@ def require_multiple(name: str, num_prompts: int, num_batches: int) -> None:
 
 
 def fixed_prompts(members: Members, stream: str, distribution: Distribution, count: int, *, step: int = 0) -> Prompts:
-    """Return the first `count` prompts (B, K, D) at one step of a stream of the run's `seeds.evaluation`, on the checkpoints' device."""
+    """Return `count` fixed prompts on the checkpoints' device.
+
+    They depend on the run's `seeds.evaluation`, on the name `stream` and on `step`. A larger `count` only adds prompts.
+    """
     source = prompt_source(members.config, stream=stream, distribution=distribution)
     device: torch.device = next(iter(members.params.values())).device
     prompts = source.sample(range(step, step + 1), range(count), device=device)

@@ -1,8 +1,9 @@
-"""Errors over seeds: how much a number differs between runs that differ only in their seeds.
+"""Standard errors and intervals over seeds, for a number that is measured in runs that differ only in their seeds.
 
-The error over prompts says how precisely we know a number of one trained model. It says nothing about the models that the same
-settings give with other seeds. So a claim about settings, such as the task diversity M, or about training steps needs the error over
-seeds. For the values v_1 .. v_n of n seeds we give
+The standard error over prompts says how precisely we know a number of one trained model. It says nothing about the
+models that the same settings give with other seeds. So a claim about the effect of a setting, such as the task
+diversity M, needs the standard error over seeds. So does a claim about the step at which something happens. For the
+values v_1 .. v_n of n seeds we give
 
 - the mean and, for at least two seeds, its standard error s / sqrt(n), where s is the sample standard deviation;
 - for at least three seeds, the 95 % interval mean +- t s / sqrt(n), with Student's t for n - 1 degrees of freedom. For two seeds t is
@@ -12,7 +13,8 @@ Runs that differ only in seeds have the same fixed prompts, unless `seeds.evalua
 then correlated, and the error over prompts of the mean is at most the mean of the runs' errors. We give this upper bound in addition to the
 error over seeds. Neither error includes the other.
 
-Training steps t are averaged as ln(t + 1), because they are spread over orders of magnitude.
+Training steps t are averaged as ln(t + 1), because they are spread over orders of magnitude. For steps, the mean of the
+runs' errors over prompts is not an upper bound.
 """
 
 import dataclasses
@@ -30,8 +32,8 @@ from icl.run_names import varying_names
 MIN_FOR_INTERVAL = 3
 """Smallest number of seeds for which we give an interval."""
 POOLED = ("value", "stderr", "seed_stderr", "num_seeds", "low", "high")
-"""Columns of `pool`: the mean over seeds, an upper bound on the mean's error over prompts, its error over seeds, the number of seeds,
-and the limits of the 95 % interval over seeds."""
+"""Columns of `pool`: the mean over seeds (`value`), the mean of the standard errors over prompts (`stderr`), the
+standard error of the mean over seeds (`seed_stderr`), the number of seeds, and the limits of the 95 % interval."""
 _ALL = "all runs"
 
 

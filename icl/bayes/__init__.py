@@ -7,11 +7,11 @@ The candidates are the priors that a model may have learned (`candidates`):
 - `gaussian`: N(0, I). With Gaussian noise, the Bayes predictor is ridge.
 - `prior`: the run's prior of new tasks, if it is not N(0, I).
 
-All these priors and noise laws are mixtures of Gaussians. Given a mixture component (or a scale for each coordinate of w) and a scale for the
-noise of each target, w and the targets are jointly Gaussian. The Bayes predictor is a weighted mean over the mixture.
+The priors of new tasks and all noise laws are mixtures of Gaussians. Given a mixture component (or a scale for each coordinate of w) and a
+scale for the noise of each target, w and the targets are jointly Gaussian. The Bayes predictor is a weighted mean over the mixture.
 
 - `icl.bayes.gaussians` is exact. It sums over the components of a finite mixture with Gaussian noise: one component for `gaussian` and
-  `low_rank`, J components for `mixture`, and 2^D for `sparse`.
+  `low_rank`, J components for `mixture`, and 2^D for `sparse`, but at most 1,024 components.
 - `icl.bayes.particles` draws the scales with a particle filter, and gives a standard error.
 - `icl.bayes.posterior` draws tasks from the posterior of a candidate given a few examples.
 

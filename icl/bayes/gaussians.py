@@ -20,7 +20,7 @@ from icl.tasks.laws import TaskLaw
 MAX_COMPONENTS = 1024
 """Maximum number of components for which predictions are computed exactly."""
 _NUMBERS_AT_ONCE = 2**18
-"""Largest number of elements of the covariance matrices that are in memory at once."""
+"""Largest number of elements of the covariance matrices that are in memory at once. A single prompt may need more."""
 
 
 class Components(NamedTuple):

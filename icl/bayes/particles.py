@@ -1,12 +1,12 @@
 """Rao-Blackwellised particle filter for priors and noise that are scale mixtures of Gaussians.
 
-Each particle is a set of scales, one for each coordinate of the task. A scale is the random factor, with mean 1, of a Gaussian's variance. The
-scales of the coordinates are drawn from the prior at the start. A scale for the noise of each target is drawn when the filter reads this target.
-Given the scales, w is Gaussian (`icl.bayes.gaussians`). The particles are resampled if the effective sample size falls below half the number of
-particles. Then a new value of each coordinate's scale is proposed from the prior, and accepted by a Metropolis-Hastings test in which w is
-integrated out. These moves leave the posterior unchanged (resample-move: Gilks and Berzuini 2001). The filter runs several times independently. The
-prediction is the mean of these runs, and their spread gives the standard error. The loss of the estimated predictor exceeds the loss of the exact
-predictor by the squared standard error, averaged over prompts.
+Each particle is a set of scales, one for each coordinate of the task. A scale is the random factor, with mean 1, of a Gaussian's variance.
+The scales of the coordinates are drawn from the prior at the start. A scale for the noise of each target is drawn when the filter reads
+this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). The particles are resampled if the effective sample size falls below
+half the number of particles. Then a new value of each coordinate's scale is proposed from the prior. A Metropolis-Hastings test in which w
+is integrated out accepts or rejects it. These moves leave the posterior unchanged (resample-move: Gilks and Berzuini 2001). The filter runs
+several times independently. The prediction is the mean of the runs' predictions, and the spread of these predictions gives the standard
+error. The loss of the estimated predictor exceeds the loss of the exact predictor by the squared standard error, averaged over prompts.
 
 The predictive density of y_k is the weighted mean of the likelihoods of the particles. We average this density over the runs, and its
 negative logarithm is the NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
@@ -83,7 +83,7 @@ def particle_posterior(
 ) -> Float[Tensor, "B D"]:
     """Draw a task for each prompt from its posterior given n examples, as approximated by one run of the filter, in float64.
 
-    Runs with different seeds are independent, so their spread shows the error.
+    Runs with different seeds are independent, so their spread shows the error of the filter.
     """
     draws = _Draws(rng.stream(seed, "bayes/posterior"), 1, num_particles, xs.device)
     filters = _Filter(law, noise, noise_variance, draws)

@@ -30,7 +30,7 @@ Candidate: TypeAlias = Literal["pool", "prior", "gaussian"]
 NUM_FILTERS = 32
 """Number of blocks of prompts. Each block has its own particle filter."""
 _PAIRS_AT_ONCE = 2**22
-"""Largest number of (prompt, task) pairs that are processed at once. Each array of this size needs 32 MiB."""
+"""Largest number of (prompt, task) pairs that are processed at once. Their residuals need 32 MiB for each of the n examples."""
 
 
 def candidates(config: RunConfig) -> tuple[Candidate, ...]:
@@ -53,10 +53,10 @@ def posterior_tasks(
 
     Args:
         config: The run.
-        candidate: The candidate.
+        candidate: The candidate prior.
         xs: Inputs of the examples, in float64 on the CPU.
         ys: Targets of the examples.
-        uniforms: Uniform numbers, which choose a task of the pool, or a component of the prior.
+        uniforms: Uniform numbers in [0, 1), which choose a task of the pool, a component of the prior, or a particle.
         pool: The tasks of the candidate `pool`.
     """
     noise_variance, noise = config.task.noise_variance, noise_law(config)

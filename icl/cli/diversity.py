@@ -55,7 +55,7 @@ _SETTINGS = {
         "smallest decrease of the monitored metric that counts as improvement",
     ),
 }
-"""Options that are short names for settings of the runs, each with the setting and its help."""
+"""Options that are short names for settings of the runs. Each value is (setting, help text of the option)."""
 _DEFAULT_STEPS = 500_000
 _PATIENCE_SECONDS = 120.0
 
@@ -219,7 +219,7 @@ def _documented(num_steps: Any) -> dict[str, Any]:
     """Return the settings of the documented command, with warm-up and intervals in proportion to the number of steps."""
     steps = (
         num_steps if isinstance(num_steps, int) and num_steps < 2**63 else _DEFAULT_STEPS
-    )  # `resolve` will refuse it
+    )  # `resolve` refuses an invalid number of steps later
     return {
         "preset": "icr",
         "optim.schedule": "triangle",

@@ -103,7 +103,7 @@ def _overview() -> str:
 
 
 def _with_home(word: str) -> str:
-    """Replace `~/` by the home folder, as a shell does, at the beginning of a word or of the value in `--option=VALUE`.
+    """Replace a leading `~/` by the home folder, as a shell does. A word such as `--option=~/FILE` is also changed.
 
     Raises:
         ConfigError: If no home folder is known.
@@ -129,10 +129,11 @@ def _require_ranks() -> None:
 
 
 def _signals_of_a_point() -> dict[signal.Signals, Handler]:
-    """Return handlers that defer signals if `wandb agent` started this program.
+    """Return handlers that defer signals, or no handlers if `wandb agent` did not start this program.
 
-    The handlers are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` acts on the
-    signals later: it gives the point back to W&B. If the program ended during the imports, W&B would never assign the point again.
+    The handlers are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` handles the
+    signals later. It returns the sweep point to W&B, so that another agent can train it. If the program ended during the imports,
+    W&B would never assign the point again.
     """
     return {signal.SIGTERM: defer, signal.SIGINT: defer} if os.environ.get("WANDB_SWEEP_ID") else {}
 
@@ -144,7 +145,7 @@ def _share_the_machine() -> None:
     on two idle cores:
 
     - While another terminal runs a busy program, the step takes 400 to 1,100 ms by default, and 50 to 100 ms with our
-      setting. (Linux divides the cores among sessions.)
+      setting. (Linux divides processor time among terminals, not among programs.)
     - While the same terminal runs a busy program, the step takes 40 to 60 ms with either setting.
     - On an idle machine, the setting makes no difference.
     """

@@ -122,7 +122,7 @@ def _evaluate_run(path: Path, options: argparse.Namespace) -> int:
 
 
 def _predictor_losses(baselines: "pd.DataFrame") -> str:
-    """Return a table of the losses of other predictors, as a string. It is empty if ridge is the Bayes predictor for new tasks."""
+    """Return a table of the losses of other predictors, as a string. The string is empty if ridge is the Bayes predictor for new tasks."""
     means = baselines[baselines["position"] == "mean"].pivot(index="distribution", columns="quantity", values="value")
     if "bayes" not in means:
         return ""
@@ -146,12 +146,12 @@ def _predictor_losses(baselines: "pd.DataFrame") -> str:
     )
     return (
         "\nLosses of other predictors. `bayes` is the Bayes predictor for new tasks. Its loss, and `delta_bayes`, are too large by\n"
-        f"`bayes_variance`, the mean squared standard error of its predictions, which is 0 if they are exact.\n{nll}\n{table}\n"
+        f"`bayes_variance`, the mean squared standard error of the predictions of `bayes`. It is 0 for exact predictions.\n{nll}\n{table}\n"
     )
 
 
 def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> int:
-    """Evaluate all runs. Return 1 if a run could not be evaluated or written; the numbers of the other runs are still written."""
+    """Evaluate all runs. Return 1 if a run could not be evaluated, or if its results could not be saved. The other runs are still evaluated."""
     import pandas as pd
 
     from icl.diversity.threshold import ladder_table
@@ -240,7 +240,7 @@ def _announce_seeds() -> None:
 
 
 def _evaluate_experiment(options: argparse.Namespace) -> int:
-    """Evaluate the runs of task-diversity experiments. Return 1 if a run could not be evaluated; the numbers of the other runs are still written."""
+    """Evaluate the runs of task-diversity experiments. Return 1 if a run could not be evaluated. The other runs are still evaluated."""
     from icl.diversity.tables import COLUMNS, evaluate_seeds, require_same_experiment, save_tables
     from icl.whole_runs import RunEvaluator, headline_table
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from icl.config import RunConfig
 
 _SHARE = 16
-"""Ratio of the number of prompts in a full evaluation to the number in the larger of two trials."""
+"""The larger of two trials uses the number of prompts of a full evaluation, divided by this number."""
 _MOST = 256
-"""Largest number of prompts per set in a trial."""
+"""Maximum number of prompts per set in the larger trial."""
 
 
 class _Group(NamedTuple):
@@ -24,7 +24,7 @@ class _Group(NamedTuple):
 
 
 def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:
-    """Return a sentence with the numbers of runs and checkpoints, and with an estimate of the time.
+    """Return a sentence with the number of runs, the number of checkpoints, and an estimate of the evaluation time.
 
     The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
 

@@ -16,7 +16,7 @@ def run(words: list[str]) -> int:
     parser = CommandParser(
         "import",
         """\
-Convert checkpoints that older code saved into a run's folder, without unpickling them. All other commands except
+Convert checkpoints of older code into a run's folder, without unpickling them. All other commands except
 `icl train` then work on this run. --from names the code that saved the checkpoints:
   icr       ic_regression.py with ICRegConfig: checkpoint_step_N.pt, checkpoint_final.pt
   timaeus   timaeus-research/icl: N.pt, copied from its bucket or its folder
@@ -43,8 +43,8 @@ If the files do not contain a setting, give it as an option, such as --task.nois
     parser.add("--out RUN", "name or folder of the new run (default: the name of the given folder or file)")
     parser.add(
         "--tasks SOURCE",
-        "the training tasks of a run with finite M: a file (.npy, .pt or .safetensors) with a table (M, D); or `recompute` to draw "
-        "the tasks again from the older code's seed, --seeds.tasks; or `unknown` to import without tasks, and so without dMMSE",
+        "the training tasks of a run with finite M: a file (.npy, .pt or .safetensors) with a table of shape (M, D); or "
+        "`recompute` to draw the tasks again from the older code's seed, --seeds.tasks; or `unknown` to import without tasks, and so without dMMSE",
     )
     parser.add(
         "--step N",
@@ -76,8 +76,8 @@ If the files do not contain a setting, give it as an option, such as --task.nois
     print(f"Tasks   {result.tasks}")
     if result.settings.unknown:
         print(
-            f"Unknown {', '.join(result.settings.unknown)}: config.yaml has the values of the preset {config.preset}. Predictions and "
-            "analyses do not depend on these settings."
+            f"Unknown {', '.join(result.settings.unknown)}: config.yaml has the values of the preset {config.preset}, except that an "
+            "unknown trainer.max_steps is the last step. Predictions and analyses do not depend on these settings."
         )
     print(f"Steps   {len(steps):,}, from {steps[0]:,} to {steps[-1]:,}")
     print(f"Run     {result.folder.path}")
@@ -87,8 +87,8 @@ If the files do not contain a setting, give it as an option, such as --task.nois
 def _folder(out: str | None, source: Path) -> Path:
     """Return the new run's folder.
 
-    If `out` contains a slash, it is the path of the folder; otherwise it is the name of a folder in `$LOCAL_ROOT`. Without `out`, the name
-    is made from the name of `source`.
+    If `out` contains a slash, it is the path of the folder. Otherwise it is the name of a folder in `$LOCAL_ROOT`. Without `out`, this
+    folder is named after the file or folder `source`.
     """
     if out is not None:
         if not out.strip():

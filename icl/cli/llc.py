@@ -65,7 +65,7 @@ def run(words: list[str]) -> int:
 
 
 def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str, Any], given: dict[str, str]) -> int:
-    """Estimate the LLCs for the point of a sweep that `wandb agent` assigned to this program."""
+    """Estimate the LLCs for the sweep point that `wandb agent` assigned to this program."""
     from icl.training.wandb.agent import describe_run, work_at_point
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
@@ -74,7 +74,7 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
         wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
         return _work(job, flags, wandb_run)
 
-    # Without the settings of the point, the run's folder may not exist, so this function only reads settings.
+    # `read_job` only reads settings. Without the settings of the sweep point, the run's folder may not exist.
     return work_at_point(lambda: read_job(path, flags, options, {}, given).config, work)
 
 
@@ -103,7 +103,7 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
 
 
 def _estimate(job: Job, wandb_run: Any) -> int:
-    """Estimate the LLCs, print and draw them. Return 1 if every estimate is invalid."""
+    """Estimate the LLCs, print and draw them. Return 1 if every estimate is invalid, except in a sweep."""
     import pandas as pd
 
     from icl.sampling.rescaling import describe_pair
@@ -132,7 +132,7 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     if not estimates.is_usable:
         print("icl: every estimate is invalid; search for better settings with `--calibrate`.", file=sys.stderr)
         in_sweep = wandb_run is not None or POINT_VARIABLE in os.environ
-        # In a sweep over settings, invalid estimates are results too. And W&B's agent would stop after a few failed programs.
+        # In a sweep over settings, invalid estimates are results too. Also, W&B's agent stops after a few programs fail.
         return 0 if in_sweep else 1
     return 0
 
@@ -231,7 +231,7 @@ def _say(line: str) -> None:
 
 
 def _self_test(out: Path | None) -> int:
-    """Test the sampler on losses with a known LLC. Return 1 if an estimate disagrees."""
+    """Test the sampler on losses with a known LLC. Return 1 if an estimate disagrees with its known LLC."""
     import pandas as pd
 
     from icl.sampling.self_test import problems, self_test, truth_table

@@ -26,7 +26,7 @@ _LOGGED_COLUMNS = (
 def describe_work(
     path: Path, sampler: SamplerConfig, *, mode: str, rescale: float = 1.0, components: Sequence[str] = ("",)
 ) -> str:
-    """Return a sentence that says how many steps are still to be estimated, and with which chains.
+    """Return a sentence that says for how many steps the LLC is still to be estimated, and with which chains.
 
     Raises:
         ConfigError: If a requested step is not saved.
@@ -123,7 +123,7 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
         rise = f"{max(share.max(), 0):.0%} of the difference between the loss of {trivial} and the checkpoint's loss"
-        return f"{facts} The loss rose by at most {rise}, so no chain left its checkpoint's basin."
+        return f"{facts} The loss rose by at most {rise}, which is no sign that chains left a checkpoint's basin."
     where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "At this checkpoint"
     facts += (
         f" {where} the chains left the checkpoint's basin. In this case, the estimate nbeta (E[L] - L(w0)) only reflects the loss L(w0) and is "

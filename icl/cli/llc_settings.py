@@ -60,7 +60,7 @@ def read_job(
         config = resolve(saved.to_dict(), published, *from_files, swept, given)
         if (
             folder.is_file() and "sampler.steps" in given
-        ):  # the steps of the run's own settings do not apply to a single file
+        ):  # a single file ignores `sampler.steps` of the run's own settings
             _require_step(folder, config.sampler.steps)
     if "stderr" in options:
         config = _until_precise(config, options["stderr"], swept, given)
@@ -110,7 +110,10 @@ def _require_step(file: Path, steps: str) -> None:
 
 
 def require_rescalable(path: Path, factor: float) -> None:
-    """Refuse a factor, or an architecture, for which weights cannot be rescaled, before the LLCs of the original weights are estimated."""
+    """Refuse a factor, or an architecture, for which weights cannot be rescaled.
+
+    This check comes first, because the LLCs of the original weights take long to estimate.
+    """
     from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
     from icl.sampling.rescaling import rescaled
 

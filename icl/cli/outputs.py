@@ -30,7 +30,7 @@ def require_output_table(path: Path, *inputs: Path | str | None, suffixes: Itera
     Args:
         path: The file.
         inputs: Files that the command reads.
-        suffixes: Further suffixes with which the table is also written.
+        suffixes: Suffixes of further copies of the table, such as `.json`. These files are also checked.
 
     Raises:
         StorageError: If the file is neither .csv nor .json, cannot be written, is read by the command, or belongs to a run or an

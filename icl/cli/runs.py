@@ -14,7 +14,7 @@ HELP = "list the runs and their progress"
 
 
 def run(words: list[str]) -> int:
-    """Print a line for every run, and above the runs of an experiment a line about the experiment."""
+    """Print a line for every run. A line about each task-diversity experiment comes before the lines of its runs."""
     parser = CommandParser(
         "runs",
         "List every run below $LOCAL_ROOT (default: runs/) with its state, step, loss and age, and then the runs of the\n"

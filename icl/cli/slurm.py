@@ -52,7 +52,7 @@ def add_slurm_options(parser: CommandParser) -> None:
 
 
 def join_sbatch(words: Sequence[str]) -> list[str]:
-    """Return a command line in which the value of `--sbatch` cannot be mistaken for an option, although it begins with `-`."""
+    """Join `--sbatch` and its value into one word, because a value that begins with `-` would be mistaken for an option."""
     joined: list[str] = []
     for word in words:
         if joined[-1:] == ["--sbatch"]:
@@ -104,7 +104,7 @@ def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
     if others:
         print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all jobs share the work.")
     print(f"Script    {folder / SCRIPT}\nLogs      {folder}/{array}_*.log")
-    print(f"Stop      scancel {array}   (points save first; run the same command again to continue)")
+    print(f"Stop      scancel {array}   (the jobs save first; run the same command again to continue)")
     return 0
 
 

@@ -31,7 +31,7 @@ HELP = "run a W&B sweep file, or continue it"
 
 
 def run(words: list[str]) -> int:
-    """Run a sweep, list its points, or show its progress. Return 0 for a dry run, or if every point is done."""
+    """Run a sweep, list its points, or show its progress. Return 0 after a dry run or a submission to Slurm, or if every point is done."""
     options = _parse(words)
     sweep = read_sweep_file(options.file)
     if options.pack > 1:
@@ -142,7 +142,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _list(points: Sequence[Point], invalid: Sequence[InvalidPoint], options: argparse.Namespace) -> int:
-    """Print the state of every point, and in a dry run which points would be run. With --status, return 1 unless all points are done."""
+    """Print the state of every point. A dry run also shows which points would be run. With --status, return 1 unless all points are done."""
     states = {point.number: point_state(point, local_root()) for point in points}
     lines = {
         point.number: f"{_word(states[point.number], options):9s} {point.name}: {states[point.number].reason}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from icl.training.run import TrainResult
 
 _EXCESS_NAMES = {"bayes_excess": "above optimum", "bayes_excess_stderr": "± s.e."}
-"""Names, in printed tables, of the columns with the excess loss over the Bayes predictor (on the same prompts) and its standard error."""
+"""Printed names of two columns: the excess loss over the Bayes predictor on the same prompts, and the standard error of the excess."""
 HELP = "train a run, or resume it; without arguments, a small run of about two minutes"
 
 
@@ -42,14 +42,14 @@ def run(words: list[str]) -> int:
 
 
 def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
-    """Train the point of a sweep that `wandb agent` assigned to this program."""
+    """Train the sweep point that `wandb agent` assigned to this program."""
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         config = resolve(*filed, swept, given)
         refuse_conflicts(swept, given)
         if config.population:
             raise ConfigError(
-                "A point under `wandb agent` is one run; remove `population`, or run the file with `icl sweep --pack`."
+                "A sweep point under `wandb agent` is one run; remove `population`, or run the file with `icl sweep --pack`."
             )
         describe_run(wandb_run, config)
         point = local_root() / run_name(config) / "point.json"
@@ -131,7 +131,7 @@ def _show_run(folder: RunFolder) -> None:
 
 
 def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
-    """Return two sentences: the mean loss as a multiple of the Bayes predictors' losses, and its excess over the optimum if this is known."""
+    """Return sentences that compare the model's mean loss with the losses of predictors, and with the optimum if the optimum is known."""
     if drawn.optimum == "bigram":
         excess = means["model"] - means["bigram"]
         side = "below" if excess < 0 else "above"

@@ -61,7 +61,7 @@ def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leave
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         tensors, spec = pytree.tree_flatten(leaves)
         # We use `data` instead of `detach`, because detached rows of one tensor share a version counter. Updates of other rows in other
-        # threads would increase this counter, and autograd would report that these rows were modified.
+        # threads would increase this counter, and autograd would report that the rows of this call were modified.
         tensors = [tensor.data.requires_grad_() for tensor in tensors]
         value, aux = total(pytree.tree_unflatten(tensors, spec))
         gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
@@ -78,7 +78,7 @@ def one_graph(
     """Return the function compiled to one graph. On CUDA this is a CUDA graph.
 
     Results of the compiler are cached in a private folder of the user (`icl.compute.compile_cache`). If compiling fails with this cache, we
-    try once more without it. If this fails too, a warning says so, and calls run the function without compilation.
+    try once more with an empty cache. If this fails too, a warning says so, and calls run the function without compilation.
 
     Args:
         function: Function of tensors, or trees of tensors, that returns tensors.
@@ -90,7 +90,7 @@ def one_graph(
     # Imported here, because this import is slow and no other function needs it.
     from torch._dynamo import config, error_on_graph_break, exc, mark_static_address
 
-    # We do not use `fullgraph`. Up to torch 2.13 it counts graphs in a variable that all threads share, so it fails at random.
+    # On CPUs we do not use `fullgraph`. Up to torch 2.13 it counts graphs in a variable that all threads share, so it fails at random.
     graph = torch.compile(error_on_graph_break(True)(function), dynamic=False, options=options)
     replayed = torch.compile(function, fullgraph=True, dynamic=False, options=_cuda_options())
     # This warning advises to round products to ten bits, but we want float32.
@@ -189,8 +189,8 @@ def in_parallel(
 def keep_freed_memory() -> None:
     """Make glibc keep the memory that a step frees, so that the next step can use it again.
 
-    By default glibc returns this memory to the system, and then requests it again page by page. In our measurements, this takes up to half
-    of a step's time. With other C libraries, this function does nothing.
+    By default glibc returns this memory to the system, and then requests it again page by page. In our measurements, these requests take up
+    to half of a step's time. With other C libraries, this function does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

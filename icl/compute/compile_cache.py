@@ -5,9 +5,9 @@ the files that it finds there, even if another user wrote them. We use the folde
 ($XDG_CACHE_HOME or `~/.cache`), or a folder in $TORCHINDUCTOR_CACHE_DIR if the user has set this variable. Only the user may write to this
 folder.
 
-`digests.json` contains the SHA-256 of every file. If no other process is using the folder, a process that starts removes files that are
-damaged, or that have no digest because the process that wrote them died. These files are compiled again. If the folder cannot be made or is
-not private, the process uses a temporary folder.
+`digests.json` contains the SHA-256 of every file. A process that starts removes damaged files and files without a digest, unless another
+process is using the folder. (A file has no digest if the process that wrote it died.) The removed files are compiled again. If the folder
+cannot be made or is not private, the process uses a temporary folder.
 """
 
 import atexit
@@ -65,7 +65,7 @@ def use_private_cache() -> Path:
 
 
 def start_afresh() -> bool:
-    """Switch to an empty temporary folder. Return False, and change nothing, if this process already uses a temporary folder."""
+    """Switch to an empty temporary folder. Return False, and change nothing, if this process does not use the private cache."""
     global _folder, _held
     from torch._inductor.utils import clear_caches
 
@@ -169,7 +169,10 @@ def require_private(folder: Path) -> None:
 
 
 def damaged(folder: Path) -> list[str]:
-    """List the files that differ from their digests. Files without a digest are not listed, because they may be incomplete."""
+    """List the files that differ from their digests.
+
+    Files without a digest are not listed, because another process may still be writing them.
+    """
     noted = _read_digests(folder)
     return [name for name in _files(folder) if name in noted and _digest(folder / name) != noted[name]]
 
@@ -230,7 +233,7 @@ def _make_torch_use(folder: Path) -> None:
     from torch._inductor import codecache
     from torch._inductor.runtime import runtime_utils
 
-    # Some paths are fixed when torch is imported, or do not depend on the environment, such as the paths of precompiled headers.
+    # Some paths, such as those of precompiled headers, are fixed when torch is imported, or do not depend on the environment.
     headers = folder / "precompiled_headers"
     vars(codecache).update(_HEADER_DIR=str(headers), _HEADER_LOCK_DIR=str(headers / "locks"))
     for module in (codecache, runtime_utils, sys.modules.get("torch._inductor.runtime.cache_dir_utils")):

@@ -42,7 +42,9 @@ def choose_device(accelerator: str = "auto") -> str:
 
 
 def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
-    """Refuse work that needs more memory than is free. Otherwise the system could kill the process without a message.
+    """Refuse work that needs more memory than a CPU has free, or more than a GPU has in total.
+
+    Without this check, the system could kill the process without a message.
 
     Args:
         sizes: Minimum number of bytes of each part, keyed by the part's name in the message.
@@ -61,7 +63,7 @@ def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu")
     if total > _ALWAYS_FREE and total > (free := device_bytes(device)):
         largest = max(sizes, key=lambda name: sizes[name])
         raise ConfigError(
-            f"There is not enough memory for {largest}: at least {_in_units(total)} are needed, and {_in_units(free)} are free. "
+            f"There is not enough memory for {largest}: at least {_in_units(total)} are needed, and {_in_units(free)} are available. "
             "Lower these numbers."
         )
 

@@ -2,8 +2,8 @@
 
 The matrix A is the mean of A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ..., A_J v.
 Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All results are
-computed from Q and the projections Q A_j Q' (m, m). The projections need no further matrix-vector products. The trace needs one more product for
-each probe:
+computed from Q and the projections Q A_j Q' (m, m). The projections need no further matrix-vector products. Only the trace needs one more
+product for each probe. The results are:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
   with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound improves
@@ -53,7 +53,7 @@ class Ritz(NamedTuple):
     stderr: Float[Tensor, "N m"]
     """First-order standard error due to the random choice of the J batches; NaN if there is only one batch."""
     errors: Float[Tensor, "N m"]
-    """Estimated distance to the nearest eigenvalue of A."""
+    """Estimated upper bound on the distance to the nearest eigenvalue of A."""
     weights: Float[Tensor, "N m"]
     """Weight of each value as a node of the spectral density; the weights sum to 1."""
 
@@ -62,7 +62,7 @@ class Trace(NamedTuple):
     """The estimated trace and its standard errors."""
 
     whole: Estimate
-    """Estimate of the trace. Its standard error includes the randomness of the probes and of the J batches."""
+    """Estimate of the trace. Its standard error includes the randomness of the probes and, if J > 1, of the batches."""
     probe_stderr: Float[Tensor, " N"]
     """Standard error due to the probes alone, for the trace of A with these J batches."""
 

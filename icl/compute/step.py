@@ -2,13 +2,13 @@
 
 A step computes each member's loss (`icl.model.losses`) and the gradient, and clips the gradient by its norm. Then the step updates the
 member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). Let g be the clipped gradient, m and v
-the moments, b1 and b2 their decays, and t the number of updates including this one. Then
+the moments, b1 and b2 their decays, `rate` the learning rate, and t the number of updates including this one. Then
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 With a weight decay d, p is multiplied by 1 - rate d before the update (AdamW; Loshchilov and Hutter 2019, as in `torch.optim.AdamW`).
 
-All parameters of a member are one row of a matrix (`icl.model.flat`), so clipping and Adam are a dozen operations for any model. Learning
+All parameters of a member are one row of a matrix (`icl.model.flat`), so clipping and Adam take a dozen operations for any model. Learning
 rates and step counts are tensors. So a step never waits for the host, has no shapes that depend on data, and is compiled only once. The
 results of the eager and the compiled step differ by rounding.
 """
@@ -54,8 +54,8 @@ class StepInfo(NamedTuple):
 Step: TypeAlias = Callable[[AdamState, Tensor, Tensor, Tensor], StepInfo]
 """Function `step(state, xs, ys, rates)` that updates `state` in place.
 
-xs (N, B, K, D) and ys (N, B, K) are the members' prompts. For language, xs and ys (N, B, T) are the members' rows of tokens. rates (N,) are
-the members' learning rates.
+xs (N, B, K, D) and ys (N, B, K) are the members' prompts. For language, xs and ys (N, B, T) are the members' tokens and next tokens.
+rates (N,) are the members' learning rates.
 """
 
 
@@ -81,13 +81,16 @@ def make_step(
     On a GPU, all members are updated together. On a CPU, the data of one member already fill a core's caches, so members are updated
     separately.
 
-    In eager mode, one member is updated after the other, and each update uses all cores. So a member's numbers equal, bit for bit, the
-    numbers of a population with only this member.
+    In eager mode on a CPU, the members are updated one after the other, and each update uses all cores. So a member has the same numbers,
+    bit for bit, as if it were trained alone.
 
-    In compiled mode, the members of a packed population (one that began with several members) are updated in parallel, each on one core.
-    This is faster, but a few sums round differently. Only the biases of keys then differ by more than rounding. No prediction depends on
-    these biases, so their gradients are only rounding errors, which Adam scales up to steps of ordinary size. A single member can also use
-    several cores: each core computes the gradient on a part of the prompts, and the step uses the mean of these gradients.
+    In compiled mode on a CPU, the members of a packed population (one that began with several members) are updated in parallel, each on
+    one core. This is faster, but a few sums are rounded differently than if a member is trained alone. Compared with training alone, only
+    the key biases differ by more than rounding error. No prediction depends on the key biases, so their gradients consist only of rounding
+    errors. Adam scales these gradients up to updates of ordinary size.
+
+    A compiled step of an unpacked population can use several cores for one member. Each core then computes the gradient on a part of the
+    prompts, and the step uses the mean of these gradients.
 
     Args:
         model: The architecture.
@@ -98,7 +101,7 @@ def make_step(
         packed: Whether the population began with several members. This value must stay the same when only one member is left, because
             the results depend on it.
         num_parts: Number of equal parts into which a compiled step on a CPU splits a member's prompts. Each part has its own thread. A
-            different number of parts changes the results by rounding. It has no effect if `packed` is true.
+            different number of parts changes the results by rounding. This setting has no effect if `packed` is true.
         reduce: Function that replaces a tensor by its mean over the processes that share a batch. If it is given, the step stays eager.
     """
 
@@ -131,7 +134,10 @@ def make_step(
 
 
 def most_parts(batch_size: int, num_threads: int) -> int:
-    """Return the number of equal parts of a batch in a compiled step: at most one for each thread, each with at least `SMALLEST_PART` prompts."""
+    """Return the largest number of equal parts into which a compiled step can split a batch.
+
+    There is at most one part for each thread. Each part has at least `SMALLEST_PART` prompts, unless the batch is not split.
+    """
     counts = range(1, num_threads + 1)
     return max(n for n in counts if n == 1 or (batch_size % n == 0 and batch_size // n >= SMALLEST_PART))
 
@@ -146,7 +152,7 @@ def _in_parts(model: ModelConfig, optim: OptimConfig, layout: Layout, num_parts:
         return StepInfo(torch.stack(losses).mean(0), update(state, torch.stack(grads).mean(0), rates, optim))
 
     each_gradient = in_parallel(one_graph(gradient, work="Training", options=RELEASE_GIL), threads_each=1)
-    # This also runs on one thread. Threads of a second team would keep cores busy while they wait, and so slow down the next gradients.
+    # This also runs on one thread. Several OpenMP threads would keep cores busy while they wait, and so slow down the next gradients.
     finish_alone = in_parallel(one_graph(finish, work="Training", options=RELEASE_GIL), threads_each=1)
 
     def step(state: AdamState, xs: Tensor, ys: Tensor, rates: Tensor) -> StepInfo:
@@ -172,7 +178,7 @@ def losses_and_grads(
 
     def combine(losses: Tensor) -> tuple[Tensor, Tensor]:
         means = losses.mean(dim=(1, 2))  # N
-        # A row affects only its own loss, so each row of the sum's gradient is the gradient of its loss.
+        # Row n of the parameters affects only loss n. So row n of the gradient of the sum is the gradient of loss n.
         return means.sum(), means
 
     grads, losses = grads_in_parts(model, layout.to_params, combine, rows, (xs, ys))

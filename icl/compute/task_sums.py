@@ -65,7 +65,10 @@ def _sums(
     weigh: _Weigh,
     error: Callable[[Tensor], Tensor] | None,
 ) -> _Sums:
-    """Return the sums over these tasks. The weights at k depend on earlier examples only, so we use them before we add example k."""
+    """Return the sums over these tasks.
+
+    The weights at prefix k depend only on the examples before k. So we use the weights before we add the error of example k.
+    """
     squares = xs.new_zeros(len(xs), len(tasks))  # B M
     prefixes = []
     for k in range(xs.shape[1]):
@@ -73,7 +76,7 @@ def _sums(
         least = squares.amin(-1, keepdim=True)  # B 1
         weights = weigh(squares - least)  # B M
         prefixes.append(torch.stack((least[:, 0], weights.sum(-1), torch.linalg.vecdot(weights, outputs))))  # 3 B
-        # In place, because another tensor of this size would not fit in the cache.
+        # Subtract in place, because another tensor of this size would not fit in the cache.
         residuals = outputs.sub_(ys[:, k, None])  # B M
         if error is None:
             squares.addcmul_(residuals, residuals)

@@ -9,7 +9,7 @@ from typing import Literal
 from icl.config.validation import require, validate
 
 LANGUAGE_ONLY = {"head_size": None, "positions": "standard"}
-"""Settings of `model` that only language models use, with the values that they must have in every other model."""
+"""Settings of `model` that only language models use, with the values that regression models require."""
 _OF_EVERY_LANGUAGE_MODEL = {
     "layer_norm": "pre",
     "attention_output": True,

@@ -31,8 +31,8 @@ FREE_ON_RESUME = (
 )
 """Settings and sections that may change when an unfinished run is resumed. They are not part of a run's default name.
 
-These settings determine the devices, how progress is saved and logged, and how LLCs are estimated later. They do not change what training
-computes.
+These settings determine the devices, whether training is compiled, how progress is saved and logged, and how LLCs are estimated later. They
+do not change what training computes.
 """
 OLDER_SOURCES = ("icr", "timaeus", "raventos", "timaeus-lm")
 """Older code bases whose checkpoints `icl import` reads."""
@@ -148,7 +148,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Evaluation during training, on fixed prompts. Tables that are made after training use the same number of other fixed prompts."""
+    """Evaluation during training, on fixed prompts. Tables that are made after training use another set of fixed prompts, of the same size."""
 
     every: int | None = 500
     """Number of steps between evaluations; None means no evaluation during training."""

@@ -42,8 +42,8 @@ PRESETS_OF_WORLDS = frozenset(
         *("laplace-noise", "student-t-inputs", "ar1-inputs", "resampled-pool", "walking-pool"),
     )
 )
-"""Presets that change a setting of `task` in `LATER_SETTINGS`. Their runs save all settings of `task`: a setting that was left out would get
-the preset's value, and not the default, when the saved settings are resolved again."""
+"""Presets that change a setting of `task` in `LATER_SETTINGS`. Their runs save all settings of `task`. If a setting with its default were
+left out, it would get the preset's value when the saved settings are resolved again."""
 LATER_SETTINGS: dict[str, Any] = {
     **{f"task.{name}": default for name, default in WORLD_SETTINGS.items()},
     "model.num_components": ModelConfig.num_components,
@@ -52,8 +52,9 @@ LATER_SETTINGS: dict[str, Any] = {
     "language.change_step": LanguageConfig.change_step,
 }
 """Settings that the first versions did not have: their dotted keys and defaults. With these defaults, `icl` does what the first versions did.
-`to_dict` leaves out every setting of this table that has its default. Saved settings, run names and the hashes of sweeps are computed from
-`to_dict`, so they do not change when a setting is added. To add a setting, it is enough to enter it in this table."""
+`to_dict` leaves out the settings of this table that have their defaults; its docstring gives two exceptions. Saved settings, run names and
+the hashes of sweeps are computed from `to_dict`, so they do not change when a setting is added. To add a setting, it is enough to enter it in
+this table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ class RunConfig:
         return self.optim.schedule_steps or self.trainer.max_steps
 
     def members(self) -> list["RunConfig"]:
-        """Return the configuration of each run in the population. Each configuration is that of the same run trained alone.
+        """Return the configuration of each run in the population. Each configuration is the same as if the run were trained alone.
 
         Without a population, the list contains only this configuration. If the population has a `run_name`, its runs are in subfolders of
         the folder of that name.
@@ -168,9 +169,9 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the tree as nested dicts of plain values. Infinity becomes the string `inf`.
 
-        Settings of `LATER_SETTINGS` are left out if they have their defaults, and a regression run has no section `language`. For a
-        language run, all settings that were added with language models are included. For a preset of `PRESETS_OF_WORLDS`, all settings of
-        `task` are included.
+        Settings of `LATER_SETTINGS` are left out if they have their defaults. There are two exceptions. A language run includes all
+        settings of `_LANGUAGE_SETTINGS`. A run with a preset of `PRESETS_OF_WORLDS` includes all settings of `task`. A regression run has no
+        section `language`.
         """
         tree = self._tree()
         for key, default in LATER_SETTINGS.items():
@@ -201,7 +202,7 @@ class RunConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of one prompt, or of one row of text."""
+        """Number of tokens of one prompt (2K), or number of predicted tokens of one row of text (`context_size` - 1)."""
         return self.language.num_predictions if self.model.is_language else 2 * self.task.max_examples
 
     @classmethod

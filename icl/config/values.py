@@ -76,7 +76,7 @@ def read_value(key: str, value: Any) -> Any:
         if key == "run_name":
             require_run_name(
                 "~" if value == "~" else "name"
-            )  # refuse `~`, the home folder in a shell, but null in YAML
+            )  # `~` is refused: it is the home folder in a shell, but null in YAML
         if not is_text or (types.NoneType in parts and value.strip().lower() in _NONE):
             value = _read_scalar(key, value)
     elif is_text and isinstance(value, (int, float)) and not isinstance(value, bool):

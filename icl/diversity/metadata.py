@@ -1,8 +1,8 @@
 """The file `experiment_metadata.json`: the settings of an experiment and the state of each of its runs.
 
-The file is written before the first step. It is replaced atomically whenever a run starts, ends or fails, and every
-few seconds while a run trains. The file is only for information: the files in the runs' folders show which runs are done. So the experiment continues correctly
-even if this file is missing or out of date.
+The file is written before the first step. It is replaced atomically whenever a run starts, ends or fails, and every few
+seconds while a run trains. The file is only for information: the files in the runs' folders show which runs are done. So
+the experiment continues correctly even if this file is missing or out of date.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The runs of a task-diversity experiment: one run for each M, each in its own folder below the folder of the experiment.
+"""The runs of a task-diversity experiment: one run for each number of tasks M, each in a folder below that of the experiment.
 
 The run with M = 8 has the folder `<base>/checkpoints_M8/`. The M tasks of a run are the first M tasks of every run that has more tasks.
 Prompts, initial weights and new tasks come from the same random streams in all runs. So differences between runs are due to M.

@@ -1,9 +1,9 @@
 """The numbers of a task-diversity experiment as one tidy table, and the experiment's figure.
 
-Each row has one number and its standard error, for one M, one step and one distribution of prompts. The column
-`quantity` says what the number is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a baseline, it is the
-baseline's name, such as `ridge`. Baselines do not depend on the step, but their rows are repeated at every step, so that a selection by M
-and step includes them.
+Each row has one number and its standard error, for one number of tasks M, one step and one distribution of prompts. The column
+`quantity` says what the number is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a baseline,
+it is the baseline's name, such as `ridge`. Baselines do not depend on the step, but their rows are repeated at every step, so that
+a selection by M and step includes them.
 """
 
 import dataclasses

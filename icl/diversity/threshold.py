@@ -4,20 +4,21 @@ For models that differ only in M and in seeds, let
 
     r(M) = ln(gap to ridge / gap to dMMSE)
 
-where both gaps are measured on new tasks (`true`) and averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned
-its M tasks. A model with r < 0 is closer to ridge, so it has learned the Gaussian prior. The threshold of a seed is the M at which r falls
-to zero, interpolated linearly in log2 M between two trained M. The standard error of the threshold over prompts is propagated to first
-order from the errors of r. As the error of r we use an upper bound, the sum of the relative errors of the two gaps, because both gaps are
-measured on the same prompts.
+A gap is the mean squared difference between the model's predictions and those of the baseline. Both gaps are measured on new tasks (`true`)
+and averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned its M tasks. A model with r < 0 is closer to ridge, so
+it has learned the Gaussian prior. The threshold of a seed is the M at which r falls to zero, interpolated linearly in log2 M between two
+trained M. The standard error of the threshold over prompts is propagated to first order from the standard errors of r. Both gaps are
+measured on the same prompts, so their errors are correlated. We therefore use an upper bound on the standard error of r: the sum of the
+relative standard errors of the two gaps.
 
-The threshold depends on the length of training. At a later step it may be higher, because models with few tasks move away from ridge again
-(`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) define their threshold differently, by a comparison
-of runs with different batch sizes. Models with M = inf are left out, because there dMMSE is the same as ridge.
+The threshold depends on the length of training. At a later step, the threshold may be higher, because models with few tasks move away from
+ridge again (`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.15063, section 3.1) define their threshold differently, by a
+comparison of runs with different batch sizes. Models with M = inf are left out, because dMMSE is the same as ridge for M = inf.
 
-A seed's threshold has the verdict `ok` if r is significantly positive at one or more M, significantly negative at one or more M, and changes
-its sign only once between these M. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds, we
-average the log2 of the threshold over seeds, and give its 95 % interval (`icl.analysis.seeds`). With fewer seeds there is no interval; look
-at the thresholds of the single seeds.
+A seed's threshold has the verdict `ok` if r is significantly positive at one or more M, and significantly negative at one or more M. Among
+these M, it must change its sign only once. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds,
+we average the log2 of the threshold over seeds, and give its 95 % interval (`icl.analysis.seeds`). With fewer seeds there is no interval;
+look at the thresholds of the single seeds.
 """
 
 import dataclasses
@@ -52,9 +53,9 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A table with the columns `COLUMNS`. `threshold` is a number of tasks, or NaN if there is none. `stderr_log2` is the standard error
-        of log2 of the threshold. In a seed's row, this is the error over prompts, and `lower` and `upper` are the neighbouring trained M.
-        In the row for all seeds, it is the error over seeds, and `lower` and `upper` are the limits of the 95 % interval. The table is
-        empty if there are fewer than `MIN_SIZES` finite M.
+        of log2 of the threshold. In a seed's row, this is the standard error over prompts, and `lower` and `upper` are the neighbouring
+        trained M. In the row for all seeds, it is the standard error over seeds, and `lower` and `upper` are the limits of the 95 %
+        interval. The table is empty if there are fewer than `MIN_SIZES` finite M.
     """
     table = table.assign(num_tasks=table["num_tasks"].astype(str))
     table = table[(table["distribution"] == "true") & (table["position"] == "mean") & (table["num_tasks"] != "inf")]
@@ -68,7 +69,9 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ladder_table(numbers: pd.DataFrame, configs: Mapping[str, RunConfig]) -> pd.DataFrame | None:
-    """Convert the measured values of runs into a table for `thresholds`, or return None if the runs differ in more than M and seeds.
+    """Convert the measured values of runs into a table for `thresholds`, or return None.
+
+    The result is None if the runs differ in more than M and seeds, or if they have fewer than `MIN_SIZES` different finite M.
 
     Args:
         numbers: Numbers of the runs, with the name of the run in the column `run`.
@@ -117,7 +120,7 @@ def _without_tasks(config: RunConfig) -> RunConfig:
 
 
 def _log_ratios(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the values of M of one seed in ascending order, r(M), and upper bounds on the errors of r over prompts."""
+    """Return the values of M of one seed in ascending order, r(M), and upper bounds on the standard errors of r over prompts."""
     wide = rows[rows["quantity"].isin(["delta_ridge", "delta_dmmse"])].pivot(index="num_tasks", columns="quantity")
     wide = wide.reindex(sorted(wide.index, key=float))
     if not {("value", "delta_ridge"), ("value", "delta_dmmse")} <= set(wide.columns):
@@ -129,7 +132,7 @@ def _log_ratios(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _of_seed(sizes: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
-    """Return the threshold of one seed from its values of M, r(M) and the errors of r."""
+    """Return the threshold of one seed from its values of M, r(M) and the standard errors of r."""
     is_clear = np.abs(ratios) > SIGN_ERRORS * errors
     clear_signs = np.sign(ratios[is_clear])
     falls = [(a, b) for a, b in pairwise(range(len(sizes))) if ratios[a] > 0 >= ratios[b]]

@@ -28,7 +28,7 @@ class Frequencies(NamedTuple):
 
     unigrams: Float[Tensor, " V"]
     pairs: Float[Tensor, "V V"]
-    """Empirical probabilities q(t | s), without the added counts. The row of a token s that does not occur is zero."""
+    """Empirical probabilities q(t | s), without the added counts. If no token follows s in the text, q(t | s) is zero for all t."""
     smoothed: Float[Tensor, "V V"]
     """Probabilities q(t | s) with the added counts, so that none is zero."""
 

@@ -9,7 +9,7 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
   not Gaussian. Shifts have no `bayes_excess`. If the Bayes predictor is exact, the excess has the same expectation as
   the gap to this predictor, so the excess is negative only by chance. If `bayes` is a particle estimate, the excess is
   too small by `bayes_variance`.
-- `delta_ridge`, `delta_dmmse`: the gap to a baseline, which is the mean squared difference of predictions (Raventos et al. 2023,
+- `delta_ridge`, `delta_dmmse`: the gap to a baseline, which is the mean squared difference of predictions (Raventós et al. 2023,
   section 2, who divide by D).
 - `delta_bayes`: the gap to the Bayes predictor for new tasks (`icl.bayes`), if the prior or the noise is not Gaussian.
   For some priors and noise distributions, particle filters estimate the predictions of this Bayes predictor. The errors
@@ -19,10 +19,10 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
   model predicts better after more examples.
 - `nll`: the negative log-likelihood in nats per target, only for models with a predictive distribution (`model.output` is `gaussian` or
   `mixture`).
-- `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge with Gaussian noise and
+- `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge (with Gaussian noise) and
   dMMSE (`icl.evidence`). If the prior or the noise is not Gaussian, there is also the Bayes predictor for new tasks (`icl.bayes`). The
-  expected difference is at least 0 on prompts from the distribution for which the predictor is optimal: `pretrain` for dMMSE, and `true`
-  for `bayes`, or for ridge if there is no `bayes`. If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the
+  expected difference is at least 0 on the prompts for which the predictor is optimal. These are `pretrain` for dMMSE, and `true` for
+  `bayes` (for ridge, if there is no `bayes`). If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the
   mean squared standard error of this NLL.
 - `prior_zero`, `prior_task_mean`: prior-task scores, which are the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
@@ -171,7 +171,7 @@ def summarise(
 
     Returns:
         For each member, a dict with the keys `eval/<set>/{loss,delta_ridge,delta_dmmse,icl_score}`. `delta_dmmse` exists only for finite
-        M. If `nll` is given, there is also the key `eval/<set>/nll`.
+        M. A language run has only `loss` and `icl_score`. If `nll` is given, there is also the key `eval/<set>/nll`.
     """
     results: list[dict[str, float]] = [{} for _ in sets]
     for member_sets in zip(*sets, strict=True):  # the sets with the same name, one for each member

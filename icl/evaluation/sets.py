@@ -45,11 +45,11 @@ class EvaluationSet(NamedTuple):
     is_about_query: bool
     """Whether the shift changes only the last position, the query. If so, only the numbers at the query are computed."""
     nll: Mapping[str, Tensor] = MappingProxyType({})
-    """Negative log-likelihoods (B, K) of the Bayes predictors. Empty if the model has no predictive distribution or there is no noise."""
+    """Negative log-likelihoods (B, K) of `ridge`, `dmmse` and `bayes`. Empty if the model has no predictive distribution or there is no noise."""
     variances: Mapping[str, Tensor] = MappingProxyType({})
     """Squared standard errors (B, K) of the baseline `bayes`: `bayes_variance` for its predictions, `bayes_nll_variance` for its NLL."""
     is_gaussian: bool = True
-    """Whether prior and noise are both Gaussian. Then ridge is the Bayes predictor for new tasks."""
+    """Whether prior and noise are both Gaussian. If so, ridge is the Bayes predictor for new tasks."""
 
     @property
     def bayes(self) -> str | None:

@@ -117,7 +117,7 @@ def is_table(rows: Any) -> bool:
 
 
 def is_beyond_floats(text: str, number: float) -> bool:
-    """Return whether reading a number from text, such as 1e400 or 1e-400, gave infinity or zero because a float cannot represent it."""
+    """Return whether a float is too small or too large to represent a number in text, such as 1e400 or 1e-400."""
     mantissa = re.split("[eE]", text)[0]
     return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
 

@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-_SCHEME = r"[A-Za-z][\w+.-]{0,30}://"  # the bound keeps the search time from growing with the square of a word's length
+# Without the bound of 30, the search time would grow with the square of a word's length.
+_SCHEME = r"[A-Za-z][\w+.-]{0,30}://"
 _CREDENTIALS = re.compile(rf"({_SCHEME})\S*@")
 _SECRET_NAME = r"(?:\w*_)?(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)"
 _SECRETS = re.compile(_SECRET_NAME)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""Numbers of the errors that `flock` raises if another process holds the lock. On network file systems, the error is EACCES."""
+"""`errno` codes with which `flock` fails if another process holds the lock. On network file systems, the code is EACCES."""
 _CANNOT_SYNC = (
     errno.EINVAL,
     errno.EBADF,
@@ -28,7 +28,7 @@ _CANNOT_SYNC = (
     errno.ENOTTY,
     errno.EROFS,
 )
-"""Numbers of the errors that mean that a file system cannot flush to disk. Any other error, such as EIO or ENOSPC, is a disk failure."""
+"""`errno` codes which mean that a file system cannot flush to disk. Any other code, such as EIO or ENOSPC, is a disk failure."""
 _WARNED: set[int] = set()
 """Device numbers of the file systems about which we have warned."""
 
@@ -147,7 +147,9 @@ def _missing(folder: Path) -> dict[str, str]:
             if not _works(lambda: os.fsync(file.fileno())) or not _works(lambda: _sync(folder)):
                 missing["flushing to disk"] = "a power cut may undo the last save"
         if not _works(lambda: second.hardlink_to(first)):
-            missing["hard links"] = "a power cut while a run claims its name in a store may make that name unusable"
+            missing["hard links"] = (
+                "if the power fails while a run claims its name in a store, the name may become unusable"
+            )
     except OSError:  # nothing can be written to this folder; the next write will report this
         pass
     finally:

@@ -23,14 +23,14 @@ class Format(NamedTuple):
     preset: str
     """The preset with the published settings of the code base."""
     patterns: tuple[str, ...]
-    """Patterns of the names of checkpoint files of this code base in a folder."""
+    """Patterns of the paths of the code base's checkpoint files, relative to the imported folder."""
     read: Callable[[Path], Any]
     is_mine: Callable[[Any], bool]
     step_of: Callable[[Any], int | None]
     facts: Callable[[Any], dict[str, Any]]
     """Function that returns the settings that a file determines, keyed by dotted name."""
     folder_facts: Callable[[Path], dict[str, Any]]
-    """Function that returns the settings that are determined by the name of a file's folder, or by another file in or above this folder."""
+    """Function that returns the settings in the name of a file's folder, or in other files in or above this folder."""
     params: Callable[[Any, RunConfig], Params]
     draw_tasks: Callable[[Any, RunConfig], Float[Tensor, "M D"]]
     """Function that draws the training tasks again, as the older code did from its seed."""

@@ -36,7 +36,7 @@ _DOUBLE = {
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether the content of a file comes from the code base with `ICRegConfig`."""
+    """Return whether the code with `ICRegConfig` wrote this file."""
     return isinstance(tree, Mapping) and ("model_state_dict" in tree or _is_state(tree))
 
 
@@ -50,7 +50,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
-        ContentError: If the file contains no model of this code base, or its config and its weights contradict each other.
+        ContentError: If the file contains no model of the code with `ICRegConfig`, or its config and its weights contradict each other.
     """
     weights = Weights(_state(tree))
     embed_size, token_size = weights.shape("input_proj.weight", 2)

@@ -2,7 +2,7 @@
 
 Settings come from the files or from the user's options, and are never guessed. If both contain a setting, they must agree. Some
 settings of training, such as the batch size, affect neither predictions nor analyses. These may remain unknown; `config.yaml` then
-contains the values of the preset.
+contains the values of the preset. An unknown `trainer.max_steps` is set to the last saved step.
 """
 
 import hashlib
@@ -67,7 +67,8 @@ class Settings(NamedTuple):
     from_files: dict[str, Any]
     from_options: dict[str, Any]
     unknown: list[str]
-    """Settings whose true values are not known, so that `config` has the values of the preset."""
+    """Settings whose true values are not known. For these, `config` has the values of the preset, except that `trainer.max_steps` is the
+    last saved step."""
 
 
 def find_files(path: Path, source: Format) -> list[Path]:
@@ -151,7 +152,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
 
     Raises:
         ConfigError: If a needed setting is unknown, or files and options contradict each other.
-        OlderFileError: If the file is not a model of this code base.
+        OlderFileError: If the file contains no model of the code base `source`.
     """
     from_files = _facts(step, source)
     for key in options:
@@ -210,7 +211,7 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
 
 
 def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None:
-    """Refuse a file that does not belong to the same run as the first file.
+    """Refuse a file that does not belong to the same run as the file `first`.
 
     Raises:
         OlderFileError: If settings differ. The message names the first difference.
@@ -225,7 +226,7 @@ def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None
 
 
 def _facts(step: OlderStep, source: Format) -> dict[str, Any]:
-    """Return the settings that are determined by a file, by its folder's name and by other files in the folder."""
+    """Return the settings in a file, in the name of its folder, and in other files in or above the folder."""
     try:
         found = source.facts(step.tree)
     except ContentError as error:

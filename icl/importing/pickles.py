@@ -189,7 +189,10 @@ def _refuse(path: Path, error: Exception, name: str | None) -> NoReturn:
 
 
 def _require_plain_tensors(tree: Any, path: Path, size: int) -> None:
-    """Refuse tensors that are sparse, or larger than the file, because a tensor in a file can claim to repeat one number many times."""
+    """Refuse tensors that are not dense, or that are larger than the file.
+
+    A tensor in a file can claim to repeat one number many times, and so need much more memory than the file.
+    """
     for tensor in _tensors(tree):
         if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise OlderFileError(

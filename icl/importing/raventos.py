@@ -1,4 +1,4 @@
-"""Files of mansheej/icl-task-diversity, the code of Raventos et al. (2023): layout, settings and tasks.
+"""Files of mansheej/icl-task-diversity, the code of Raventós et al. (2023): layout, settings and tasks.
 
 A run's folder has `config.json` and one `checkpoint_<step>` for each saved step. `checkpoint_<step>` is a file, or a folder that
 contains the file `checkpoint`. The file is in the msgpack format of Flax. It contains a table with the keys `step`, `params` and
@@ -63,12 +63,12 @@ def read(path: Path) -> Any:
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether the content of a file comes from this code base."""
+    """Return whether the code of Raventós et al. wrote this file."""
     return isinstance(tree, Mapping) and all(name in _params(tree) for name in _MODULES)
 
 
 def step_of(tree: Mapping[str, Any]) -> int | None:
-    """Return the number of updates, or None if the file does not contain it."""
+    """Return the number of updates before the checkpoint, or None if the file does not contain this number."""
     step = tree.get("step")
     step = step.item() if isinstance(step, np.ndarray) and step.size == 1 else step
     return step if is_count(step) else None
@@ -116,7 +116,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
-        ContentError: If the file contains no model of this code base.
+        ContentError: If the file contains no model of Raventós et al.
     """
     weights = _weights(tree)
     token_size, embed_size = weights.shape("_in/kernel", 2)
@@ -172,7 +172,7 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
 
 
 def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D"]:
-    """Draw the M training tasks as the older code did with JAX before version 0.5, from `task_seed`, which is our `seeds.tasks`."""
+    """Draw the M training tasks again, as JAX before version 0.5 drew them. The seed `task_seed` of the older code is our `seeds.tasks`."""
     key = threefry.fold_in(threefry.key_of(config.seeds.tasks), 0)
     return torch.from_numpy(threefry.normal(key, (int(config.task.num_tasks), config.task.task_size)))
 

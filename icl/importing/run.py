@@ -1,4 +1,4 @@
-"""Import saved steps of an older code base as a run's folder, for `icl import`.
+"""Convert the saved steps of an older code base to a run's folder, for `icl import`.
 
 The folder contains `config.yaml`, `status.json` and `checkpoints/`. It also contains `imported.json`, which says where every setting comes
 from. If the training tasks are known, `checkpoints/tasks.safetensors` contains them. There is no `metrics.csv` and no `last.ckpt`.
@@ -121,7 +121,10 @@ def _require_new(run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def _no_half_run(run: RunFolder) -> Iterator[None]:
-    """If the body of the `with` statement fails, remove the files that it wrote, so that a later import cannot mix its steps with them."""
+    """Remove all files that the body of the `with` statement wrote, if the body fails.
+
+    Otherwise a later import could mix its steps with the steps of the failed import.
+    """
     _require_new(run)  # checked again, because another import may have finished before we had the lock
     try:
         yield
@@ -173,7 +176,7 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
 
 
 def _name(run: RunFolder) -> str | None:
-    """Return the run's name for listings and stores, made from the path of its folder, or None if this gives no valid run name."""
+    """Return the run's name, which listings and stores use. Return None if the path of the run's folder gives no valid name."""
     try:
         require_run_name(name := name_of(run.path))
     except ConfigError:

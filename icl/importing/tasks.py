@@ -34,7 +34,7 @@ def choose_tasks(
         tree: Content of a file of the run, which may contain the table.
         source: The code base.
         config: The run's settings.
-        is_seed_given: Whether the user gave the seed of the tasks.
+        is_seed_given: Whether the user's options or the run's files contain the seed of the tasks.
 
     Returns:
         Two values: the table, or None if the run has the Gaussian prior or the tasks remain unknown; and the phrase.

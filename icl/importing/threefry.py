@@ -1,4 +1,4 @@
-"""Draw the same normal random numbers as JAX before version 0.5 with its default generator. Only NumPy is needed, not JAX.
+"""Draw normal random numbers as JAX's default generator drew them before version 0.5. Only NumPy is needed, not JAX.
 
 JAX's default generator is Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). A key is a
 pair of 32-bit words. To draw n words, the generator encrypts the pairs of counters (i, i + n/2) for i < n/2. The two words of an

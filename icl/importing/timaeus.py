@@ -31,7 +31,7 @@ _RUN = re.compile(r"M-(inf|\d{1,10})-seed-(\d{1,18}|None)-task-.*")
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether the content of a file comes from this code base."""
+    """Return whether the code of Hoogland et al. wrote this file."""
     return isinstance(tree, Mapping) and any(_is_own(name) for name in _state(tree) if isinstance(name, str))
 
 
@@ -53,7 +53,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a file determines, keyed by dotted name.
 
     Raises:
-        ContentError: If the file contains no model of this code base.
+        ContentError: If the file contains no model of Hoogland et al.
     """
     weights = Weights(_own(tree))
     embed_size, token_size = weights.shape("token_embedding.weight", 2)
@@ -111,7 +111,7 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
 
 
 def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D"]:
-    """Draw the M training tasks as the older code did, from `pretrain_seed`, which is our `seeds.tasks`."""
+    """Draw the M training tasks again, as the older code did. The seed `pretrain_seed` of the older code is our `seeds.tasks`."""
     generator = torch.Generator().manual_seed(config.seeds.tasks)
     return torch.normal(0.0, 1.0, (int(config.task.num_tasks), config.task.task_size), generator=generator)
 
@@ -152,7 +152,7 @@ def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warmup_steps(scheduler: Mapping[str, Any]) -> int | None:
-    """Return the number of steps before OneCycleLR's peak, or None if the schedule is not a triangle (OneCycleLR's default is a cosine)."""
+    """Return the number of steps up to OneCycleLR's peak, or None if the schedule is not a triangle (OneCycleLR's default is a cosine)."""
     phases = scheduler.get("_schedule_phases")
     if scheduler.get("_anneal_func_type", "linear") != "linear" or not isinstance(phases, list) or len(phases) != 2:
         return None

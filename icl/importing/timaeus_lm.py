@@ -1,4 +1,4 @@
-"""Files of the language models of Hoogland et al. (2024) and their successors (Timaeus, on the Hugging Face Hub), in two formats.
+"""Files of Timaeus's language models on the Hugging Face Hub, in two formats. These include the models of Hoogland et al. (2024).
 
 - Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict with the keys `model_state_dict` and
   `optimizer_state_dict`. There is no file of settings. The code saves after the update, so file 0 contains the state after one update. We
@@ -57,7 +57,7 @@ def read(path: Path) -> Any:
 
 
 def is_mine(tree: Any) -> bool:
-    """Return whether the content of a file comes from this code base."""
+    """Return whether the file contains a language model of Timaeus."""
     return isinstance(tree, Mapping) and "embed.W_E" in _state(tree)
 
 
@@ -70,7 +70,7 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the weights determine, keyed by dotted name.
 
     Raises:
-        ContentError: If the file contains no model of this code base.
+        ContentError: If the file contains no language model of Timaeus.
     """
     weights = Weights(_state(tree))
     vocab_size, embed_size = weights.shape("embed.W_E", 2)
@@ -92,10 +92,10 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_facts(path: Path) -> dict[str, Any]:
-    """Return the settings in `config.json` or `model.yaml`, which may be beside the file or in the folder above.
+    """Return the settings in `config.json` and `model.yaml`. These files may be beside the checkpoint, or in the folder above.
 
     Raises:
-        OlderFileError: If `icl` has no model of this kind.
+        OlderFileError: If the settings describe a model that `icl` does not support.
     """
     found: dict[str, Any] = {}
     for file in (folder / name for folder in (path.parent, path.parent.parent) for name in _SETTINGS):
@@ -176,7 +176,7 @@ def _state(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 
 def _learning_rate(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the learning rate and the weight decay of the optimiser, if the file has them."""
+    """Return the learning rate and the weight decay of the optimiser, if the checkpoint contains them and they are between 0 and 1."""
     optimiser = tree.get("optimizer_state_dict")
     groups = optimiser.get("param_groups") if isinstance(optimiser, Mapping) else None
     group = groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], Mapping) else {}

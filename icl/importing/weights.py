@@ -16,7 +16,7 @@ _MAX_LAYERS = 1000
 
 
 class Weights:
-    """The tensors of an older model, keyed by name. A conversion takes each tensor once, with its expected shape, and may leave none."""
+    """The tensors of an older model, keyed by name. A conversion takes each tensor once, with its expected shape, and must take all of them."""
 
     def __init__(self, tensors: Mapping[Any, Any]) -> None:
         self._left: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ class Weights:
 
 
 def by_head(fused: Float[Tensor, "..."], num_heads: int) -> Float[Tensor, "..."]:
-    """Return the weight (3C, C) or bias (3C,) of fused queries, keys and values in the order of `icl`.
+    """Reorder the fused weight (3C, C) or bias (3C,) of queries, keys and values as `icl` orders them.
 
     In PyTorch and GPT-2, all queries come first, then all keys, then all values. In `icl`, q, k and v of head 1 come first, then q, k and
     v of head 2, and so on.

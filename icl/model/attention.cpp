@@ -1,12 +1,12 @@
 // Causal attention over the few tokens of a prompt, and its gradient, on CPUs; icl/model/attention.py calls it.
 //
-// For 15 tokens and heads of 16 channels, general libraries spend far more on calls, copies and masks than on arithmetic.
-// Here one head of one prompt, a few KiB, is worked off at a time and never leaves the nearest cache. The lanes of a vector
-// are queries: P[s][i] is how much query i takes of token s, so the softmax goes down columns, and no sum is across lanes.
-// Query i stands at token i * stride and sees the tokens s <= i * stride.
+// For 15 tokens and heads of 16 channels, general libraries spend far more time on calls, copies and masks than on
+// arithmetic. The kernel computes one head of one prompt at a time. Its data are a few KiB and stay in the fastest cache.
+// The lanes of a vector are queries. P[s][i] is the attention weight of query i on token s. So the softmax is computed down
+// columns, and no sum is taken across lanes. Query i belongs to token i * stride, and attends to the tokens s <= i * stride.
 //
-// Tensors are float32, contiguous and laid out (prompts, tokens or queries, heads * size). Results do not depend on the
-// number of threads. The OpenMP runtime is the one that PyTorch has loaded, with as many threads as PyTorch was told.
+// Tensors are float32 and contiguous, with the axes (prompts, tokens or queries, heads * size). Results do not depend on the
+// number of threads. We use the OpenMP runtime that PyTorch has loaded, with PyTorch's number of threads.
 
 #include <cstdint>
 #include <cstdlib>
@@ -41,22 +41,24 @@ INLINE void store(float* to, Floats<W> values) {
   *reinterpret_cast<typename Lanes<W>::Anywhere*>(to) = values;
 }
 
-// The sizes of a problem; constants where the compiler is to unroll. `width` is `queries` rounded up to whole vectors.
+// Sizes of a problem. They are constants where the compiler must unroll loops. `size` is the number of channels of a head.
+// `width` is `queries` rounded up to whole vectors.
 struct Sizes {
   Int heads, queries, tokens, size, stride, width;
   INLINE Int row() const { return heads * size; }
-  // How many tokens the queries first .. first + lanes - 1 may see.
+  // Number of tokens to which at least one of the queries first .. first + lanes - 1 attends.
   INLINE Int seen(Int first, Int lanes) const {
     Int end = (first + lanes - 1) * stride + 1;
     return end < tokens ? end : tokens;
   }
 };
 
-// Where a block of four begins: at the end of `count`, at least 4, it overlaps the one before and finds the same again.
+// First index of a block of four. `count` is at least 4. If fewer than four indices are left, the block overlaps the
+// previous block, and computes the same values again.
 INLINE Int four_from(Int at, Int count) { return at + 4 <= count ? at : count - 4; }
 
-// exp(x) for x <= 0: e^(n ln 2 + r) with |r| <= ln 2 / 2, by Cephes' polynomial (expf, relative error 1e-7). NaN stays NaN;
-// of x > 0, which tokens that a query does not see may have, it is any number.
+// exp(x) for x <= 0, as e^(n ln 2 + r) with |r| <= ln 2 / 2, by the polynomial of Cephes (expf, relative error 1e-7). NaN
+// stays NaN. For x > 0 the result is arbitrary; x can be positive only at tokens to which a query does not attend.
 template <int W>
 INLINE Floats<W> exponential(Floats<W> x) {
   Floats<W> floored = x < -87.0f ? Floats<W>{} - 87.0f : x;
@@ -77,7 +79,7 @@ INLINE Floats<W> exponential(Floats<W> x) {
 #else
 #define SHUFFLE(W, a, b, ...) __builtin_shuffle(a, b, Words<W>{__VA_ARGS__})
 #endif
-// One step of a transposition: swaps the blocks beside the diagonal of every square of 2 * BLOCK rows.
+// One step of a transposition: swap the off-diagonal blocks of every square of 2 * BLOCK rows.
 #define SWAP(W, BLOCK, UPPER, LOWER)                 \
   for (int i = 0; i < W; i++)                        \
     if (!(i & BLOCK)) {                              \
@@ -109,7 +111,7 @@ INLINE void transpose_square(Floats<4> (&x)[4]) {
   SWAP(4, 1, LIST(0, 4, 2, 6), LIST(1, 5, 3, 7))
 }
 
-// Rows of one head, (queries, size), to columns (size, width); lanes without a query are 0.
+// Transpose the rows of one head (queries, size) to columns (size, width). Lanes without a query are 0.
 template <int W>
 INLINE void transpose(const Sizes& n, float* columns, const float* rows) {
   for (Int first = 0; first < n.width; first += W) {
@@ -125,7 +127,8 @@ INLINE void transpose(const Sizes& n, float* columns, const float* rows) {
   }
 }
 
-// products[s][i] = rows[s] . columns[.][i] for N tokens from s on, in blocks of lanes that see them.
+// products[s][i] = rows[s] . columns[.][i] for the N tokens from s on. Vectors of queries that attend to none of these
+// tokens are skipped.
 template <int W, int N>
 INLINE void multiply(const Sizes& n, float* products, const float* rows, const float* columns, Int s) {
   for (Int i = s / n.stride / W * W; i < n.width; i += W) {
@@ -146,7 +149,7 @@ INLINE void multiply(const Sizes& n, float* products, const float* rows, const f
     for (Int s = 0; s < n.tokens; s += 4) multiply<W, 4>(n, products, rows, columns, four_from(s, n.tokens));
 }
 
-// Scores to P: the softmax over s of scale * scores, 0 where a query does not see.
+// Convert scores to P in place: the softmax over s of scale * scores. P is 0 at tokens to which a query does not attend.
 template <int W>
 INLINE void softmax(const Sizes& n, float* p, float scale) {
   for (Int i = 0; i < n.width; i += W) {
@@ -171,7 +174,8 @@ INLINE void softmax(const Sizes& n, float* p, float scale) {
   }
 }
 
-// The gradient of P to that of scale * scores, in place: P (dP - sum_s P dP).
+// Convert dP, the gradient with respect to P, to the gradient with respect to scale * scores, in place: P (dP - sum_s P
+// dP).
 template <int W>
 INLINE void softmax_gradient(const Sizes& n, float* d, const float* p) {
   for (Int i = 0; i < n.width; i += W) {
@@ -186,7 +190,8 @@ INLINE void softmax_gradient(const Sizes& n, float* d, const float* p) {
   }
 }
 
-// to[i] = scale sum_{s seen by i} p[s][i] rows[s], for N queries from i on and C channels.
+// to[i] = scale * (sum of p[s][i] rows[s] over the tokens s to which query i attends), for the N queries from i on and C
+// channels.
 template <int C, int N>
 INLINE void to_queries(const Sizes& n, float* to, const float* p, const float* rows, float scale, Int i) {
   Floats<C> sum[N] = {};
@@ -198,7 +203,8 @@ INLINE void to_queries(const Sizes& n, float* to, const float* p, const float* r
   for (int t = 0; t < N; t++) store<C>(to + (i + t) * n.row(), scale * sum[t]);
 }
 
-// to[s] = scale sum_{i that see s} p[s][i] rows[i], for N tokens from s on and C channels.
+// to[s] = scale * (sum of p[s][i] rows[i] over the queries i that attend to token s), for the N tokens from s on and C
+// channels.
 template <int C, int N>
 INLINE void to_tokens(const Sizes& n, float* to, const float* p, const float* rows, float scale, Int s) {
   Floats<C> sum[N] = {};
@@ -209,7 +215,8 @@ INLINE void to_tokens(const Sizes& n, float* to, const float* p, const float* ro
   for (int t = 0; t < N; t++) store<C>(to + (s + t) * n.row(), scale * sum[t]);
 }
 
-// Both for all queries or tokens and all channels, in vectors of C and what is left in shorter ones.
+// The same two functions for all queries or tokens and all channels. Channels are processed in vectors of C, and the
+// remaining channels in shorter vectors.
 template <int C>
 INLINE void to_queries(const Sizes& n, float* to, const float* p, const float* rows, float scale, Int first = 0) {
   for (; first + C <= n.size; first += C) {
@@ -236,7 +243,8 @@ INLINE void to_tokens(const Sizes& n, float* to, const float* p, const float* ro
     if (first < n.size) to_tokens<C == 16 ? 8 : 1>(n, to, p, rows, scale, first);
 }
 
-// Asks for this head's share of what the next prompt has in a tensor; spread over the work, so that no one waits for memory.
+// Prefetch a part of the next prompt's data in a tensor. Each head fetches its share, and the calls are spread over the
+// computation, so that no head waits for memory.
 template <bool WRITTEN>
 INLINE void fetch(const Sizes& n, const float* of_head, Int rows, Int head) {
   const float* next = of_head - head * n.size + rows * n.row();
@@ -295,7 +303,8 @@ struct Backward {
   }
 };
 
-// All heads of some prompts, by vectors of W. For L2H4's sizes (K = 8, heads of 16) the loops' lengths are constants.
+// Compute all heads of the prompts first .. end - 1, with vectors of W lanes. For the sizes of the preset L2H4 (K = 8,
+// heads of 16 channels), the lengths of the loops are constants.
 template <int W, class Job>
 INLINE void run(const Job& job, const Sizes& n, Int first, Int end, float* work) {
   constexpr int HALF = W == 16 ? 8 : W;
@@ -310,7 +319,7 @@ INLINE void run(const Job& job, const Sizes& n, Int first, Int end, float* work)
     }
 }
 
-// The same for one kind of processor each: GCC's code for vectors longer than the processor's is ten times slower.
+// One version of `run` for each kind of processor. GCC's code for vectors longer than the processor's is ten times slower.
 template <class Job>
 using Range = void (*)(const Job&, const Sizes&, Int, Int, float*);
 
@@ -357,10 +366,10 @@ Sizes sizes(Int heads, Int queries, Int tokens, Int size, Int stride, Int lanes)
 
 extern "C" {
 
-// The source's digest, which setup.py passes: a library of another source is not used.
+// Digest of this source, which setup.py passes. A library that was compiled from another source is not used.
 const char* attention_source() { return SOURCE; }
 
-// The longest vectors of this processor: 16, 8 or 4 lanes.
+// Number of lanes of the longest vectors of this processor: 16, 8 or 4.
 Int attention_lanes() {
 #ifdef __x86_64__
   bool has_8 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -372,13 +381,14 @@ Int attention_lanes() {
 #endif
 }
 
-// out (prompts, queries, heads * size) of q (prompts, queries, ...), k and v (prompts, tokens, ...).
+// Attention. `out` and q have the shape (prompts, queries, heads * size), and k and v the shape (prompts, tokens, heads *
+// size).
 void attention_forward(float* out, const float* q, const float* k, const float* v, Int prompts, Int heads, Int queries,
                        Int tokens, Int size, Int stride, Int lanes) {
   on_all_cores(Forward{out, q, k, v}, prompts, sizes(heads, queries, tokens, size, stride, lanes), lanes);
 }
 
-// Gradients dq, dk and dv from g, that of `out`; P is found anew, which is cheaper than to read it from memory.
+// Gradients dq, dk and dv from g, the gradient of `out`. P is computed again, which is cheaper than reading it from memory.
 void attention_backward(float* dq, float* dk, float* dv, const float* g, const float* q, const float* k, const float* v,
                         Int prompts, Int heads, Int queries, Int tokens, Int size, Int stride, Int lanes) {
   on_all_cores(Backward{dq, dk, dv, g, q, k, v}, prompts, sizes(heads, queries, tokens, size, stride, lanes), lanes);

@@ -5,8 +5,8 @@ to the tokens before it. A prompt has so few tokens (15 for K = 8) that PyTorch'
 on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, so that its data stay in the fastest cache.
 
 The kernel is compiled when `icl` is installed. Without a compiler, on devices other than CPUs, and in precisions other than float32,
-`attention_by_formula` computes the same result with PyTorch's operations, up to rounding. Both functions can be differentiated twice in
-reverse mode, and mapped by `torch.vmap`.
+`attention_by_formula` computes the same result with PyTorch's operations, up to rounding. `attention` and
+`attention_by_formula` can both be differentiated twice in reverse mode, and mapped by `torch.vmap`.
 """
 
 import ctypes
@@ -142,7 +142,10 @@ def _fold_mapped_axis(size: int, in_dims: tuple[int | None, ...], inputs: tuple[
 
 
 def _compiled_kernel() -> ctypes.CDLL | None:
-    """Load the kernel's library. Return None if it was compiled from another source, or does not find PyTorch's OpenMP runtime."""
+    """Load the library of the kernel.
+
+    Return None if the library is missing, was compiled from another source, or does not find PyTorch's OpenMP runtime.
+    """
     spec = find_spec("icl.model._attention")
     if spec is None or spec.origin is None:
         return None
@@ -230,7 +233,7 @@ _KERNEL = _compiled_kernel()
 HAS_KERNEL = _KERNEL is not None
 """Whether the kernel was compiled when `icl` was installed, and could be loaded."""
 _LANES = 0 if _KERNEL is None else _KERNEL.attention_lanes()
-"""Number of float32 numbers in the longest vector register of this processor: 16, 8 or 4."""
+"""Number of float32 numbers in the longest vector register of this processor: 16, 8 or 4. It is 0 without the kernel."""
 _OPERATIONS = None if _KERNEL is None else _register(_KERNEL)  # the operations exist as long as this object does
 ON_CPUS = f"kernel, {_LANES} lanes" if HAS_KERNEL else "PyTorch's operations"
 """Description of how this installation computes attention on CPUs. Other ways of computing attention round differently."""

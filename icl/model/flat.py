@@ -84,7 +84,7 @@ class Layout:
 
         Args:
             rows: The moving entries of several members (N, width), or of one member (width,).
-            fixed: The fixed entries, as the method `fixed` returns them, with the same leading axis as `rows`.
+            fixed: The parameters with fixed entries, as the method `fixed` returns them, with the same leading axis as `rows`.
         """
         return self.join(self.split(rows), fixed)
 

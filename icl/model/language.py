@@ -1,15 +1,15 @@
 """Language models: decoder-only transformers over tokens of text, with the architecture and the parameter names of TransformerLens.
 
-Each token t of a row is embedded, passes through L causal blocks, and gives the logits of the next token. With x the residual stream,
-p the position embeddings and LN a layer norm (eps 1e-5), a block with H heads of c channels is
+Each token t of a row is embedded, passes through L causal blocks, and gives the logits of the next token. Let x be the residual stream,
+p the position embeddings and LN a layer norm (eps 1e-5). A block with H heads of c channels is
 
     q, k = W_Q u + b_Q, W_K u + b_K,   v = W_V LN1(x) + b_V
     x <- x + sum over heads of W_O softmax(q k^T / sqrt(c), causal) v + b_O,   then   x <- x + MLP(LN2(x)) if there is an MLP
 
-With ordinary positions, x begins as W_E[t] + p and u = LN1(x). With `shortformer` positions (Press, Smith and Lewis 2021), x begins as
-W_E[t] and u = LN1(x) + p. Then positions affect the attention pattern, but are not part of the values and so never enter the residual
-stream. The logits are LN(x) W_U + b_U. The model of Hoogland et al. (2024) has two such blocks without MLPs, with 3,355,016 parameters in
-total.
+The setting `model.positions` determines u. With `standard` positions, x begins as W_E[t] + p and u = LN1(x). With `shortformer`
+positions (Press, Smith and Lewis 2021), x begins as W_E[t] and u = LN1(x) + p. Shortformer positions affect the attention pattern, but
+are not part of the values and so never enter the residual stream. The logits are LN(x) W_U + b_U. The model of Hoogland et al. (2024)
+has two such blocks without MLPs, with 3,355,016 parameters in total.
 
 `LanguageModel` defines the model. `apply_language` computes the same function for many parameter sets on a leading axis N, with the linear
 maps, layer norms and attention of `icl.model.stacked`. Tests compare both with each other, with a loop over positions, and with
@@ -17,6 +17,8 @@ TransformerLens.
 
 Memory: `next_token_losses` needs the logits of its rows, which are V numbers for each token. `rows_at_once` returns the number of rows for
 which autograd saves at most `MAX_NUMBERS` numbers. Callers pass at most this number of rows at a time (`icl.model.losses`).
+
+Axis letters: those of `icl.model.stacked`, V tokens of the vocabulary, L blocks.
 """
 
 import math
@@ -210,8 +212,9 @@ def next_token_losses(
 def rows_at_once(config: ModelConfig, params: Params, num_tokens: int, *, max_numbers: int = MAX_NUMBERS) -> int:
     """Return how many rows of each member are computed at once, at least 1.
 
-    For each token, autograd saves at most two arrays of logits and about a hundred numbers per block and channel (of the residual stream,
-    the heads and the MLP). If attention is not fused, it also saves two attention patterns. The number of rows depends only on settings, so
+    For each token, autograd saves at most two rows of logits. In each block it saves at most 8 numbers per channel of the
+    residual stream, 6 per channel of the heads and 4 per channel of the MLP. If attention is not fused, it also saves two rows of
+    attention weights per head. Outside the blocks it saves 4 numbers per channel. The number of rows depends only on settings, so
     a resumed run splits its batches in the same way.
     """
     width = 8 * config.embed_size + 6 * config.heads_width + 4 * config.mlp_size + 2 * config.num_heads * num_tokens

@@ -83,7 +83,7 @@ def grads_in_parts(
 
 
 def shapes_of(config: RunConfig) -> ParameterShapes:
-    """Return the shapes of the parameters of a run's model, without allocating it.
+    """Return the shapes of the parameters of a run's model, without allocating the model.
 
     Raises:
         ValueError: If a tensor would be larger than PyTorch allows.

@@ -1,19 +1,24 @@
 """Populations: many parameter sets of one architecture, stacked on a leading axis N and applied at once.
 
-The runs of a sweep over seeds or over M, the chains of an LLC estimate and the checkpoints of a run are all populations. A single run is a
-population of one. Only this module stacks, unstacks and applies parameter sets. A parameter set is a dict of tensors with the
-names of the module's state dict.
+The runs of a sweep over seeds or over M, the chains of an LLC estimate and the checkpoints of a run are all populations. A single
+run is a population of one. A parameter set is a dict of tensors with the names of the state dict of
+`icl.model.transformer.Transformer`. This module stacks and unstacks parameter sets, and applies those of regression models.
+`icl.model.language` applies those of language models.
 
-`icl.model.transformer` defines the model. `apply` computes the same function, and tests compare the two, including their gradients. `apply`
-is faster for six reasons:
+`icl.model.transformer` defines the model. `apply` computes the same function, and tests compare the two, including their gradients.
+`apply` is faster for six reasons:
 
 - A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
-- Compiled code computes the queries, keys and values of the first block from the D + 1 coordinates of the tokens. The usual computation
-  starts from the embeddings, which have more channels, and is more expensive (`_heads_of_tokens`).
+- With pre-norm, compiled code computes the first block's queries, keys and values directly from the D + 1 token coordinates
+  (`_heads_of_tokens`). This is cheaper than starting from the C channels of the embeddings.
 - After the last attention only x-tokens are computed, because predictions are read out only at these tokens.
 - Attention has its own kernel on CPUs (`icl.model.attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
 - The functions use neither `torch.func.vmap` nor Python state, so `torch.compile` sees one plain function.
+
+Axis letters: N members, B prompts, K examples, D input dimension, T tokens, E = D + 1 token coordinates, Q queries (every
+`stride`-th token), C channels, H heads, c = C / H channels of a head, I and O inputs and outputs of a linear map. The model's O
+outputs are those of its last linear map, the unembedding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +41,8 @@ Params: TypeAlias = dict[str, Tensor]
 _NORM_EPS = 1e-5
 """Epsilon of layer norms; PyTorch's default."""
 _MIN_FUSED_WIDTH = 16
-"""Minimum input width at which a single member uses F.linear; below it, the weight gradient is 6x slower on CPU."""
+"""Minimum input width at which a single member uses F.linear. Below it, the weight gradient of F.linear takes 6x as long on CPUs as that of the
+batched product."""
 
 
 def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
@@ -91,7 +97,7 @@ def outputs(
     config: ModelConfig, params: Params, xs: Float[Tensor, "*N B K D"], ys: Float[Tensor, "*N B K"]
 ) -> Float[Tensor, "N B K O"]:
     """Return all outputs at the x-tokens, which `icl.model.heads` turns into predictions or predictive distributions."""
-    tokens = to_tokens(xs, ys)  # N B 2K-1 D+1
+    tokens = to_tokens(xs, ys)  # N B 2K-1 E; no axis N if the members share the prompts
     if not has_kernel_for(params["position_embedding"]):
         tokens = F.pad(tokens, (0, 0, 0, 1))  # add a last token of zeros, on which no prediction depends
     return _outputs(config, params, tokens, last_stride=2)  # N B K O
@@ -102,7 +108,7 @@ def token_outputs(
 ) -> Float[Tensor, "N B T O"]:
     """Return all coordinates of the output at all 2K tokens x1, y1, ..., xK, yK.
 
-    Training uses only the outputs at the x-tokens. If `model.output` is `scalar` or `token`, it uses only coordinate 0 of these outputs.
+    Training uses only the outputs at the x-tokens. If `model.output` is `token`, it uses only coordinate 0 of these outputs.
 
     Args:
         config: The architecture, which determines the number O of coordinates (`icl.model.heads`).
@@ -110,7 +116,7 @@ def token_outputs(
         xs: Inputs (N, B, K, D), or (B, K, D) shared by all members.
         ys: Targets (N, B, K), or (B, K) shared by all members.
     """
-    last_token = F.pad(ys[..., -1:, None], (0, xs.shape[-1]))  # N B 1 D+1
+    last_token = F.pad(ys[..., -1:, None], (0, xs.shape[-1]))  # N B 1 E; no axis N if the members share the prompts
     return _outputs(config, params, torch.cat([to_tokens(xs, ys), last_token], dim=-2), last_stride=1)
 
 
@@ -140,7 +146,7 @@ def _block(
     if config.layer_norm != "pre":
         queries, keys, values = _heads(config, params, path, x, stride)
     elif layer == 0 and torch.compiler.is_compiling():
-        # In eager mode, the extra passes over memory would cost as much time as the smaller products save.
+        # Eager mode does not use this branch: its extra passes over memory would cost as much time as the smaller products save.
         queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
     else:
         queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)
@@ -178,14 +184,15 @@ def _heads_of_tokens(
 ) -> list[Float[Tensor, "N B _ C"]]:
     """Return the queries, keys and values of the first block, as `_heads` does, but compute them directly from the tokens.
 
-    The input of the first block is x = A token + p, where A is the embedding and p the position embedding. Layer norm subtracts the mean over
-    channels, multiplies by s = 1 / (standard deviation of x), then by the gains, and adds the shifts b. Everything except s is linear in
-    the token. Let W be the weights of q, k and v. Then
+    The input of the first block is x = A token + p, where A is the embedding, and p is the position embedding plus the bias of the
+    embedding, if it has one. Layer norm subtracts the mean of x over channels, and multiplies by s = 1 / sqrt(variance of x + epsilon).
+    It then multiplies by the gains and adds the shifts b. Everything except s is affine in the token. Let W and a be the weights and
+    biases of q, k and v. Then
 
-        W LN(x) = s (W' A') token + s W' p' + W b
+        W LN(x) + a = s (W' A') token + s W' p' + W b + a
 
-    Here W' is W times the gains, and A' and p' are A and p minus their means over channels. The product W' A' is computed once. It has D +
-    1 columns, so the matrix product with the tokens has inner dimension D + 1 instead of C.
+    Here W' is W times the gains, and A' and p' are A and p minus their means over channels. The product W' A' is computed once for all
+    tokens. It has D + 1 columns, so the matrix product with the tokens has inner dimension D + 1 instead of C.
     """
     weight, bias = params[f"{path}.attention.qkv.weight"], params.get(f"{path}.attention.qkv.bias")
     gains, shifts = params[f"{path}.attention_norm.weight"], params[f"{path}.attention_norm.bias"]  # N C
@@ -231,7 +238,7 @@ def layer_norm(
     """Apply each member's layer norm over channels."""
     if len(weight) == 1:
         return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], _NORM_EPS)
-    # `layer_norm` takes only one set of gains for all members, so the gains are applied below.
+    # `F.layer_norm` takes only one set of gains for all members, so each member's gains are applied below.
     normed = F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS)
     return torch.addcmul(bias[:, None, None], normed, weight[:, None, None])  # N B T C
 

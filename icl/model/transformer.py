@@ -4,11 +4,14 @@ The tokens x1, y1, ..., xK are embedded, pass through L causal blocks, and are r
 prediction of y_k, or its predictive distribution (`icl.model.heads`). This output depends only on x1, y1, ..., x_k.
 
 Depending on its options, this is the model of Raventos et al. (2023), Hoogland et al. (2024) or Carroll et al. (2025).
-`icl.presets` contains their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no prediction depends
-on it. The table of position embeddings still has 2K rows. Second, `double_residual` is off by default.
+`icl.presets` contains their settings. Two things differ from Hoogland et al. First, we drop the last y-token, because no
+prediction depends on it. The table of position embeddings still has 2K rows. Second, Hoogland et al. add the input of each
+block twice. Our option `double_residual` does the same, but is off by default.
 
 This module defines the model, so its code follows the formulas. `icl.model.stacked` computes the same function faster, for many
 parameter sets at once. Tests compare the two.
+
+Axis letters: B prompts, K examples, D input dimension, T tokens, C channels, H heads, c = C / H channels of a head, O outputs.
 """
 
 import dataclasses
@@ -52,12 +55,15 @@ class ParameterShapes(NamedTuple):
 
     @property
     def num_params(self) -> int:
-        """Number of weights."""
+        """Total number of elements of all parameter tensors."""
         in_block = sum(math.prod(shape) for shape in self.block.values())
         return sum(math.prod(shape) for shape in self.outside.values()) + self.num_layers * in_block
 
     def by_name(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all parameters. Check `num_tensors` first, because a damaged file can describe millions of tensors."""
+        """Return the shapes of all parameters.
+
+        If the config comes from a checkpoint file, check `num_tensors` first: a damaged file can describe millions of tensors.
+        """
         blocks = {
             f"blocks.{layer}.{name}": shape for layer in range(self.num_layers) for name, shape in self.block.items()
         }
@@ -162,7 +168,10 @@ class Attention(nn.Module):
             self.output = Linear(config.embed_size, config.embed_size, bias=config.attention_bias)
 
     def forward(self, x: Float[Tensor, "B T C"], future: Bool[Tensor, "T T"]) -> Float[Tensor, "B T C"]:
-        """Return, for each token, the weighted mean of the values of this token and the tokens before it."""
+        """Return the contribution of attention to the residual stream.
+
+        At each token, a head takes the weighted mean of the values of this token and the tokens before it.
+        """
         # The 3C outputs of `qkv` are q, k and v of head 1, then q, k and v of head 2, and so on. Checkpoints rely on this order.
         heads = self.qkv(x).unflatten(-1, (self.num_heads, 3, self.head_size))  # B T H 3 c
         q, k, v = heads.permute(3, 0, 2, 1, 4)  # each B H T c
@@ -225,11 +234,14 @@ def shapes_of_module(kind: Callable[..., nn.Module], config: ModelConfig, **size
 
 
 def initialise(model: Transformer, config: ModelConfig, generator: torch.Generator) -> None:
-    """Draw every parameter in place, in the order of `named_parameters`, from `generator` only.
+    """Set every parameter in place, in the order of `named_parameters`. All random numbers come from `generator`.
 
-    With `model.init` = `pytorch`, parameters are drawn as in nn.Linear by default: uniformly between -1/sqrt(fan-in) and 1/sqrt(fan-in).
-    Positions count as a linear map from 2K one-hot inputs (Hoogland et al. 2024). With `gpt2`, weights are drawn from N(0, 0.02^2) and
-    biases are zero (Radford et al. 2019). The standard deviation is divided by sqrt(2L) for linear maps that write to the residual stream.
+    Norm gains are set to 1 and norm shifts to 0. With `model.init` = `pytorch`, all other parameters are drawn as nn.Linear draws
+    them by default, uniformly between -1/sqrt(fan-in) and 1/sqrt(fan-in). The position embedding counts as a linear map from 2K
+    one-hot inputs (Hoogland et al. 2024).
+
+    With `gpt2`, biases are 0 and weights are drawn from N(0, 0.02^2), as in Radford et al. (2018) and the code of GPT-2. For the
+    output projections of attention and MLP, the standard deviation is divided by sqrt(2L) (Radford et al. 2019).
     """
     residual_scale = 1 / math.sqrt(2 * config.num_layers)
     fan_in = {"position_embedding": 2 * model.max_examples}

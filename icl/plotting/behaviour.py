@@ -16,7 +16,10 @@ from icl.plotting.tidying import KEY
 _LINES = {"pretrain": "-", "true": ":"}
 _SETS = {"pretrain": "training tasks", "true": "new tasks"}
 _MIN_SCALE = 0.2
-"""Smallest multiplier g that is used to set the limits of the y axis. For smaller g, loss / g² is mostly noise variance / g²."""
+"""Only multipliers g above this value set the upper limit of the y axis.
+
+For smaller g, the noise variance dominates loss / g².
+"""
 _SCALED_PANELS = (
     ("input_scale", "loss_over_g2", "Inputs scaled by g", "mean squared error / g²"),
     ("task_scale", "loss_over_g2", "Tasks scaled by g", "mean squared error / g²"),
@@ -112,7 +115,7 @@ def _draw_scaled(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFrame, 
     steps = sorted(select(model, distribution="input_scale")["step"].unique())
     if not steps:
         for axes in panels:
-            write_in_middle(axes, "left out (num_scales is 0)")
+            write_in_middle(axes, "no scaled inputs or tasks (num_scales is 0)")
         return
     colours = ScalarMappable(LogNorm(1, max(2, steps[-1] + 1)), ORDERED)
     for axes, (family, quantity, title, label) in zip(panels, _SCALED_PANELS, strict=True):

@@ -1,7 +1,7 @@
 """The colours of all figures.
 
-We use the palette of Okabe and Ito (2008), because colour-blind readers can distinguish its colours. A predictor has the
-same colour and line style in every figure.
+We use the palette of Okabe and Ito (2008), because colour-blind readers can distinguish its colours. Most figures show
+a predictor with the colour and line style of `PREDICTORS`.
 """
 
 from collections.abc import Collection

@@ -1,7 +1,8 @@
 """The figure of losses against the step for one or several runs, during or after training.
 
 Each run is a line. If there are few runs, their names are at the ends of the lines; otherwise they are in a legend. On the
-logarithmic axis, step 0 would lie far left of the next step, so it is drawn as a separate dot.
+logarithmic axis, step 0 lies far to the left of the next step. The loss at step 0 is therefore a dot that is not joined
+to the line.
 """
 
 import math
@@ -25,14 +26,17 @@ _LABEL_HEIGHT = 0.065
 """Smallest distance between two names at the ends of lines, as a fraction of the height of the axes."""
 _MAX_NAME_LENGTH = 30
 MANY_LABELS = 3.0
-"""Ratio of the upper to the lower limit of the y axis above which only 1, 2 and 5 times powers of ten are labelled."""
+"""Largest ratio of the upper to the lower limit of the y axis at which all ticks are labelled.
+
+Above this ratio, only 1, 2 and 5 times powers of ten are labelled.
+"""
 _PANELS = {
     "train/loss": "Training batches",
     "eval/pretrain/loss": "Fixed prompts, training tasks",
-    "eval/true/loss": "Fixed prompts, new tasks, w ~ N(0, I)",
+    "eval/true/loss": "Fixed prompts, new tasks",
     "train/nll": "Training batches",
     "eval/pretrain/nll": "Fixed prompts, training tasks",
-    "eval/true/nll": "Fixed prompts, new tasks, w ~ N(0, I)",
+    "eval/true/nll": "Fixed prompts, new tasks",
 }
 _LABELS = {"loss": "loss (squared error per target)", "nll": "negative log-likelihood (nats per target)"}
 
@@ -45,8 +49,9 @@ def plot_curves(
     Args:
         curves: The `metrics.csv` of each run. The keys are the runs' names. The first runs get the darkest lines.
         title: Title of the figure.
-        groups: Names of the runs in each group. The runs of a group differ only in their seeds. For a group of several runs, a thick line
-            with the group's name is the mean over seeds, and a thin line of the same colour is drawn for each run.
+        groups: Names of the runs in each group. The runs of a group differ only in their seeds. If a group has several
+            runs, a thick line with the group's name shows their mean, and thin lines of the same colour show the single
+            runs.
     """
     panels, seeds = {}, {}
     for key, name in _PANELS.items():

@@ -19,9 +19,9 @@ from icl.plotting.seeds import draw_points
 from icl.plotting.style import new_figure, select
 
 SERIES = {"delta_ridge": (VERMILION, "o", "gap to ridge"), "delta_dmmse": (GREEN, "s", "gap to dMMSE")}
-PANELS = {"pretrain": "In distribution: the M training tasks", "true": "Out of distribution: new tasks, w ~ N(0, I)"}
+PANELS = {"pretrain": "In distribution: the M training tasks", "true": "Out of distribution: new tasks"}
 _MAX_MINOR_RATIO = 30.0
-"""Largest ratio of the limits of the y axis at which ticks between powers of ten are labelled too."""
+"""If the ratio of the limits of the y axis is below this value, ticks between powers of ten are labelled too."""
 _MAX_TICKS = 11
 
 
@@ -59,7 +59,11 @@ def plot_diversity(table: pd.DataFrame, *, title: str, thresholds: pd.DataFrame 
 
 
 def diversity_positions(num_tasks: Iterable[str], *, gap: float | None = None) -> dict[str, float]:
-    """Return the horizontal position of every M, in ascending order: log2 M, or for M = inf the largest finite position plus `gap`."""
+    """Return the horizontal position of every M, in ascending order.
+
+    The position of a finite M is log2 M. M = inf lies `gap` to the right of the largest finite M. By default, `gap` is
+    10 % of the range of the finite positions, but at least 1.5.
+    """
     ordered = sorted(num_tasks, key=float)
     positions = {m: math.log2(float(m)) for m in ordered if m != "inf"}
     if "inf" in ordered:

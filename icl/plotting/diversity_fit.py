@@ -37,7 +37,10 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_against_diversity(axes: Axes, table: pd.DataFrame, label: str) -> None:
-    """Draw the measured, fitted and held-out loss at every finite M; the loss for M = inf is a horizontal line."""
+    """Draw for every finite M the measured loss, the fitted loss, and the prediction of a fit without this M.
+
+    The measured loss for M = inf is a horizontal line.
+    """
     points = table[table["quantity"].isin(("measured", "fitted", "held_out"))]
     points = points.assign(num_tasks=points["num_tasks"].astype(float))
     is_infinite = points["num_tasks"] == float("inf")

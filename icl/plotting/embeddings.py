@@ -40,7 +40,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_spectrum(axes: Axes, table: pd.DataFrame, part: str, title: str) -> None:
-    """Draw the share of every singular value. The largest one has the darkest colour."""
+    """Draw each singular value's share of the sum of squares, s² / Σ s². The largest share has the darkest colour."""
     shares = _components(table, "spectrum_share", part)
     for number, colour in zip(shares, ordered_colours(shares.shape[1]), strict=True):
         axes.plot(shares.index, shares[number], color=colour, linewidth=1.4, label=f"no. {int(number)}")
@@ -116,7 +116,10 @@ def _draw_curve(axes: Axes, curve: pd.Series, **style: Any) -> list[Line2D]:
 
 
 def _legend_entries(axes: Axes, limit: int) -> tuple[list, list]:
-    """Return handles and labels of a legend. If there are `limit` or more, return only the first, the middle and the last entry."""
+    """Return the handles and labels of a legend.
+
+    If there are more than `limit` entries, return only the first, the middle and the last entry.
+    """
     handles, labels = axes.get_legend_handles_labels()
     last = len(labels) - 1
     shown = range(last + 1) if last < limit else (0, last // 2, last)

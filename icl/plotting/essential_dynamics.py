@@ -42,7 +42,8 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
     Args:
         table: The run's `results/essential-dynamics.csv`.
-        title: Title of the figure; the number of other runs, the state and the smoothing are added to it.
+        title: Title of the figure; the number of other runs, the kind of state (such as predictions or weights) and the
+            smoothing are added to it.
     """
     figure, (first, second, times, shares) = new_figure(2, num_rows=2, width=6.0, height=4.6)
     scores = select(table, quantity="score")
@@ -98,7 +99,10 @@ def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 
 
 def _draw_references(axes: Axes, table: pd.DataFrame, plane: list[str], *, named: bool) -> None:
-    """Draw the projections of ridge and dMMSE. The legend gives the share of each squared distance to the mean that the PCs contain."""
+    """Draw the projections of ridge and dMMSE.
+
+    The legend shows how much of each predictor's squared distance to the mean lies within the principal components.
+    """
     captured = select(table, quantity="reference_captured").set_index("run")["value"]
     for number, (name, rows) in enumerate(select(table, quantity="reference_score").groupby("run", sort=False)):
         point = rows.set_index("item")["value"]

@@ -47,7 +47,7 @@ class Gallery:
 
     Args:
         notebook: Name of the notebook that draws the figures, for their captions.
-        size: Folder of the tables within `data`.
+        size: Folder of the tables within `data`, such as `small`.
         data: Folder of all shipped data.
     """
 
@@ -103,7 +103,10 @@ class Gallery:
         return Saved(png, text)
 
     def _describe_source(self) -> tuple[str, str]:
-        """Return the line above a figure and the source for its caption, from the tables that were read since the last figure."""
+        """Return the line above a figure, and the source for its caption.
+
+        Both name the tables that were read since the last figure was saved.
+        """
         used, self._used = list(dict.fromkeys(self._used)), []
         sources = [self.provenance["tables"].get(name, {}) for name in used]
         values = {

@@ -1,4 +1,4 @@
-"""The figure of the gradients with respect to the weights and to the data distribution, and of their PCA over training."""
+"""The figure of the loss gradients, with respect to the weights and to the data distribution, and of their PCA."""
 
 from typing import Any
 
@@ -34,8 +34,8 @@ _DATA_PARAMETERS = (
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw six panels from the table of `icl.analysis.gradients`; bands are two standard errors.
 
-    At steps where the squared norm is not significantly above zero, triangles show an upper limit of the norm and a lower limit of the
-    noise scale.
+    At some steps, the squared norm of the weight gradient is not significantly above zero. At these steps, triangles
+    show an upper limit of the norm and a lower limit of the noise scale.
 
     Args:
         table: The run's `results/gradients.csv`.

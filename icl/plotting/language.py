@@ -26,9 +26,10 @@ def plot_language_training(
 
     Args:
         metrics: The run's `metrics.csv`.
-        losses: Losses at the last checkpoint on the test rows: a row for each position and a row `mean`, columns `model`, `unigram`, `bigram`.
+        losses: Table of the losses of the last checkpoint on the test rows of text. Its index contains each position
+            and `mean`. Its columns are `model`, `unigram` and `bigram`.
         title: Title of the figure.
-        levels: Mean losses of the baselines `unigram` and `bigram` on the rows of the learning curves.
+        levels: Mean losses of the baselines `unigram` and `bigram` on the test rows that the learning curves use.
     """
     figure, (curves, score, positions) = new_figure(3, width=4.6, title=title)
     _draw_curves(curves, metrics, levels)

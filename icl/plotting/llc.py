@@ -38,11 +38,12 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
     """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
     With a single step, there is no right column. If the loss at the mean of the draws lies below the checkpoint's loss
-    (`icl.sampling.at_checkpoint`), the LLC is underestimated by about nbeta times the difference. Diamonds show the LLC plus this drop.
+    (`icl.sampling.at_checkpoint`), the LLC is underestimated by about nbeta times the difference. If this bias is
+    significant, a diamond shows the LLC plus the bias.
 
     Args:
         table: Rows of `llc.csv` that share their sampler settings.
-        trivial_loss: Loss of a trivial predictor, which predicts zero, or for a language run the uniform distribution.
+        trivial_loss: Loss of a trivial predictor. It predicts zero, or for a language run the uniform distribution.
         title: Title of the figure; the settings are added to it.
         stages: Steps at the boundaries between stages.
     """
@@ -75,7 +76,7 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
 
 
 def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title: str) -> Figure:
-    """Plot estimates, verdicts and escape from the basin for all settings tried at the last checkpoint, and the traces of a few.
+    """Plot estimates, verdicts, escape from the basin and a few traces, for all settings tried at the last checkpoint.
 
     Args:
         table: The table of `icl.sampling.calibration`.
@@ -164,7 +165,7 @@ def title_estimate(axes: Axes, row: Mapping[str, Any], prefix: str = "", *, font
 
 
 def step_prefix(row: Mapping[str, Any]) -> str:
-    """Return the words that name an estimate's step at the beginning of a title, or an empty string if the estimate has no step."""
+    """Return "step N: " for the title of an estimate, or an empty string if the estimate has no step."""
     return "" if row["step"] is None else f"step {row['step']:,}: "
 
 

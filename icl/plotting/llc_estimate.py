@@ -27,7 +27,7 @@ def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
 
     Args:
         record: The estimate.
-        trivial_loss: Loss of a trivial predictor, which predicts zero, or for a language run the uniform distribution.
+        trivial_loss: Loss of a trivial predictor. It predicts zero, or for a language run the uniform distribution.
         title: Title of the figure; the settings are added to it.
     """
     row = record.row
@@ -83,7 +83,8 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
 def excess_trace(record: Record) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "K S"]]:
     """Return the moves at which draws were recorded, and the excess loss of each chain at these moves, in nats.
 
-    For estimates of older versions, which stored only minibatch losses, all moves are returned, and the excess includes minibatch noise.
+    Older versions stored only minibatch losses. For their estimates, the moves of the burn-in are included, and the
+    excess loss contains minibatch noise.
     """
     row = record.row
     if not record.excess.size:

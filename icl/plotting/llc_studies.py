@@ -17,6 +17,10 @@ SAMPLERS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("sampler that stays in the basin", False, {"color": BLUE, "marker": "o", "markersize": 5}),
 )
 """Name of each sampler, whether it is the published sampler, and the style of its marks."""
+_MAX_LABELS = 8
+"""Largest number of steps that the legend of `plot_positions` names."""
+_SAME_RATIO = 0.1
+"""Largest relative difference between two products of localization and squared norm that count as equal."""
 
 
 def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
@@ -102,10 +106,11 @@ def _draw_sampler(panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str
 def plot_over_stages(
     llc: pd.DataFrame, norms: pd.DataFrame, published: pd.DataFrame, *, title: str, stages: Mapping[str, float]
 ) -> Figure:
-    """Plot the LLC over a whole run on a linear axis, with two samplers, and the sampled losses and the norm of the weights.
+    """Plot the LLCs of two samplers, the sampled losses and the norm of the weights over a whole run, on a linear axis.
 
     Args:
-        llc: Rows of `llc.csv` for one run. Bars show the 95 % interval of estimates that are not invalid, else two standard errors.
+        llc: Rows of `llc.csv` for one run. Bars show 95 % intervals. If an estimate is invalid or has no interval, its
+            bar shows two standard errors.
         norms: Rows of `checkpoints.csv` for the same run.
         published: The table `published.csv`. The LLCs in this table are drawn in the panel of the published sampler.
         title: Title of the figure.
@@ -168,10 +173,57 @@ def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_ylabel(f"LLC (bars: 95 % intervals{exception})")
 
 
+def plot_localization(
+    llc: pd.DataFrame, norms: pd.DataFrame, *, reference_step: int, title: str, stages: Mapping[str, float]
+) -> Figure:
+    """Plot LLCs with a fixed localization, and LLCs whose localization falls as the weights grow, for several runs.
+
+    If the weights grow by a factor, a localization divided by the square of this factor lets chains move as far in relation to the weights.
+    So the product of localization and squared norm of the weights is then the same at each step.
+
+    Args:
+        llc: Rows of `llc.csv`, without those of the published sampler.
+        norms: Rows of `checkpoints.csv` for the same runs.
+        reference_step: Step at which both localizations are equal. A row has a falling localization if its product of localization and
+            squared norm differs by at most a tenth from the product at this step.
+        title: Title of the figure.
+        stages: Step at which each stage ends. The keys are the names of the stages.
+    """
+    figure, (estimates, localizations) = new_figure(2, width=5.6, height=4.0, title=title)
+    rows = llc[~llc["mode"].fillna("").str.startswith("published")].merge(norms[["run", "step", "weight_norm"]])
+    rows = rows.assign(product=rows["localization"] * rows["weight_norm"] ** 2).sort_values("step")
+    for (run, own), line in zip(rows.groupby("run"), ("-", "--", ":", "-."), strict=False):
+        fixed = rows_of_sampler(own, is_published=False)
+        later = own[own["step"] >= reference_step]
+        product = fixed.loc[fixed["step"] == reference_step, "product"].iloc[0]
+        falling = later[(later["product"] / product - 1).abs() <= _SAME_RATIO]
+        for chosen, colour, name in ((fixed, BLUE, "fixed"), (falling, PURPLE, "falls as the weights grow")):
+            label = f"localization {name}, {str(run).rpartition('/')[2].replace('=', ' ')}"
+            shape: dict[str, Any] = {"color": colour, "linestyle": line, "linewidth": 1.2}
+            estimates.plot(chosen["step"], chosen["llc"], **shape, label=label)
+            localizations.plot(chosen["step"], chosen["localization"], **shape, marker=".", label=label)
+            for verdict, style in VERDICTS.items():
+                marked = select(chosen, verdict=verdict)
+                marks = {key: value for key, value in style.items() if key != "color"}
+                estimates.plot(marked["step"], marked["llc"], linestyle="", color=colour, markersize=5, **marks)
+    for panel in (estimates, localizations):
+        panel.set_xlabel("step (updates)")
+        for step in stages.values():
+            panel.axvline(step, color=BLACK, linewidth=0.8, alpha=0.4)
+    estimates.set(ylabel="LLC", title="LLC (dot: ok, triangle: suspect, cross: invalid)")
+    estimates.legend(fontsize=7.5)
+    localizations.set(ylabel="localization", yscale="log", title="localization")
+    text: dict[str, Any] = {"rotation": "vertical", "ha": "right", "va": "bottom", "fontsize": 8, "color": "0.35"}
+    for name, step in stages.items():
+        localizations.annotate(name, (step, 0.02), xycoords=("data", "axes fraction"), **text)
+    return figure
+
+
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
     """Plot the LLC of the loss at each position, with a panel for each set of sampler settings and a line for each step.
 
-    If some settings were used at several steps, settings that were used at a single step (controls) have no panel.
+    If some settings were used at several steps, settings that were used at a single step (controls) have no panel. The legend names some of
+    the steps.
     """
     num_steps = llc.sort_values("nbeta").groupby("settings", sort=False)["step"].nunique()
     hashes = list(num_steps[(num_steps > 1) | (num_steps.max() == 1)].index)
@@ -179,12 +231,14 @@ def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) ->
     for axes, settings in zip(panels, hashes, strict=True):
         rows = select(positions, settings=settings)
         steps = sorted(rows["step"].unique())
+        named = {steps[i] for i in np.linspace(0, len(steps) - 1, min(len(steps), _MAX_LABELS)).round().astype(int)}
         for step, colour in zip(steps, ordered_colours(len(steps)), strict=True):
             curve = select(rows, step=step).sort_values("position")
             verdict = select(llc, settings=settings, step=step)["verdict"].iloc[0]
             axes.errorbar(
                 curve["position"], curve["llc"], 2 * curve["stderr"], color=colour, marker=VERDICTS[verdict]["marker"],
-                markersize=4, markerfacecolor="white" if verdict != "ok" else colour, linewidth=1.1, elinewidth=0.6, label=f"{step:,}",
+                markersize=4, markerfacecolor="white" if verdict != "ok" else colour, linewidth=1.1, elinewidth=0.6,
+                label=f"{step:,}" if step in named else "_not in the legend",
             )  # fmt: skip
         estimate = select(llc, settings=settings).iloc[0]
         axes.set_title(
@@ -196,7 +250,10 @@ def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) ->
 
 
 def plot_chains(traces: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
-    """Plot minibatch losses along the chains with E[L] and L(w0). Rows are sets of sampler settings, columns are steps."""
+    """Plot minibatch losses along the chains with E[L] and L(w0).
+
+    Each row of panels shows one set of sampler settings, and the panels of a row show different steps.
+    """
     llc = llc[llc["settings"].isin(traces["settings"])]
     hashes = list(llc.sort_values(["nbeta", "settings"])["settings"].unique())
     num_columns = max(select(traces, settings=settings)["step"].nunique() for settings in hashes)
@@ -230,9 +287,10 @@ def plot_run(llc: pd.DataFrame, *, title: str) -> Figure:
 
 
 def rows_of_sampler(llc: pd.DataFrame, is_published: bool) -> pd.DataFrame:
-    """Return the estimates from the published sampler (or, if `is_published` is false, from another sampler), ordered by step.
+    """Return the estimates of one sampler, ordered by step.
 
-    If the table has several settings of the sampler, those with the most estimates are returned. Other settings are controls at single steps.
+    This sampler is the published one if `is_published`, otherwise the other one. If it was used with several sets of
+    settings, only the estimates with the most frequent set are returned. The other sets are controls at single steps.
     """
     rows = llc[llc["mode"].fillna("").str.startswith("published") == is_published].sort_values("step")
     return rows[rows["settings"].isin(rows["settings"].mode()[:1])]

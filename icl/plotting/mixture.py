@@ -105,7 +105,7 @@ def _explained(own: pd.DataFrame, curve: pd.DataFrame, has_seeds: bool) -> pd.Da
 
 
 def _over_all_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows at steps at which the most seeds have numbers, because a mean over fewer seeds would make a curve jump."""
+    """Return the rows at steps with the largest number of seeds. A mean over fewer seeds would make a curve jump."""
     num_seeds = rows.groupby("step")["run"].transform("size")
     return rows[num_seeds == num_seeds.max()]
 

@@ -44,7 +44,10 @@ def plot_moving_pools(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def draw_gaps(axes: Axes, rows: pd.DataFrame, gaps: Gaps) -> None:
-    """Draw the curves of these gaps over the steps, on logarithmic axes, with their mean over seeds. Gaps that the rows lack are left out."""
+    """Draw each of the gaps against the step on logarithmic axes, with its mean over seeds.
+
+    Gaps that are not in the table are left out.
+    """
     for quantity, colour, line, label in gaps:
         curves = select(rows, quantity=quantity)
         if curves.empty:

@@ -11,7 +11,7 @@ from icl.plotting.style import draw_band, label_plainly, new_figure, select
 
 _MARKS = (("o", BLUE), ("s", ORANGE), ("D", GREEN), ("v", PURPLE))
 _RIDGE = PREDICTORS["ridge"] | {"linewidth": 1.2, "label": "ridge"}
-_NAMES = {"pretrain": "training tasks", "true": "new tasks, w ~ N(0, I)"}
+_NAMES = {"pretrain": "training tasks", "true": "new tasks"}
 
 
 def plot_shifts(evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:

@@ -53,7 +53,10 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_reference(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
-    """Draw the values of a candidate prior: a horizontal line, or a curve if the pool changes, so that each step has a different value."""
+    """Draw a value of the candidate priors as a horizontal line.
+
+    If the pool changes during training, draw the value at each step as a curve.
+    """
     if rows["step"].notna().any():
         rows = rows.sort_values("step")
         axes.plot(rows["step"].astype(float), rows["value"], **style)

@@ -31,7 +31,7 @@ _BOUNDARY_STYLES: dict[str, dict[str, Any]] = {
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
-    """Draw a row for each signal: its values (left) and its slope (right) against the step.
+    """Draw two panels for each signal: its values (left) and its slope (right) against the step.
 
     Bands are two standard errors of the curves and of the positions of boundaries. Boundaries with the verdict `suspect` are
     dashed. Boundaries with the verdict `invalid` are not drawn. The background colour shows the type of each stage.
@@ -49,8 +49,8 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         _draw_measured(values, select(rows, quantity="measured"), is_llc=signal == "llc")
         slope = select(rows, quantity="slope")
         _draw_curve(slopes, slope)
-        # At both ends of the run there are points on one side only, so the error of the slope is large. The limits of the
-        # y axis must not depend on such slopes.
+        # At the ends of the run, points lie on one side only, so the standard error of the slope is large. The limits
+        # of the y axis must not depend on such slopes.
         error = slope["stderr"].astype(float)
         set_limits(slopes, slope.loc[error < 4 * error.median(), "value"], margin=0.15)
         slopes.axhline(0, color=BLACK, linewidth=0.8)
@@ -78,7 +78,7 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame) -> None:
 def _draw_measured(axes: Axes, rows: pd.DataFrame, *, is_llc: bool) -> None:
     """Draw the measured values. Only LLCs get bars and a legend.
 
-    The errors of other signals describe a shift that all points share, so bars would be misleading.
+    The standard errors of other signals mostly describe a shift that all points share, so bars would be misleading.
     """
     for verdict, style in VERDICTS.items():
         chosen = select(rows, verdict=verdict)

@@ -146,7 +146,7 @@ def spread_indices(count: int, wanted: int) -> list[int]:
 
 
 def render_figure(figure: Figure, file_format: str = "png", *, origin: str = "") -> bytes:
-    """Return the bytes of an image file of the figure. The bytes do not depend on the date or on versions of software.
+    """Return the bytes of an image file of the figure. The file contains neither the date nor versions of software.
 
     Args:
         figure: Figure to draw.

@@ -87,7 +87,7 @@ def drawn_points(line: Line2D) -> Float[np.ndarray, "P 2"]:
 
 
 def name_outside(figure: Figure, panels: Sequence[Axes], *, loc: str, ncols: int, fontsize: int) -> None:
-    """Add one legend for all panels, outside of them, with an entry for each label that is visible in any panel."""
+    """Add one legend for all panels, outside of them. It has an entry for each label with visible data."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for artist, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -113,7 +113,7 @@ def has_data(artist: Artist | Container | None) -> bool:
 
 
 def _correct_scales(axes: Axes) -> None:
-    """Replace a logarithmic scale by a linear one if no number is positive, because matplotlib cannot draw it."""
+    """Replace a logarithmic scale by a linear one if no number is positive, because then nothing would be visible."""
     if axes.get_yscale() == "log" and axes.has_data() and not np.isfinite(axes.dataLim.minposy):
         axes.set_yscale("linear")
     if axes.get_xscale() == "log" and axes.has_data() and not np.isfinite(axes.dataLim.minposx):

@@ -29,7 +29,10 @@ from icl.tasks.rows import TEST
 
 _TABLE, _FIGURE = "losses.csv", "training.png"
 _MAX_LINEAR_RATIO = 60.0
-"""Ratio of the highest to the lowest loss above which the y axis is logarithmic, so that the lowest loss is readable."""
+"""Largest ratio of the highest to the lowest loss for which the y axis is linear.
+
+Above this ratio, the y axis is logarithmic, so that the lowest loss is readable.
+"""
 _LOSS_LABEL = "loss (squared error per target)"
 _NLL_LABEL = "negative log-likelihood (nats per target)"
 _SetsKey: TypeAlias = tuple[TaskConfig, LanguageConfig, int | str, int, int, int | None]
@@ -65,6 +68,7 @@ def draw_run(folder: RunFolder, shared: dict[_SetsKey, list[EvaluationSet]] | No
 
     Raises:
         CheckpointError: If the run has no usable checkpoint.
+        RunError: If `metrics.csv` is missing or damaged.
     """
     checkpoint = load_checkpoint_file(checkpoint_files(folder.path)[-1])
     config = checkpoint.config
@@ -113,7 +117,10 @@ def _title(folder: RunFolder, config: RunConfig, step: int) -> str:
 
 
 def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
-    """Return the losses on the training tasks that `draw_run` wrote; None if the table or the figure is missing."""
+    """Return the losses that `draw_run` wrote for the training tasks or, for a language run, the test rows.
+
+    Return None if the table or the figure is missing.
+    """
     if not (folder.figures / _FIGURE).is_file():
         return None
     try:
@@ -150,8 +157,9 @@ def plot_training(
         losses: Tables of the loss per target on `pretrain` and on `true`. Each has a row for each position 1..K and a
             row `mean`, and a column for each predictor that applies (of `model`, `bayes`, `ridge`, `dmmse`, `ols`, `zero`).
         title: Title of the figure.
-        levels: Mean losses of the predictors on the prompts of the learning curves, in the unit of the training loss. By default, the means
-            in `losses` are used for the squared error, and no levels for the negative log-likelihood.
+        levels: Mean losses of the predictors on the prompts of the learning curves, in the unit of the training loss.
+            The default for the squared error is the means in `losses`. For the negative log-likelihood, no levels are
+            drawn by default.
     """
     figure, (curves, pretrain, true) = new_figure(3, width=4.6, title=title)
     quantity = "nll" if "train/nll" in metrics else "loss"

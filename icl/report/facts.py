@@ -138,7 +138,10 @@ def read_run(name: str, folder: RunFolder) -> RunFacts:
 
 
 def subject_of(name: str) -> Subject:
-    """Return the topic to which a table or figure belongs, from the beginning of its name. For an unknown name, return a new topic."""
+    """Return the topic of a table or figure. The beginning of the name determines the topic.
+
+    For an unknown name, return a new topic.
+    """
     subjects = [
         subject
         for subject in SUBJECTS
@@ -203,6 +206,6 @@ def _files(folder: Path, suffix: str, run: Path) -> list[Path]:
 
 
 def _cause(error: Exception) -> str:
-    """Return the first line of an error's message, without a full stop."""
+    """Return the first line of an exception's message, without a full stop."""
     text = (error.strerror if isinstance(error, OSError) else None) or (str(error).splitlines() or [""])[0]
     return (text or type(error).__name__).strip().rstrip(".")

@@ -16,7 +16,14 @@ from icl.report.tables import Cell, count_verdicts, with_error
 
 STALE_SECONDS = 600.0
 """Age of the last status, in seconds, after which the page says that a run in progress may have been killed."""
-PREDICTORS = {"model": "transformer", "ridge": "ridge", "dmmse": "dMMSE", "ols": "OLS", "zero": "zero"}
+PREDICTORS = {
+    "model": "transformer",
+    "bayes": "Bayes",
+    "ridge": "ridge",
+    "dmmse": "dMMSE",
+    "ols": "OLS",
+    "zero": "zero",
+}
 PREDICTORS |= {"unigram": "unigrams", "bigram": "bigrams"}
 """The columns of `losses.csv`, and their names on the page."""
 LOSS_SETS = {"pretrain": "training tasks", "true": "new tasks", "test": "test rows"}
@@ -45,9 +52,9 @@ def state_sentence(facts: RunFacts) -> str:
 
 
 def final_losses(facts: RunFacts) -> dict[str, dict[str, float]]:
-    """Return the mean losses of the transformer (`model`) and the predictors at the last step, for `pretrain` and `true`.
+    """Return the mean losses of the transformer (`model`) and the predictors at the last step, for each distribution.
 
-    Before the end of training only the transformer's losses are known, from its last evaluation.
+    Before the end of training, only the transformer's losses are known. They are from its last evaluation.
     """
     table = facts.tables.get("losses")
     if table is not None and {"distribution", "position", "model"} <= set(table):
@@ -90,10 +97,11 @@ def training_loss(facts: RunFacts) -> float | None:
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
     """Return the transformer's loss divided by the loss of each optimal predictor. The keys are names such as "ridge's".
 
-    On the training tasks the predictors are ridge and dMMSE, if their losses are known. On new tasks the only predictor is ridge,
-    because dMMSE is not optimal there.
+    The optimal predictor for new tasks is ridge, or `bayes` if the prior or the noise is not Gaussian. On the training tasks, dMMSE is
+    optimal too, and the result has both ratios.
     """
-    names = ("ridge", "dmmse") if distribution == "pretrain" else ("ridge",)
+    for_new_tasks = "bayes" if losses.get("bayes", math.nan) > 0 else "ridge"
+    names = (for_new_tasks, "dmmse") if distribution == "pretrain" else (for_new_tasks,)
     return {
         f"{PREDICTORS[name]}'s": losses["model"] / losses[name]
         for name in names

@@ -34,7 +34,7 @@ _LLC_COLUMNS = (
     "step", "settings", "mode", "rescale", "llc", "stderr", "bias_bound", "drop_at_mean", "init_loss", "mean_loss", "rhat", "ess",
     "num_chains_used", "nbeta", "localization", "lr", "num_draws", "verdict", "reasons",
 )  # fmt: skip
-_SETS = {"pretrain": "the training tasks", "true": "new tasks, w ~ N(0, I)", "test": "the test rows"}
+_SETS = {"pretrain": "the training tasks", "true": "new tasks", "test": "the test rows"}
 _OF_LANGUAGE = {
     "training": "Losses are in nats per token, on rows that were not used for training. The columns unigrams and bigrams show the loss of "
     "predicting the next token from the frequencies of tokens, or of pairs of tokens, in the training text.",
@@ -42,15 +42,18 @@ _OF_LANGUAGE = {
 }
 """Explanations of sections for language runs. Sections that are missing here use `_EXPLANATIONS`."""
 _EXPLANATIONS = {
-    "training": "Losses are squared errors per target, not divided by D. Ridge is optimal for infinitely many tasks, dMMSE for the "
-    "M training tasks. OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus the "
-    "loss of the Bayes predictor (dMMSE or ridge) on the same prompts, ± one standard error of this difference. The tables and the "
+    "training": "Losses are squared errors per target, not divided by D. The Bayes predictor is dMMSE on the training "
+    "tasks if M is finite. Otherwise it is ridge, or another predictor if the tasks or the noise are not Gaussian. "
+    "OLS has no finite mean loss after D - 1, D or D + 1 examples. The last column is the transformer's loss minus the "
+    "loss of the Bayes predictor on the same prompts, ± one standard error of this difference. The tables and the "
     "learning curves use different prompts. So early stopping does not make the losses in the tables too low. "
     "Reports of version 0.1.0 used the same prompts for both, and their tables do not have the last column.",
-    "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. If a "
-    "shift changes only the query, they are for the last position. delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
+    "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. For "
+    "shifts that change only the query, the numbers are for the last position. "
+    "delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
     "the mean squared difference between the predictions of the transformer and of ridge or dMMSE. bayes excess is the transformer's loss "
-    "minus the loss of the Bayes predictor (dMMSE on training tasks, ridge on new tasks) on the same prompts.",
+    "minus the loss of the Bayes predictor on the same prompts. The Bayes predictor is dMMSE on the training tasks if "
+    "M is finite. Otherwise it is ridge, or another predictor if the tasks or the noise are not Gaussian.",
     "llc": "Each estimate has a verdict. If the verdict is not ok, the column reasons says why.",
 }
 
@@ -124,7 +127,7 @@ def _training_section(facts: RunFacts, subject: Subject, prefix: str, max_rows: 
 
 
 def _position_tables(losses: pd.DataFrame) -> Iterator[Table]:
-    """Yield the losses at each position, on the training tasks and on new tasks."""
+    """Yield a table of the losses at each position, for each distribution in `losses`."""
     for distribution, title in _SETS.items():
         rows = select(losses, distribution=distribution)
         columns = [key for key in PREDICTORS if key in rows and rows[key].notna().any()]

@@ -128,7 +128,7 @@ def _show_float(value: float, digits: int, pad: bool) -> str:
 
 
 def with_error(value: Any, stderr: Any) -> str:
-    """Return a value and its standard error as a string, rounded to the second significant digit of the error."""
+    """Return a value and its standard error as a string, rounded at the second digit of the standard error."""
     try:
         value, stderr = float(value), float(stderr)
     except (TypeError, ValueError):
@@ -234,7 +234,7 @@ def _measured(record: dict[Any, Any] | None) -> Cell:
 
 
 def _spread(table: pd.DataFrame, caption: str) -> Table:
-    """Return a table of rows at about equal distances, from the first row to the last; all rows of a short table.
+    """Return a table of rows at about equal distances, from the first row to the last. A short table keeps all rows.
 
     A value and its standard error share one cell.
     """

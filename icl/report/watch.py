@@ -41,7 +41,8 @@ def watch(
 ) -> tuple[Report | None, signal.Signals | None]:
     """Keep the page of some runs up to date until all of them have ended, or a signal arrives.
 
-    The last version of the page no longer tells the browser to load the page again at intervals.
+    When all runs have ended, the page is written once more. This version no longer tells the browser to load the page
+    again at intervals.
 
     Args:
         paths: Folders of runs, or folders in which runs are or will be.

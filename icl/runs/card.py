@@ -1,7 +1,7 @@
 """The model card of a repository on the Hugging Face Hub: `README.md`, with a section for each run.
 
-A section is made from the run's settings, its table of losses, and its figure of training or of the evaluation. The section begins and
-ends with an HTML comment. Text outside these comments belongs to the user and is not changed.
+A section shows the run's settings, its checkpoints, a table of losses, and one figure (of training, or else of the evaluation). Each
+section begins and ends with an HTML comment. Text outside these comments belongs to the user and is not changed.
 """
 
 import csv
@@ -45,7 +45,7 @@ def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
     begin, end = f"<!-- icl run {name} -->", f"<!-- end of icl run {name} -->"
     section = f"{begin}\n{_section(run, name, store)}\n{end}"
     card = old if old.strip() else _HEAD
-    # If the comment that ends a section is missing, the section is not replaced, because the text after the first comment may be the user's.
+    # A section without its closing comment is not replaced, because the text after the opening comment may be the user's.
     pattern = re.compile(f"{re.escape(begin)}(?:(?!{re.escape(begin)}).)*?{re.escape(end)}", re.DOTALL)
     if pattern.search(card):
         return pattern.sub(lambda match: section, card, count=1)

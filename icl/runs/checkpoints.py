@@ -4,9 +4,9 @@ Checkpoints are small and load fast. Because nothing is unpickled, it is safe to
 begins with eight bytes that give the length of a JSON header. The header lists each tensor with its type, shape and position.
 
 The header of a file from an unknown source can contain anything. So before any tensor is made, we compare the header with the file's
-size, and the shapes of the tensors with the shapes that the saved configuration implies. Thus a bad file is refused quickly and with
-little memory. Each file also contains a digest of its weights, and a digest of its step and configuration. A file that was cut short,
-altered or made by another program does not match these digests and is refused.
+size. We also compare the shapes of the tensors with the shapes that the saved configuration implies. Thus a bad file is refused
+quickly and with little memory. Each file also contains a digest of its weights, and a digest of its step and configuration. A file
+that was cut short, altered or made by another program does not match these digests and is refused.
 
 If `checkpoints.moments` is true, Adam's moments are saved in the subfolder `moments/`, in a file with the same name and format. So
 the moments are not read when the weights are loaded. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
@@ -166,7 +166,7 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
 
 
 def stored_tensors(file: Path, prefix: str) -> StoredArray:
-    """Return a reference to the tensors whose names begin with `prefix`, in order. Their numbers stay in the file.
+    """Return a reference to the tensors whose names begin with `prefix`, as one flat array. The numbers stay in the file.
 
     Raises:
         CheckpointError: If there are no such tensors, or they have different types.

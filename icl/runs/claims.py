@@ -1,10 +1,11 @@
 """Ownership of a run's copy in a store.
 
 The file `run-id` contains a run's id and settings. The id is drawn at random once, in the folder where the run begins. A copy belongs
-to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same. A new folder has
-no id yet. If a new folder has the settings of the copy, it takes over the copy and the copy's id. This happens when the
-same run is resumed on another machine. Since `run-id` contains the settings, the new folder can take over the copy even
-if the first machine was lost before `config.yaml` arrived in the store.
+to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same.
+
+A new folder has no id yet. If its run has the same settings as the copy, the folder takes over the copy and the copy's id. This
+happens when a run is resumed on another machine. It is possible even if the first machine was lost before `config.yaml` arrived in
+the store, because `run-id` contains the settings too.
 
 A `run-id` is never replaced. So if two machines claim a copy at the same moment, they agree on the id and compute the same run.
 """
@@ -42,7 +43,7 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
-        # Without config.yaml, the copy consists only of `run-id`: the machine of its run has just started, or was lost.
+        # The copy has no config.yaml if its run has just begun, or if the machine of its run was lost early.
         is_begun = read_or_none(there, "config.yaml") is None
         if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))

@@ -13,11 +13,11 @@ from icl.runs.resume_file import NAMES, read_resume
 from icl.runs.status import Status
 
 _MAX_STEPS = 8
-"""Largest number of steps that a message lists by number. If there are more, the message gives only the number of the others."""
+"""A message lists at most this many steps, and says how many more there are."""
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps that must have a checkpoint. For an imported run there are none, because the older code chose which steps it saved.
+    """Return the steps that must have a checkpoint. For an imported run, return none, because the older code that trained it chose the steps.
 
     Args:
         config: The run's settings.

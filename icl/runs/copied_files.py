@@ -46,9 +46,10 @@ def is_checkpoint(name: str) -> bool:
 
 
 def size_limit(name: str) -> int | None:
-    """Return the maximum number of bytes to read from a run's file, or None for weights, arrays and images.
+    """Return the maximum number of bytes to read from a run's file, or None if its size is not limited.
 
-    Without a limit, a large `status.json` in a folder or bucket from an unknown source could fill the memory.
+    Tables, JSON files and small text files have a limit. Without it, a large `status.json` in a folder or bucket from an unknown source
+    could fill the memory.
     """
     if name in _SMALL_FILES:
         return MAX_SMALL_FILE

@@ -32,7 +32,7 @@ class UploadError(StorageError):
 
 
 def is_delivered(run: RunFolder, config: RunConfig) -> bool:
-    """Return whether a run has ended and its copy is complete. Only `status.json` is compared, because this file is sent last."""
+    """Return whether a run has ended and its copy is complete. Only `status.json` is compared, because training sends it last."""
     status = run.read_status()
     arrived = _read_note(run, config)
     is_done = status is not None and status.is_done

@@ -1,6 +1,6 @@
 """Describe the environment in which a run is trained: versions, machine and command.
 
-Every start of a run writes its environment as one line of `run.log`, so that a reader can tell years later how the run was made.
+Each start of a run adds a line with the environment to `run.log`. So a reader can tell years later how the run was made.
 `icl report` shows these lines.
 """
 
@@ -34,7 +34,7 @@ COMMANDS = (
     "checkpoints",
     "import",
 )
-"""Commands of `icl`, in the order in which its overview lists them."""
+"""Commands of `icl`, in the order in which `icl --help` lists them."""
 _MARK = " environment "
 
 

@@ -60,16 +60,17 @@ def local_root() -> Path:
 
 
 def place_of(word: str | Path) -> Path:
-    """Return the path of the run that a user names by its path or its run name. An existing path has precedence.
+    """Return the path of the run that `word` names, either by its path or by its run name.
 
-    Otherwise, the result is the folder with this name below `local_root()` if it exists, or the given path if neither exists.
+    An existing path has precedence over a run name. A run name stands for a folder below `local_root()`. If neither exists, `word` itself
+    is returned as a path.
     """
     path, named = Path(word), local_root() / name_of(word)
     return named if named.exists() and not path.exists() else path
 
 
 def require_place(word: str | Path) -> Path:
-    """Return the path of the run that a user names by its path or its run name, as `place_of` does. Refuse a path that does not exist.
+    """Return the path of the run that `word` names, as `place_of` does. Refuse a path that does not exist.
 
     Raises:
         RunError: If there is neither a path nor a run of this name. The message names both paths that were tried.
@@ -152,13 +153,12 @@ class RunFolder:
             return None
 
     def require_own_files(self) -> None:
-        """Refuse a run's folder in which a file or folder that `icl` uses is a symbolic link out of the run's folder.
+        """Refuse a run's folder if a file that `icl` uses is a symbolic link out of the folder, a pipe or a device.
 
-        Otherwise, a folder from another person could make `icl` write to any place.
+        Through such a link, a folder from another person could make `icl` write to any place.
 
         Raises:
-            StorageError: If a file or folder that `icl` uses is a symbolic link out of the folder, a pipe or a device.
-                The message names this link, pipe or device.
+            StorageError: If the folder has such a file. The message names the file.
         """
         foreign = dict.fromkeys(self.store.pipes(), "neither a file nor a folder")
         foreign |= dict.fromkeys(self.store.links_out(), "a symbolic link out of the run's folder")
@@ -267,7 +267,7 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
     If the body of the `with` statement fails before it writes a file into a new folder, the folder is deleted.
 
     Raises:
-        RunError, StorageError: If `RunFolder.lock` raises the error.
+        RunError, StorageError: If the run cannot be locked, as in `RunFolder.lock`.
     """
     new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with run.lock():

@@ -1,16 +1,17 @@
 """Measure every saved step of a run once, and cache the results in the run's folder.
 
 `measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes the checkpoints that have no cached result
-to a function, several at a time. The result of each step is stored as one entry, in two files below `results/<name>/`:
+to a function, several at a time. The result of each step is stored as one entry, in one or two files below `results/<name>/`:
 
 - `step-000001465.json` contains the rows for the table, the entry's key, and the name, shape and position of each array. The key
   consists of the hash of the checkpoint, the settings, and the version of the method. If the measurement also uses the previous
-  checkpoint, the key also includes the hash of the previous checkpoint.
-- `step-000001465.npy` contains the numbers of all arrays, one array after the other. Analyses of the whole run, such as a principal
-  component analysis, need these arrays. Each array can be read separately, so the arrays of all checkpoints need not fit in memory.
+  checkpoint, the key also includes the hash and the step of that checkpoint.
+- `step-000001465.npy` contains the numbers of all arrays, one array after the other. It is missing if there are no arrays. Analyses of
+  the whole run, such as a principal component analysis, need these arrays. Each array can be read separately, so the arrays of all
+  checkpoints need not fit in memory.
 
-If an entry is damaged or has a different key, its checkpoint is measured again. Nothing is ever unpickled. If the process is killed at
-any point, the same call continues after the last entry.
+If an entry is damaged or has a different key, its checkpoint is measured again. Nothing is ever unpickled. If the process is killed,
+the next call with the same arguments continues after the last stored entry.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Entries of consecutive steps that were measured together, or read from the cache together."""
+    """Entries of consecutive steps that were measured together, or one entry from the cache."""
 
     entries: list[Entry]
     is_new: bool
@@ -58,8 +59,8 @@ class Batch(NamedTuple):
 
 
 Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
-"""Function that measures a list of checkpoints. The second argument is the number of checkpoints at the start of the list that are not
-measured: 1 if the list begins with the predecessor of the first checkpoint to be measured, and 0 otherwise."""
+"""Function that measures a list of checkpoints. The second argument is 1 if the list begins with a checkpoint that is not
+measured, namely the predecessor of the first checkpoint to measure, and 0 otherwise."""
 
 
 class Cache:
@@ -150,7 +151,7 @@ def require_one_run(files: Sequence[Path]) -> None:
     """
     first: RunConfig | None = None
     for path in files:
-        # A damaged checkpoint is reported when its weights are loaded, after the work on the other checkpoints.
+        # A damaged checkpoint is reported when its weights are loaded, after the work on the checkpoints before it.
         with contextlib.suppress(OSError, CheckpointError):
             config = read_config_of(path)
             first = first or config
@@ -197,7 +198,7 @@ def measure_checkpoints(
         config: The run's configuration.
         measure: Function that measures some consecutive checkpoints.
         cache: Cache that stores the entries. If it is None, nothing is stored.
-        settings: Settings on which the numbers depend. Checkpoints whose entry has other settings are measured again.
+        settings: Settings on which the measurements depend. Checkpoints whose entry has other settings are measured again.
         version: Version of the method. Checkpoints whose entry has another version are measured again.
         max_members: Largest number of checkpoints to measure at once.
         uses_predecessor: Whether the measurement of a checkpoint also uses the checkpoint before it.

@@ -1,7 +1,7 @@
 """Write and read `metrics.csv`, which has one row per logged step.
 
-The file contains nothing that depends on the current time. On resume, rows after the resume point and incomplete rows are removed.
-Training then writes these rows again. So the bytes of the complete file do not depend on interruptions.
+The file contains nothing that depends on the current time. On resume, incomplete rows and the rows after the saved step
+are removed, and training writes them again. So the bytes of the complete file do not depend on interruptions.
 Floats have nine significant digits, which are enough to restore a float32 exactly.
 """
 
@@ -21,7 +21,7 @@ from icl.store.base import sha256
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
-    """Return the steps up to `step` that have a row in `metrics.csv`. For step 0, there are none."""
+    """Return the steps up to `step` that have a row in `metrics.csv`. If `step` is 0, the set is empty, because row 0 is written again."""
     if step == 0:
         return set()
     evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
@@ -59,8 +59,9 @@ class MetricsFile:
 
         Args:
             logged_steps: The steps whose rows are kept.
-            known: Functions that compute a column from the step, keyed by the column's name. These columns are computed again in the
-                kept rows, because version 0.1.0 wrote the learning rate of the next update instead of the last one.
+            known: Functions that compute a column from the step, keyed by the column's name. The kept rows get new values in
+                these columns. This corrects files of version 0.1.0, which contain the learning rate of the next update instead of the
+                last one.
 
         Raises:
             RunError: If the row of one of the logged steps is missing.
@@ -176,7 +177,7 @@ def whole_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return a file's header and its complete rows. A complete row has a step, and numbers in all other columns."""
+    """Return a file's header and its complete rows. In a complete row, the first cell is a step, and the others are numbers or empty."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     header, *lines = text.splitlines(keepends=True) or [""]
     whole = (_cells(line) for line in lines if line.endswith("\n"))
@@ -191,7 +192,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _is_row(cells: Sequence[str]) -> bool:
-    """Return whether the cells of a row are a step and numbers. An empty cell is a number that was not logged."""
+    """Return whether the first cell of a row is a step and the others are numbers or empty. A number that was not logged is empty."""
     return bool(re.fullmatch(r"[0-9]{1,18}", cells[0])) and all(not cell or is_number(cell) for cell in cells[1:])
 
 

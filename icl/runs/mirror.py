@@ -3,9 +3,9 @@
 The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep the copy consistent:
 
 - *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *Order.* Files that describe other files are copied after those files (`icl.runs.copied_files`). If the copying is interrupted,
-  the same command continues it.
-- *Age.* Files of an earlier step never replace files of a later step, unless the user forces it.
+- *Order.* Files that describe the other files are copied last (`icl.runs.copied_files`). If the copying is interrupted, the same
+  command continues it.
+- *Age.* A folder or copy at an earlier step never overwrites one at a later step, unless the user gives `--force`.
 """
 
 import os
@@ -35,7 +35,7 @@ from icl.store.opening import open_store
 
 _NUM_WORKERS = 8
 _MAX_BATCH = 2**29
-"""Largest number of bytes that are kept in memory for one write of many files."""
+"""A batch of files is written once it has more than this number of bytes, so that memory does not fill up."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -103,7 +103,7 @@ def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mi
 
 
 def take_up(mirror: Mirror, config: RunConfig) -> bool:
-    """Claim the run's copy in the store before training. If the copy is at a later step than the folder, fetch the copy.
+    """Claim the run's copy in the store before training. Fetch the copy if the folder is new or at an earlier step than the copy.
 
     Returns:
         Whether any file was fetched.
@@ -118,7 +118,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     is_new = not mirror.run.config_file.exists()
     if theirs is not None:
         require_same_config(theirs, config, str(mirror.there))
-    # If the folder is new and the copy contains settings, the transfer below also fetches `run-id`. Only after that, the folder claims the copy.
+    # If the folder is new and the copy contains settings, the transfer below also fetches `run-id`. The folder claims the copy after that.
     if not (is_new and theirs is not None):
         claim(mirror.here, mirror.there, config)
     is_behind = saved_step(mirror.there) > saved_step(mirror.here)
@@ -269,7 +269,7 @@ def _bare(sentence: str) -> str:
 
 
 def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
-    """Copy the files that differ, or all files if `force` is true, several at once. Files that describe other files are copied last.
+    """Copy the files that differ, or all files if `force` is true. The files in `LAST` are copied after all others.
 
     Returns:
         The names of the copied files, and a sentence for each file in the source that is damaged but not needed to resume.

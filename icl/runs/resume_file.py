@@ -1,4 +1,4 @@
-"""The files from which a run resumes: `last.ckpt`, and `previous.ckpt`, which is the `last.ckpt` of the previous save.
+"""The files from which a run resumes: `last.ckpt` from the last save, and `previous.ckpt` from the save before it.
 
 Each file is a zip file that `torch.save` writes. We add a zip comment with the SHA-256 of all other bytes. So even a single altered
 byte is detected, while torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For

@@ -1,8 +1,8 @@
 """The training tasks of an imported run, in `checkpoints/tasks.safetensors`.
 
-The file contains one table: the tasks on which the older code trained the run. The run's settings contain the digest of this table
-(`task.imported_tasks`). The table is read whenever the run's checkpoints or settings are read. So prompts from the training tasks,
-dMMSE and the mean task use the tasks of the older code.
+An imported run was trained by an older code base. The file contains one table: the tasks on which that code trained the run. The
+run's settings contain the digest of this table (`task.imported_tasks`). The table is read together with the run's checkpoints or
+settings. So training prompts, dMMSE and the mean task all use these tasks.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ def parse_tasks(data: bytes, where: str) -> Float[Tensor, "M D"]:
 def remember_tasks(folder: Path, config: RunConfig) -> None:
     """Read the table of an imported run from its folder of checkpoints, unless it was read before.
 
-    Runs that `icl` trained have no table. A missing file is not an error here; only work that needs the tasks fails later.
+    Runs that `icl` trained have no table. If the file is missing, no error is raised here. Only later work that needs the tasks fails.
 
     Raises:
         TasksError: If the file is damaged, or its digest differs from the one in the run's settings.

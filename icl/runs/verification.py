@@ -1,15 +1,15 @@
 """Verify a run's files in its folder and in its store, for `icl checkpoints RUN verify`.
 
-- Checkpoints and Adam's moments are compared with their digests, their names and the run's settings. No checkpoint of the
-  schedule may be missing.
-- `last.ckpt` and `previous.ckpt` are compared with their digests.
+- Each file of weights or of Adam's moments must match its digest, its file name and the run's settings. Every step at which the
+  settings ask for a checkpoint must have one.
+- `last.ckpt` and `previous.ckpt` must match their digests and the run's settings.
 - `metrics.csv` must have a row of numbers for every logged step. The rows up to the last save are compared with the digest in
   `last.ckpt`.
 - `config.yaml` and `status.json` must be readable and agree with `last.ckpt`.
-- Arrays and images in `results/` and `figures/` are compared with their checksums. Tables have no checksums. All rows of a table
-  must have the same number of columns, and columns of numbers must contain only numbers.
-- The copy in the store is checked in the same way. In addition, each file in the store is compared with the digest that was sent
-  with the file, and no file of the folder may be missing in the store.
+- Arrays and images in `results/` and `figures/` are compared with their checksums. Tables have no checksums. Instead, all rows of a
+  table must have the same number of columns, and columns of numbers must contain only numbers.
+- The copy in the store is checked in the same way. In addition, each file in the store must match the digest that was sent
+  with it. No file of the folder may be missing in the store.
 """
 
 import contextlib
@@ -247,9 +247,9 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
 
 
 def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
-    """Return a phrase that lists how `config` differs from the settings in the file `name`, or None if they are equal.
+    """Return a phrase that lists how `config` differs from `expected`, which are the settings in the file `name`.
 
-    `expected` contains the settings in that file. If it is None, the file could not be read, and nothing is compared.
+    Return None if the settings are equal, or if `expected` is None because that file could not be read.
     """
     differences = config_differences(expected, config) if expected is not None else []
     return f"its settings differ from those in {name}: {'; '.join(differences)}" if differences else None

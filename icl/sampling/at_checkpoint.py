@@ -16,7 +16,7 @@ The gradients at w0 are computed once, before the chains start. These gradients 
 bytes, and if the number of minibatches in the pool is at most half the total number of moves of a checkpoint's chains.
 
 **One step down the gradient** (`GradientStep`). On one half of the batches, we compute the mean gradient g and the curvature along g (by a
-finite difference of gradients). The localised Newton step is g times nbeta / (nbeta curvature + localization). On the same half of the
+finite difference of gradients). The localised Newton step is g times nbeta / (nbeta |curvature| + localization). On the same half of the
 batches, we choose the best of four multiples (`STEPS`) of this step. On the other half, we measure how much the chosen step lowers the
 loss, with the standard error. The LLC is underestimated by at least nbeta times this decrease.
 
@@ -56,7 +56,7 @@ NUM_STEP_BATCHES = 32
 _MIN_DROP_BATCHES = 32
 """Minimum number of batches for the drop at the mean."""
 _NUDGE = 1e-3
-"""Length of the finite difference, relative to the size of the parameters."""
+"""Length of the finite difference, relative to (1 + |w0|) / sqrt(P)."""
 
 
 class Variates(NamedTuple):
@@ -212,7 +212,7 @@ def losses_by_batch(losses: StackedLosses, params: Params, batches: Sequence[Bat
 
 
 class GradientStep:
-    """A step down the gradient from each of C stacked checkpoints. Only the method `decrease` needs the settings of the chains.
+    """A step down the gradient from each of C stacked checkpoints. Only the method `decrease` depends on the settings of the chains.
 
     Args:
         gradient: The gradient of stacked parameters.

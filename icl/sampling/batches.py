@@ -31,8 +31,7 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""Number of moves, from the first, at which the minibatches of different chains are compared. They are also compared at up to twice as many
-later moves."""
+"""The minibatches of different chains are compared at this many moves, counted from the first, and at up to twice as many later moves."""
 SHORT_LIST = 32
 """Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
 moves is clearly correlated."""

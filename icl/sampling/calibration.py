@@ -51,8 +51,8 @@ PLACES = (0.2, 0.5, 1.0)
 _NUM_BATCHES = 4
 """Number of batches from which the curvature and the loss at the last checkpoint are computed."""
 _FURTHER_WORK = 1.3
-"""Ratio of the total time to the time for the chains' moves. The remaining time is for the gradients of the MALA test and for the
-checkpoints' own losses."""
+"""Ratio of the total time to the time for the chains' moves. The remaining time is for the gradients of the Metropolis tests and for
+the checkpoints' own losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def calibrate(
 
 
 class _Plan(NamedTuple):
-    """Numbers of chain moves of a calibration."""
+    """Numbers of moves of single chains in a calibration."""
 
     expected: int
     longest: int
@@ -212,7 +212,7 @@ def _seconds_per_move(
     short = [dataclasses.replace(sampler, num_burnin_steps=10, num_draws=2, num_init_batches=2) for sampler in samplers]
     times: list[float] = []
     estimate_grid(checkpoints, short, target, device=device, advance=lambda _: times.append(time.perf_counter()))
-    seconds = time.perf_counter() - times[2]  # includes the gradients of the MALA test at both draws
+    seconds = time.perf_counter() - times[2]  # includes the gradients of the Metropolis tests at both draws
     return seconds / ((_num_moves(short[0]) + (2 - 3) * short[0].num_chains) * len(short) * len(checkpoints))
 
 

@@ -6,8 +6,9 @@ key, chain) and used outside `vmap`. So the noise of a member does not depend on
 Draw j is the state after `num_burnin_steps + j * thinning` moves. (So without burn-in, draw 0 is the checkpoint.) We measure the draw's
 loss on the minibatch of the next move, before the chain moves. At each draw we also record the excess: the loss minus the checkpoint's loss
 on the same minibatch. The excess needs one more forward pass for each new minibatch, but most of the minibatch noise cancels in it.
-`icl.sampling.traces` lists the other recorded numbers. At a few draws (`NUM_TESTS` says how many) we compute the probability that a
-Metropolis test would accept the next move. For this test, the losses at both ends of the move are measured on the draw's minibatch.
+`icl.sampling.traces` lists the other recorded numbers. At a few draws of a chain (`NUM_TESTS` is the upper limit) we compute the
+probability that a Metropolis test would accept the next move. For this test, the losses at both ends of the move are measured on the draw's
+minibatch.
 """
 
 import time
@@ -35,7 +36,8 @@ FIRST_CHECK = 100
 number of draws has grown by an eighth."""
 
 Advance: TypeAlias = Callable[[int], None]
-"""Function that is called with the number of moves just made. A move of one chain counts as one."""
+"""Function that is called with the number of moves just made. A move of one chain counts as one. If chains stop early, the moves that they
+skip are counted too."""
 Watch: TypeAlias = Callable[[Sequence[int], Sequence[int], Float[Tensor, "N S"]], None]
 """Function that is called while chains run, with each member's checkpoint number, chain number and excess so far, in nats."""
 WATCH_SECONDS = 10.0
@@ -53,7 +55,7 @@ class Population(NamedTuple):
     """The settings of the chains of each checkpoint."""
     layout: Layout
     checkpoints: Float[Tensor, "C P"]
-    """The moving parameters of each checkpoint."""
+    """The sampled parameters of each checkpoint."""
     fixed: Params
     keys: Sequence[str]
     """A string for each checkpoint, which is part of the seed for the noise of its chains."""

@@ -10,9 +10,9 @@ ESS is then smaller. The other estimate is the standard deviation of the chains'
 the number of chains. This estimate assumes nothing about the draws within a chain.
 
 The drop is the checkpoint's loss minus the loss at the mean of the draws (`icl.sampling.at_checkpoint`). The mean of finitely many draws
-has an error. This error raises the loss at the mean, and so biases the drop. The jackknife over chains removes the bias to first order. For
-quadratics it removes the bias completely. The jackknife also gives the standard error (Efron and Stein 1981). With few chains the standard
-error is itself uncertain, so the rules of the verdict use Student's t.
+has a sampling error. This error raises the loss at the mean, and so biases the drop. The jackknife over chains removes the bias to first
+order. For quadratics it removes the bias completely. The jackknife also gives the standard error (Efron and Stein 1981). With few chains
+the standard error is itself uncertain, so the rules of the verdict use Student's t.
 """
 
 import math
@@ -28,7 +28,7 @@ from torch import Tensor
 MANY_CHAINS = 16
 """Minimum number of chains for a reliable standard error from the spread between chains alone."""
 NUM_BATCHES = 4
-"""Number of batches of each chain for the standard error of chains that stop at a target."""
+"""Number of batches (sets of consecutive draws) into which a chain is divided, for the standard error of chains that stop at a target."""
 
 
 class Drop(NamedTuple):
@@ -96,10 +96,12 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
 def standard_error_at_stop(draws: Float[ndarray, "K S"]) -> float:
     """Return the standard error of the mean for chains that stop when this error is small enough. It allows for its own uncertainty.
 
-    A standard error is sometimes too small by chance, and chains that stop by it stop most often then. So this function takes the larger of
-    two estimates: `standard_error`, and the estimate from the spread of the means of batches (`NUM_BATCHES` consecutive batches of each
-    chain). It then multiplies the error by the ratio of the 97.5 % quantiles of Student's t, with one degree of freedom less than there are
-    batches, and of the normal distribution. Four chains have 16 batches, and the ratio is 1.09.
+    A standard error is sometimes too small by chance, and chains are most likely to stop when it is. So this function takes the larger of
+    two estimates. One is `standard_error`. For the other, each chain is divided into `NUM_BATCHES` batches of consecutive draws, and the
+    estimate comes from the spread of the batches' means.
+
+    The larger estimate is then multiplied by a ratio of two 97.5 % quantiles: that of Student's t and that of the normal distribution.
+    Student's t has one degree of freedom less than there are batches. Four chains have 16 batches, and the ratio is 1.09.
     """
     length = draws.shape[1] // NUM_BATCHES
     if not len(draws) or length < 1:

@@ -7,23 +7,26 @@ on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
 
 - `sgld` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
 - `rmsprop` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected running mean of
-  squared minibatch gradients of L. Our decay is their alpha, and our damping is their lambda. A move uses V from the gradients of earlier
-  moves.
+  squared minibatch gradients of L. Our decay is their alpha, and our damping is their lambda. In our version, a move uses V without its own
+  gradient.
 
-We differ from Li et al. and from devinterp 1.3.2: we adapt G only during burn-in and then keep it fixed. After burn-in, G therefore does
-not depend on w, so the correction term Gamma_i = sum_j dG_ij/dw_j of preconditioned Langevin dynamics is exactly zero. Li et al. and
-devinterp keep adapting G and neglect this term.
+Li et al. and devinterp 1.3.2 keep adapting G, and neglect the correction term Gamma_i = sum_j dG_ij/dw_j of preconditioned Langevin
+dynamics. We adapt G only during burn-in and then keep it fixed. After burn-in, G therefore does not depend on w, so this term is exactly
+zero. There are two smaller differences: their V has no bias correction, and includes the gradient of the current move.
 
 Tests use the exact answer for U = a w^2 / 2: the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance
-1 / (a (1 - lr G a/4)). `known.quadratic_llc` returns the resulting LLC.
+1 / (a (1 - lr G a/4)). `icl.sampling.known.quadratic_llc` returns the resulting LLC.
 
-The published parameters (gradient_scale, localization_scale, noise_scale) translate to nbeta = 2 gradient_scale /
-noise_scale, localization = 2 localization_scale / noise_scale, lr = noise_scale.
+The code of Hoogland et al. (2024) has the parameters gradient_scale, localization_scale and noise_scale.
+`icl.sampling.published.from_scales` converts them to ours: nbeta = 2 gradient_scale / noise_scale, localization = 2 localization_scale /
+noise_scale, and lr = noise_scale.
 
 **BAOAB** is underdamped Langevin dynamics with one gradient per move. With h = sqrt(lr), a friction factor c in [0, 1) and standard
 normals xi, one move is
 
     v <- v - h grad U(w);   w <- w + h v / 2;   v <- c v + sqrt(1 - c^2) xi;   w <- w + h v / 2
+
+The setting `friction` is c, the share of the velocity that a move keeps. Despite its name, a larger value means less friction.
 
 Source: Leimkuhler and Matthews 2013, "Rational construction of stochastic numerical methods for molecular sampling". Their scheme has two
 consecutive half kicks, which we merge into one kick. Our c is exp(-gamma h), where gamma is their friction coefficient. At c = 0 each move
@@ -35,7 +38,8 @@ stationary variance on U = a w^2 / 2 is (our derivation; tests compare it with c
 
     (1 + lr s (1 + c) / ((1 - c) (4 - lr a))) / a
 
-If c = 0 and the product lr * a is small, this equals the stationary variance of SGLD. The control variates of `icl.sampling.at_checkpoint` reduce s.
+If c = 0 and the product lr * a is small, this nearly equals the stationary variance of SGLD. The control variates of
+`icl.sampling.at_checkpoint` reduce s.
 """
 
 from collections.abc import Callable
@@ -49,16 +53,19 @@ from torch import Tensor
 from icl.config import ChainsConfig
 
 NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
-"""Number of moves of each chain for which the acceptance probability is computed, keyed by kernel. Each of these moves needs one additional
-gradient, or two with `baoab`."""
+"""Largest number of draws at which a chain's acceptance probability is computed, keyed by kernel.
+
+At each of these draws, one additional gradient is needed. `baoab` needs a second one if the source has more than one batch. For chains that
+may stop early, this is the largest number in every `icl.sampling.chains.FIRST_CHECK` draws.
+"""
 DECAY = 0.99
 """Decay of the running mean of squared gradients."""
 DAMPING = 0.1
-"""Number that is added to the square root of the running mean. So the preconditioner of a flat direction is at most 1 / DAMPING."""
+"""Number that is added to the square root of the running mean. So the preconditioner is at most 1 / DAMPING in every direction."""
 
 
 class SGLDState(NamedTuple):
-    """State of N chains of `sgld` or `rmsprop` between moves. A row contains the P moving parameters of a chain."""
+    """State of N chains of `sgld` or `rmsprop` between moves. Each row holds the P sampled parameters of one chain."""
 
     position: Float[Tensor, "N P"]
     anchor: Float[Tensor, "N P"]
@@ -95,15 +102,17 @@ class MarkovKernel(NamedTuple):
 
 def kernel_of(settings: ChainsConfig) -> MarkovKernel:
     """Return the kernel that the settings of the chains choose."""
-    density: dict[str, Any] = {
+    common: dict[str, Any] = {
         "lr": settings.lr,
         "nbeta": settings.inverse_temperature,
         "localization": settings.localization,
     }
     if settings.kernel == "baoab":
-        moving = density | {"friction": settings.friction}
-        return MarkovKernel(init_baoab, partial(baoab_step, **moving), partial(log_baoab_acceptance, **moving))
-    move, test = partial(sgld_step, **density), partial(log_mala_acceptance, **density)
+        baoab_arguments = common | {"friction": settings.friction}
+        return MarkovKernel(
+            init_baoab, partial(baoab_step, **baoab_arguments), partial(log_baoab_acceptance, **baoab_arguments)
+        )
+    move, test = partial(sgld_step, **common), partial(log_mala_acceptance, **common)
     if settings.kernel == "rmsprop":
         return MarkovKernel(init_rmsprop, move, test, adapt_rmsprop)
     return MarkovKernel(init_sgld, move, test)
@@ -131,15 +140,16 @@ def sgld_step(
         noise: Standard normals.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature n beta.
-        localization: Strength gamma of the pull back to the anchor.
+        localization: Strength of the pull back to the anchor.
     """
     position, g = state.position, state.preconditioner
-    drift = potential_gradient(position, state.anchor, grad, nbeta=nbeta, localization=localization)
-    # The new positions replace the drift in memory. For large models, new memory would take longer than the arithmetic.
+    gradient = potential_gradient(position, state.anchor, grad, nbeta=nbeta, localization=localization)
+    # The new positions replace this gradient in memory. For large models, new memory would take longer than the arithmetic.
     if g is None:
-        moved = torch.add(position, drift, alpha=-lr / 2, out=drift).add_(noise, alpha=lr**0.5)
+        moved = torch.add(position, gradient, alpha=-lr / 2, out=gradient).add_(noise, alpha=lr**0.5)
     else:
-        moved = torch.addcmul(position, g, drift, value=-lr / 2, out=drift).addcmul_(g.sqrt(), noise, value=lr**0.5)
+        moved = torch.addcmul(position, g, gradient, value=-lr / 2, out=gradient)
+        moved.addcmul_(g.sqrt(), noise, value=lr**0.5)
     return state._replace(position=moved)
 
 
@@ -170,17 +180,18 @@ def log_mala_acceptance(
     """Return the log-probability that MALA would accept a move (Roberts and Tweedie 1996), in float64 on the CPU.
 
     It is the minimum of 0 and U(w) - U(w') + log q(w | w') - log q(w' | w), where q is the density of a move with G fixed.
-    `grads` and `losses` are the gradients and the values of L at w and at w'. The result is exact if both come from the same minibatch.
+    `grads` and `losses` are the gradients and the values of L at w and at w'. If all gradients and
+    losses use the same minibatch, the result is exact for the loss on this minibatch.
     """
     before, after, anchor = state.position, proposal.position, state.anchor
     g = torch.ones_like(before) if state.preconditioner is None else state.preconditioner
-    drift, drift_back = (
+    gradient, gradient_after = (
         potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
         for w, grad in ((before, grads[0]), (after, grads[1]))
     )
     # -2 lr log q, for the move and for the reverse move. The normalisation is left out: it cancels, because G is the same.
-    forth = (after - before + lr / 2 * g * drift).square() / g
-    back = (before - after + lr / 2 * g * drift_back).square() / g
+    forth = (after - before + lr / 2 * g * gradient).square() / g
+    back = (before - after + lr / 2 * g * gradient_after).square() / g
     prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())
     prior_and_moves = (prior + (forth - back) / (2 * lr)).cpu().sum(1, dtype=torch.float64)  # N
     return (nbeta * (losses[0] - losses[1]).cpu().double() + prior_and_moves).clamp(max=0.0)
@@ -207,14 +218,14 @@ def baoab_step(
         state: State of the chains.
         grad: Gradient of L (not of nbeta L) at the positions of the chains.
         noise: Standard normals.
-        lr: Step size h^2.
+        lr: Step size: lr = h^2, where h is the integrator's time step.
         nbeta: Effective inverse temperature n beta.
-        localization: Strength gamma of the pull back to the anchor.
-        friction: Factor c, the share of the velocity that a move keeps.
+        localization: Strength of the pull back to the anchor.
+        friction: Factor c, the share of the velocity that a move keeps. Despite its name, a larger value means less friction.
     """
     h = lr**0.5
-    force = potential_gradient(state.position, state.anchor, grad, nbeta=nbeta, localization=localization)
-    kicked = state.velocity.sub(force, alpha=h)
+    gradient = potential_gradient(state.position, state.anchor, grad, nbeta=nbeta, localization=localization)
+    kicked = state.velocity.sub(gradient, alpha=h)
     velocity = (friction * kicked).add_(noise, alpha=(1 - friction**2) ** 0.5)
     # Make both half drifts at once: w + h (v before the noise + v after the noise) / 2.
     return state._replace(position=state.position.add(kicked.add_(velocity), alpha=h / 2), velocity=velocity)
@@ -234,18 +245,19 @@ def log_baoab_acceptance(
     """Return the log-probability that a Metropolis test would accept a move, in float64 on the CPU.
 
     It is the minimum of 0 and -W. The shadow work W is the change of energy due to the kicks and drifts of the move (Sivak, Chodera
-    and Crooks 2014). The noise preserves the distribution, so it does no work. `grads` and `losses` are the gradients and the values of L
-    at both ends of the move.
+    and Crooks 2013, Phys. Rev. X 3, 011007). The noise preserves the distribution of velocities, so it adds no shadow work. `grads` and
+    `losses` are the gradients and the values of L at both ends of the move.
     """
     h = lr**0.5
     before, after, anchor = state.position, proposal.position, state.anchor
-    force, force_after = (
+    gradient, gradient_after = (
         potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
         for w, grad in ((before, grads[0]), (after, grads[1]))
     )
-    # Kinetic energy that the kicks add: half a kick before the drifts, and half a kick after them.
-    first = h * force * (3 * h / 4 * force - state.velocity)
-    last = h * force_after * (h / 4 * force_after - proposal.velocity)
+    # Each term is twice an energy, and `work` halves their sum. `first` and `last` are for the kinetic energy that the kicks add:
+    # half a kick before the drifts, and half a kick after them. `prior` is for the energy of the localization.
+    first = h * gradient * (3 * h / 4 * gradient - state.velocity)
+    last = h * gradient_after * (h / 4 * gradient_after - proposal.velocity)
     prior = localization * ((after - anchor).square() - (before - anchor).square())
     work = (first + last + prior).cpu().sum(1, dtype=torch.float64) / 2  # N
     return (nbeta * (losses[0] - losses[1]).cpu().double() - work).clamp(max=0.0)

@@ -165,7 +165,8 @@ def estimate_llc(
         seed: Seed for the chains' noise.
         restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
         kernel: `sgld`, `rmsprop` or `baoab`.
-        friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5.
+        friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5. Despite its
+            name, a larger value means less friction.
         target_stderr: Standard error at which the chains stop; `num_draws` is then the largest number of draws.
         num_samples: The sample size n.
         num_init_batches: Number of distinct batches for `init_loss`: the first that the chains get, or all batches if there are fewer.

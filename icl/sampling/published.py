@@ -11,8 +11,9 @@ from icl.presets import preset
 def from_scales(*, gradient_scale: float, localization_scale: float, noise_scale: float) -> dict[str, float]:
     """Return `lr`, `nbeta` and `localization` from the parameters of Hoogland et al.'s code.
 
-    Their move is w - gradient_scale grad L - localization_scale (w - w0) + N(0, noise_scale). In our move, lr / 2 multiplies the whole
-    drift. So lr = noise_scale, nbeta = 2 gradient_scale / noise_scale and localization = 2 localization_scale / noise_scale.
+    Their move is w - gradient_scale grad L - localization_scale (w - w0) + N(0, noise_scale). Our move subtracts
+    (lr / 2) (nbeta grad L + localization (w - w0)). So lr = noise_scale, nbeta = 2 gradient_scale / noise_scale and
+    localization = 2 localization_scale / noise_scale.
 
     Raises:
         ConfigError: If a scale is negative, or the noise or the gradient is zero.
@@ -50,9 +51,9 @@ have different noise at each checkpoint. Second, we average L(w0) over `num_init
 
 
 PUBLISHED_LANGUAGE = preset("L2W256").sampler
-"""The settings of the same paper for its language models: 20 chains of 200 draws, without burn-in, and nbeta = n / ln n with n = 100.
+"""The settings of Hoogland et al. 2024 for their language models: 20 chains of 200 draws, without burn-in, and nbeta = n / ln n with n = 100.
 
-In our rows, the estimate `llc` compares each loss with the checkpoint's loss on the same minibatch. `llc_with_initial_loss_bug` is the
+In `llc.csv`, the estimate `llc` compares each loss with the checkpoint's loss on the same minibatch. `llc_with_initial_loss_bug` is the
 estimate that the authors' code makes from the same chains."""
 
 

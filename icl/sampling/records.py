@@ -53,7 +53,7 @@ PARTS_NAME = "parts"
 """Name of the observable that records the losses on each part of the data (`prompt_loss.losses_by_part`)."""
 WITH_BUG = "llc_with_initial_loss_bug"
 """Column with the estimate that the published code for language models makes, with the bug of that code.
-Only rows of the published mode have this column."""
+Only estimates of language models in the published mode have it."""
 MAX_TRACE = 1000
 """Largest number of stored points of each chain's trace."""
 VERSION = 3
@@ -74,8 +74,8 @@ class Record(NamedTuple):
     stride: int
     """Number of moves from one stored point of a trace to the next."""
     excess: np.ndarray
-    """Excess nbeta (L(w) - L(w0)) on the draw's minibatch, in nats, at every `stride`-th draw (K, S). Empty for estimates of older
-    versions, which did not store the excess."""
+    """Excess nbeta (L(w) - L(w0)) on the draw's minibatch, in nats, at draws that are `stride` moves apart (K, S). Empty for estimates of
+    older versions, which did not store the excess."""
     susceptibilities: np.ndarray
     """A component's susceptibilities to `prompt_loss.losses_by_part` and their standard errors (2, 2K); empty for the whole model."""
 

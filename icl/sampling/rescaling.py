@@ -9,7 +9,7 @@ In each block, one linear map is multiplied by a factor c and the next map by 1/
   after the norm by 1/c.
 
 The rescaling is a change of coordinates of the weights, so the learning coefficient stays the same. But the
-localisation and the step size act differently in the new coordinates. If an estimate depends on c, it measures the size
+localization and the step size act differently in the new coordinates. If an estimate depends on c, it measures the size
 of the weights as well as the geometry of the loss. Then a fall of the estimate during training may be due to growing
 weights.
 """

@@ -251,8 +251,8 @@ def run_files(path: str | Path) -> tuple[list[Path], RunConfig]:
 def chosen_files(files: Sequence[Path], steps: str) -> list[Path]:
     """Return the files of the steps that `steps` selects: `all`, `last`, a list such as 1,2,3, or ranges such as 0:1000:100.
 
-    A range includes both ends and every saved step between them. With a stride of s, it includes only the saved steps among first, first +
-    s, first + 2s and so on.
+    A range without a spacing includes both ends and every saved step between them. With a spacing of s, it includes only the saved steps
+    among first, first + s, first + 2s and so on.
 
     Raises:
         ConfigError: If `steps` is none of these, or names a step that is not saved.

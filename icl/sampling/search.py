@@ -260,7 +260,7 @@ def on_plateau(first: LLCResult, slower: LLCResult) -> bool:
 
 
 def extrapolated(first: LLCResult, slower: LLCResult) -> tuple[float, float]:
-    """Extrapolate the LLCs at lr and lr / 3 to lr = 0 (Richardson), and return the value and its error.
+    """Extrapolate the LLCs at lr and lr / 3 to lr = 0 (Richardson), and return the value and its standard error.
 
     The bias is assumed to be proportional to lr.
     """
@@ -271,13 +271,16 @@ def extrapolated(first: LLCResult, slower: LLCResult) -> tuple[float, float]:
 
 def burnin(result: LLCResult) -> int:
     """Return 1.5 times the number of moves until the chains' mean loss is within two standard deviations of its later level."""
-    trace = torch.cat([result.burnin_trace, result.loss_trace], dim=1).nanmean(0).numpy()
+    # Draws are `thinning` moves apart, so the trace has one entry for this number of moves.
+    trace = (
+        torch.cat([result.burnin_trace[:, :: result.settings.thinning], result.loss_trace], dim=1).nanmean(0).numpy()
+    )
     width = max(len(trace) // 20, 1)
     windows = trace[: len(trace) // width * width].reshape(-1, width).mean(1)
     later = windows[len(windows) // 2 :]
     is_level = np.abs(windows - later.mean()) <= 2 * max(later.std(ddof=1) if len(later) > 1 else 0.0, 1e-12)
     first = int(np.argmax(is_level)) if is_level.any() else len(windows) // 2
-    return max(10, 10 * math.ceil(1.5 * (first + 1) * width / 10))
+    return max(10, 10 * math.ceil(1.5 * (first + 1) * width * result.settings.thinning / 10))
 
 
 def round_to(value: float, digits: int = 2) -> float:

@@ -1,11 +1,12 @@
 """Test the sampler on problems with known answers, in about two minutes on one CPU thread.
 
-`sgld` and `baoab` run on all problems. `baoab` has three times the lr of `sgld` and a third of the moves. `rmsprop` runs on quadratics
-only. Its lr is smaller, because its preconditioner is above 1.
+`sgld` and `baoab` run on all problems. `baoab` has three times the lr of `sgld` and a third of the moves. `rmsprop` runs only on
+quadratics without minibatches. Its lr is smaller, because its preconditioner is above 1.
 
 The loss of every problem has its minimum, 0, at the checkpoint. If the true value of the estimate at finite nbeta with localization is
-known (`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. If the loss is not quadratic, the bias
-of the step size is not known exactly. Then the estimate may differ from the true value by an additional fraction `STEP_BIAS` of that value.
+known (`icl.sampling.known`), the estimate must agree with it within `NUM_STDERRS` standard errors. The bias of the step size is known
+exactly only for `sgld` and `baoab` on quadratics without minibatches. Otherwise the estimate may differ from the true value by an
+additional fraction `STEP_BIAS` of that value.
 
 For deep linear networks only the asymptotic value lambda is known, so we estimate at three values of nbeta. The estimates must rise with
 nbeta. In addition to the standard errors, an estimate may differ from lambda by lambda / sqrt(nbeta), because the localization has strength
@@ -35,7 +36,7 @@ from icl.sampling.target import Loss
 NUM_STDERRS = 3.5
 """Number of standard errors by which an estimate may differ from the true value."""
 STEP_BIAS = 0.02
-"""Allowed bias from the step size, as a fraction of the true value, for a loss that is not quadratic."""
+"""Allowed bias from the step size, as a fraction of the true value, if this bias is not known exactly."""
 _CHAINS = ChainsConfig(num_chains=32, num_draws=1500, num_burnin_steps=1500)
 
 
@@ -107,8 +108,8 @@ def truth_table(rows: Sequence[Row]) -> str:
 def run_problem(problem: Problem, kernel: Kernel = "sgld") -> list[Row]:
     """Estimate the LLC of a test problem with one kernel, at each value of nbeta.
 
-    All chains run as one population with the largest nbeta. For a smaller nbeta, the loss at a separate checkpoint is multiplied by nbeta /
-    (largest nbeta), so that the chains sample the same density.
+    All chains run as one population with the largest nbeta. Each nbeta has its own copy of the checkpoint. In this copy, the loss is
+    multiplied by nbeta / (largest nbeta), so that its chains sample the density at this nbeta.
     """
     largest = problem.nbetas[-1]
 

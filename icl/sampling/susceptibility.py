@@ -35,8 +35,8 @@ def susceptibility(
     """Estimate -Cov(excess, difference) over the draws of K chains.
 
     Args:
-        excess: nbeta (L - L0) at every draw, in nats. Its minibatch noise increases the error, but causes no bias if consecutive draws have
-            different minibatches and `difference` is measured on other data.
+        excess: nbeta (L - L0) at every draw, in nats. Its minibatch noise increases the standard error, but causes no bias if consecutive
+            draws have different minibatches and `difference` is measured on other data.
         difference: l' - L at every draw, for each of Q parts of the data.
 
     Returns:

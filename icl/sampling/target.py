@@ -1,8 +1,8 @@
 """The target of the chains: a loss with its minibatches, and the loss's gradients and values for many members at once.
 
 A loss is any `loss(params, batch) -> Tensor`. It returns a number, or a vector of components (per position, say) whose mean is the
-loss. A `Gradient` takes the moving parameters as rows, the other parameters stacked, and a stacked batch. It returns the gradients
-as rows, and the losses. For a known architecture, a faster gradient can replace the default gradient.
+loss. A `Gradient` takes the moving parameters as rows (one row for each member), the other parameters stacked, and a stacked batch. It
+returns the gradients as rows, and the losses. For a known architecture, a faster gradient can replace the default gradient.
 
 A loss must not draw from torch's global generators, because then `seed` would not determine the estimate. If it does, we restore the
 generators and raise an error.
@@ -64,7 +64,7 @@ class Target:
     own_losses: StackedLosses | None = None
     """A faster function for the losses of stacked parameters, with a separate batch for each member."""
     part: Callable[[Params, Batch], Batch] | None = None
-    """Function that returns the rows of a batch that form one part, if `gradient` goes through a batch in parts to save memory; otherwise
+    """Function that returns one part of a batch, if `gradient` goes through a batch in parts to save memory; otherwise
     None. A gradient in parts is used for all purposes, because the default gradient needs memory for the whole batch."""
     must_depend: bool = False
     """Whether to check that the loss depends on the parameters that move."""

@@ -63,7 +63,10 @@ def spread(draw: Draw) -> Float[Tensor, " N"]:
 
 
 def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
-    """Half of the amount that step size and minibatch noise add to pull + spread, in nats (`icl.sampling.verdict.chains`)."""
+    """Half of the amount that step size and minibatch noise add to pull + spread, in nats, without the part due to the localization alone.
+
+    `icl.sampling.verdict.chains` derives it.
+    """
     settings = draw.settings
     if isinstance(draw.state, BAOABState):
         c = settings.friction
@@ -93,7 +96,7 @@ class Traces(NamedTuple):
     observables: dict[str, Float[Tensor, "N S ..."]]
     """Values of the caller's own functions of the parameters."""
     acceptance: Float[Tensor, " N"]
-    """Mean probability that MALA would accept a move."""
+    """Mean probability that a Metropolis test would accept a move."""
     sample_variance: Float[Tensor, "N Q"] | None
     """Variance over the draws of each fixed sample's loss."""
     mean_position: Float[Tensor, "N P"] | None

@@ -38,7 +38,7 @@ def is_missing_repository(error: BaseException) -> bool:
 
 
 def pause_before_retry(error: BaseException, attempt: int) -> float | None:
-    """Return the seconds to wait before the request is repeated, or None if repeating it is useless."""
+    """Return the seconds to wait before the request is repeated, or None if the request should not be repeated."""
     status = _status(error)
     if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled)):
         return None

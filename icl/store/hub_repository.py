@@ -18,7 +18,7 @@ from icl.store import waiting
 from icl.store.hub_errors import describe, is_conflict, is_missing_repository, pause_before_retry
 
 COMMIT_SECONDS = 600.0
-"""Seconds between two commits while a run trains. The Hub accepts 128 commits an hour for all runs of a user."""
+"""Minimum number of seconds between two commits while a run trains. The Hub accepts 128 commits an hour for all runs of a user."""
 LISTING_SECONDS = 2.0
 """Seconds for which a listing of the repository is reused. After a commit of this process, the listing is no longer used."""
 CALL_SECONDS = 120.0
@@ -70,7 +70,7 @@ class Repository:
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def commit(self, operations: Sequence[Any], message: str, parent: str | None) -> None:
-        """Make a commit whose parent is `parent`. If the repository does not exist (`parent` is None), make a private one.
+        """Make a commit whose parent is `parent`. If `parent` is None, first make a private repository.
 
         Raises:
             Exception: Any error of the client, for example because `parent` is no longer the newest commit.
@@ -84,7 +84,7 @@ class Repository:
         self.committed_at, self._listing = time.monotonic(), None
 
     def ask(self, verb: str, act: Callable[[], Result], *, key: str = "") -> Result:
-        """Return the result of a call. Repeat it while the server is busy or the network fails.
+        """Return the result of a call. Repeat the call a few times if the server is busy or the network fails.
 
         Args:
             verb: Verb that says in messages what the call does, such as `read`.

@@ -19,7 +19,7 @@ def open_store(url: str) -> Store:
     scheme = scheme.lower()
     if scheme not in STORE_SCHEMES or not path:
         raise StorageError(
-            f"A store is a folder, file:///folder, s3://bucket/prefix or hf://USER/REPO, got {redact(url)!r}."
+            f"A store must be a folder, file:///folder, s3://bucket/prefix or hf://USER/REPO, got {redact(url)!r}."
         )
     if scheme == "file":
         return LocalStore(user_path(path))
@@ -39,7 +39,7 @@ def _open_hub(url: str, path: str) -> Store:
     is_plain = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.%-]+)?(/.*)?", path) is not None
     if not is_plain or {".", ".."} & set(path.split("/")):
         raise StorageError(
-            f"A store on the Hugging Face Hub is hf://USER/REPO or a folder below it, got {redact(url)!r}."
+            f"A store on the Hugging Face Hub must be hf://USER/REPO or a folder below it, got {redact(url)!r}."
         )
     try:
         from icl.store.hub import open_hub  # imports huggingface_hub, which is an extra

@@ -76,9 +76,7 @@ _ADVICE = {
 _BY_CODE = {code: advice for advice, codes in _ADVICE.items() for code in codes.split()}
 _BY_STATUS = {401: _KEYS, 403: _RIGHTS, 404: _BUCKET, 408: _LATER, 413: _LARGE, 414: _LONG, 429: _LATER, 507: _FULL}
 
-_NO_CREDENTIALS = (
-    "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in `.env` for instance, or AWS_PROFILE"
-)
+_NO_CREDENTIALS = "there are no credentials; set AWS_PROFILE, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for instance in `.env`"
 _LOGIN = "the login of AWS_PROFILE cannot be used; renew it (`aws sso login`)"
 _PROFILE = "boto3's settings cannot be read; check AWS_PROFILE, AWS_CONFIG_FILE and the files in ~/.aws"
 _SETTING = (

@@ -37,7 +37,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""The features that each server lacks, keyed by server, as far as this process has noticed."""
+"""Features that each server lacks, as far as this process has noticed. The keys are the servers."""
 
 Result = TypeVar("Result")
 
@@ -102,7 +102,7 @@ class Requests:
         return self._with_or_without("HEAD", ask, read)
 
     def put(self, key: str, data: bytes) -> str:
-        """Write an object. Return the tag that the object has if the server's tags are MD5 digests.
+        """Write an object. Return the tag (ETag) that the object gets from a server whose tags are MD5 digests.
 
         Raises:
             ClientError, BotoCoreError: If the server did not accept the object.
@@ -127,7 +127,10 @@ class Requests:
         return True
 
     def knows_conditions(self, key: str, data: bytes) -> bool:
-        """Return whether the server supports conditional writes. Because some servers ignore the condition, we test it with the existing object."""
+        """Return whether the server supports conditional writes. `key` must exist and have the value `data`.
+
+        Some servers ignore the condition. So we write the object again under the condition that it does not exist, which must fail.
+        """
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
         return not self.lacks("conditions")
@@ -215,13 +218,13 @@ class Requests:
             yield page
 
     def _put(self, key: str, data: bytes, **condition: str) -> str:
-        """Write an object in one request. Return the tag that the object should have."""
+        """Write an object in one request. Return the tag that `put` describes."""
         put = partial(self._client().put_object, Bucket=self.bucket, Key=key, Body=data, **condition)
         self._with_or_without("metadata", lambda: put(Metadata={_DIGEST: sha256(data)}), put)
         return f'"{_md5(data).hex()}"'
 
     def _put_in_parts(self, key: str, data: bytes) -> str:
-        """Write an object in parts, one after the other. Return the tag that the object should have: the MD5 of the MD5s of its parts."""
+        """Write an object in parts, one after the other. Return the tag that `put` describes: the MD5 of the MD5s of the parts."""
         client = self._client()
         about = {"Bucket": self.bucket, "Key": key}
         create = partial(client.create_multipart_upload, **about)

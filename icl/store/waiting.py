@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class StalledError(Exception):
-    """Raised if we give up on a call, because it made no progress or the program was interrupted. The call may still be running."""
+    """Raised if we give up on a call: it made no progress, or the program was interrupted. The call may still be running."""
 
 
 class _Progress:
@@ -85,7 +85,7 @@ def await_result(
     Args:
         act: The call.
         seconds: Seconds without progress after which to give up. The default is `SECONDS`.
-        awaited: What the program waits for. It is printed after `NOTICE_SECONDS`. If it is empty, nothing is printed.
+        awaited: Name of the thing that the program waits for, printed after `NOTICE_SECONDS`. If it is empty, nothing is printed.
         is_stopped: Function that returns whether to give up at once. It is called many times a second.
 
     Raises:
@@ -101,7 +101,7 @@ def await_result(
             future.set_exception(error)
 
     began = time.monotonic()
-    # This is a daemon thread, because Python would wait at exit for the thread of a pool.
+    # At exit, Python waits for the threads of a pool, but not for a daemon thread.
     thread = threading.Thread(target=work, name="icl-waiting", daemon=True)
     thread.start()
     try:
@@ -120,9 +120,10 @@ def await_result(
 
 
 def would_block_exit() -> bool:
-    """Return whether Python would wait at exit for a call on which we gave up. This is so if the call still runs and uses a thread pool.
+    """Return whether Python would wait at exit for a call on which we gave up.
 
-    The client of the Hugging Face Hub sends files with a thread pool. If the server does not answer, the threads run for minutes.
+    Python waits if the call still runs and uses a thread pool. The client of the Hugging Face Hub sends files with a thread pool. If the
+    Hub does not answer, the threads of this pool run for minutes.
     """
     has_pool = any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
     return has_pool and any(thread.is_alive() for thread in _left)

@@ -1,1 +1,1 @@
-"""Run W&B sweep files without a W&B account: read the files, list their points, and run the points on any number of machines."""
+"""Run W&B sweep files without a W&B account: list the points (combinations of settings), and run them on any number of machines."""

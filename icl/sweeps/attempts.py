@@ -1,14 +1,15 @@
-"""Attempts at a point of a sweep: numbered files in the run's folder that show which worker runs the point.
+"""Attempts to run a point of a sweep: numbered files in the run's folder that show which worker runs the point.
+
+A point is one combination of the sweep's settings. A worker is a process of `icl sweep`, which starts a program for a point.
 
 Only the attempt with the highest number counts. Once the previous attempt has ended or its worker has died, another worker can
-begin an attempt. For this, the worker creates the file with the next number. The creation is exclusive, so only one process can
-succeed. Files are never deleted, so no number is used twice. A worker that was considered dead by mistake finds a file with a
-higher number, so it knows that another worker has taken over the point. There are two ways
-to check whether an attempt is alive:
+begin an attempt: it creates the file with the next number. The creation is exclusive, so only one process can succeed. Files are
+never deleted, so no number is used twice. A worker that was considered dead by mistake finds a file with a higher number, so it
+knows that another worker has taken over the point. There are two ways to check whether an attempt is alive:
 
 - On the machine of the attempt, check whether its file is locked. The worker and its program keep the lock until both have ended.
-- On any other machine, check whether the file was modified recently, because the worker refreshes the file every few
-  seconds. All times come from the file server, so the clocks of the machines need not agree.
+- On any other machine, check whether the file was modified recently, because the worker refreshes the file every few seconds. Both
+  times in this comparison come from the file server, so the clocks of the machines need not agree.
 """
 
 import contextlib
@@ -35,8 +36,8 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """Seconds without a refresh after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest pause, in seconds, between two attempts of one session. Engines pause only for milliseconds between two attempts, but the
-clocks of different machines may differ by seconds."""
+"""Longest pause, in seconds, between two attempts of one session (`session_start`). Engines pause only for milliseconds between two
+attempts, but the clocks of different machines may differ by seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Make the command and environment of a point from the command of a sweep, by replacing the macros in the command.
 
-The macros are W&B's: `${env}`, `${interpreter}`, `${program}`, `${args}` and its variants, `${args_json}`,
-`${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}` anywhere, and other macros only if they
-are separate words. We differ from W&B in two ways:
+A point is one combination of the sweep's settings. The macros are W&B's: `${env}`, `${interpreter}`, `${program}`,
+`${args}` and its variants, `${args_json}`, `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}`
+anywhere, and other macros only if they are separate words. We differ from W&B in two ways:
 
 - A macro that W&B would drop or pass on unchanged is an error.
 - The macro `${interpreter}` stands for the Python that runs `icl sweep`, not for the `python` on the PATH. Likewise, the command

@@ -42,11 +42,11 @@ class Parameter:
 
 
 EXPONENTS = {name: f"{name}_values" for name in ("log_uniform", "q_log_uniform", "inv_log_uniform")}
-"""Distributions whose `min` and `max` are exponents of e, each with the corresponding distribution whose `min` and `max` are values."""
+"""Distributions whose `min` and `max` are exponents of e. Each is mapped to the same distribution with bounds that are values."""
 
 
 def draw(parameter: Parameter, *, seed: int, index: int) -> Any:
-    """Return the value of a parameter at point `index` of a random sweep. The value depends only on the arguments."""
+    """Return draw number `index` of a parameter in a random sweep. The value depends only on the arguments."""
     digest = hashlib.blake2b(f"{seed}:{index}:{parameter.name}".encode(), digest_size=8).digest()
     share = ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2**-52  # strictly inside (0, 1)
     return DISTRIBUTIONS[parameter.distribution].quantile(share, parameter.options)
@@ -84,7 +84,7 @@ def grid_values(parameter: Parameter) -> list[Any] | None:
 
 
 def has_too_long_grid(parameter: Parameter, most: int) -> bool:
-    """Return whether a parameter has more than `most` values in a grid. The list of values is not made."""
+    """Return whether a range has more than `most` values in a grid, without making their list. Lists in the sweep file are not checked."""
     options = parameter.options
     if parameter.distribution == "int_uniform":
         return options["max"] - options["min"] >= most

@@ -1,11 +1,13 @@
 """The engine of `icl sweep`. It runs the points that are not done, a few at a time, each in a separate program.
 
-The whole state of a sweep is in the folders of its runs. So the same command continues a sweep after any interruption. Any
-number of engines, on any machines that share these folders, can work on one sweep without running a point twice.
+A point is one combination of the sweep's settings. The whole state of a sweep is in the folders of its runs. So the same command
+continues a sweep after any interruption. Any number of engines, on any machines that share these folders, can work on one sweep
+without running a point twice.
 
-A point that fails does not stop the other points. The next command tries the point again, unless the same settings would
-fail again. An engine that starts while other engines work on the sweep joins their session: it does not repeat points that
-have failed since the session began. If the engine receives a signal, it asks its programs to save and exit.
+A point that fails does not stop the other points. The next `icl sweep` command tries the point again, unless the same settings
+would fail again. An engine that starts while other engines work on the sweep joins their session (`attempts.session_start`): it
+does not repeat points that have failed since the session began. If the engine receives a signal, it asks its programs to save and
+exit.
 
 In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. It does
 not wait for points that run in other jobs, because its own job would occupy a machine without work.

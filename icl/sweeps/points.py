@@ -1,4 +1,4 @@
-"""The points of a sweep. Each point has settings, the configuration that results from the settings, and the name of its run.
+"""The points of a sweep. A point is one combination of settings, with the resulting configuration and the name of its run.
 
 The settings of all points are checked before any point runs. If a point has invalid settings, only this point fails and the other
 points run, as under `wandb agent`.
@@ -33,7 +33,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One run of a sweep."""
+    """A point of a sweep whose settings are valid."""
 
     number: int
     """The point's position in the sweep, counted from 1."""
@@ -72,7 +72,8 @@ def sweep_points(
         invalid: List to which invalid points are added. If it is None, an invalid point is an error.
 
     Raises:
-        SweepFileError: If no point is valid, two points of a grid are the same run, or a random sweep has no number of points.
+        SweepFileError: If no point is valid, two points of a grid are the same run, or a random sweep has no limit on its
+            number of points.
     """
     caps = [cap for cap in (count, sweep.run_cap) if cap is not None]
     if sweep.method == "random" and not caps:

@@ -1,4 +1,7 @@
-"""The program of one point, or of several points packed together: its process, its log, and the outcome of each point."""
+"""The program of one point, or of several points packed together: its process, its log, and the outcome of each point.
+
+A point is one combination of a sweep's settings. A packed program trains several points as one population.
+"""
 
 import ctypes
 import itertools

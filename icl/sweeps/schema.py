@@ -27,7 +27,7 @@ _PARAMETER_KEYS = ("distribution", "parameters", "value", "values", "probabiliti
 
 
 MAX_POINTS = 100_000
-"""Largest number of points of a sweep. It is limited because all points are checked before the first one runs."""
+"""Largest number of points (combinations of settings) of a sweep. It is limited because all points are checked before the first one runs."""
 
 
 class SweepFileError(ConfigError):

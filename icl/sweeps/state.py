@@ -1,8 +1,9 @@
 """Read the state of a sweep's point from the folder of its run: done, running, failed or waiting, with the reason.
 
-A point of `icl train` is done if its run is done with the same settings, even if the run was trained outside the sweep. A point of any
-other program is done if the last attempt at the point exited with status 0. A failure is final if the same settings would fail again,
-for example because the loss becomes NaN. Such a point is tried again only with `--retry`, or after the installed versions change.
+A point is one combination of the sweep's settings. A point whose program is `icl train` is done if its run is done with the same
+settings, even if the run was trained outside the sweep. A point of any other program is done if the last attempt at the point exited
+with status 0. A failure is final if the same settings would fail again, for example because the loss becomes NaN. Such a point is tried
+again only with `--retry`, or after the installed versions of packages change.
 """
 
 import time

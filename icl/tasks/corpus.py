@@ -25,7 +25,7 @@ HUB = "hf://"
 _TEXT, _RECORDS, _ARRAY = ".txt", (".jsonl", ".json"), ".npy"
 _EXTRA = "Install it with `pip install icl[language]`."
 _CHECKED = 2**20
-"""Number of tokens at the beginning of an array that are checked against the size of the vocabulary when the array is opened."""
+"""Number of tokens, counted from the start of an array, that are checked against the vocabulary size when the array is opened."""
 
 
 class Corpus(NamedTuple):

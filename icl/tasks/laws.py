@@ -8,7 +8,7 @@ Scalar laws (`Law`), for noise and for the coordinates of tasks and inputs:
   the t-distribution").
 - `laplace`: density exp(-sqrt(2) |z|) / sqrt(2).
 
-Task priors (`TaskLaw`), of vectors w with D coordinates:
+Task laws (`TaskLaw`), for task vectors w with D coordinates. The setting `task.prior` chooses one of them:
 
 - `gaussian`, `student_t`, `laplace`: the coordinates are independent, each with the scalar law of this name.
 - `sparse`: with probability p, a coordinate is drawn from N(0, 1 / p); otherwise it is 0.
@@ -18,8 +18,8 @@ Task priors (`TaskLaw`), of vectors w with D coordinates:
 - `mixture`: w = m_j + sqrt(1 - b) z with z ~ N(0, I) and j uniform on J components. The means m_j are random, then shifted and scaled so
   that each coordinate has mean 0 and variance b over the components. Coordinates are correlated unless J is large.
 
-The coordinates of an input are independent. Under `ar1`, x_1 = z_1 and x_k = rho x_{k-1} + sqrt(1 - rho^2) z_k with z_k ~ N(0, I). So every
-x_k is N(0, I), and the correlation of x_k and x_{k+h} is rho^h.
+The coordinates of an input are independent. If `task.inputs` is `ar1`, the inputs of a prompt are correlated: x_1 = z_1 and
+x_k = rho x_{k-1} + sqrt(1 - rho^2) z_k with z_k ~ N(0, I). So every x_k is N(0, I), and the correlation of x_k and x_{k+h} is rho^h.
 
 Every draw is a pure function of (stream, step, index), like all draws of `icl.rng`.
 """
@@ -47,7 +47,7 @@ class Law(NamedTuple):
 
 
 class TaskLaw(NamedTuple):
-    """Prior of a task w; by default N(0, I)."""
+    """Distribution of a new task w, by default N(0, I)."""
 
     name: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
     df: float | None = None
@@ -113,7 +113,7 @@ def draw_tasks(
 
 @lru_cache(maxsize=64)
 def subspace(law: TaskLaw, task_size: int) -> Float[Tensor, "D r"]:
-    """Return B = sqrt(D / r) A of the prior `low_rank`, in float32 on the CPU. The covariance of the tasks is B B^T."""
+    """Return B = sqrt(D / r) A of the law `low_rank`, in float32 on the CPU. The covariance of the tasks is B B^T."""
     assert law.rank is not None
     normals = _structure("tasks/subspace", law.seed, task_size, law.rank).T  # D r
     q, r = torch.linalg.qr(normals)
@@ -123,7 +123,7 @@ def subspace(law: TaskLaw, task_size: int) -> Float[Tensor, "D r"]:
 
 @lru_cache(maxsize=64)
 def component_means(law: TaskLaw, task_size: int) -> Float[Tensor, "J D"]:
-    """Return the means of the components of the prior `mixture`, in float32 on the CPU."""
+    """Return the means of the components of the law `mixture`, in float32 on the CPU."""
     assert law.components is not None
     assert law.between is not None
     normals = _structure("tasks/components", law.seed, task_size, law.components)  # J D
@@ -140,7 +140,9 @@ def correlate(normals: Float[Tensor, "*S K D"], correlation: float) -> Float[Ten
 
 
 def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float) -> Tensor:
-    """Return the c for which the noise density is proportional to exp(-c / (2 sigma^2)). For Gaussian noise, c is the squared residual.
+    """Return, for each residual r, the c for which the noise density at r is proportional to exp(-c / (2 sigma^2)).
+
+    For Gaussian noise, c is the squared residual.
 
     The result may share memory with the residuals.
     """

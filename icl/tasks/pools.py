@@ -1,4 +1,4 @@
-"""Pools of tasks that change during training. The tasks at a step are computed without the pools at the steps before.
+"""Pools of tasks that change during training. The tasks at a step are computed directly, without the pools of earlier steps.
 
 Task m of a pool is a pure function of (seed, m, step). So pools are nested at every step, and a resumed run has the same pool.
 
@@ -9,11 +9,11 @@ Task m of a pool is a pure function of (seed, m, step). So pools are nested at e
   w(t + 1) = rho w(t) + sqrt(1 - rho^2) z with rho = exp(-1 / n). At every step the tasks are N(0, I). At step 0 the pool is the same as
   with `fixed`.
 
-To compute the walk at a step, we halve an interval of steps until the interval begins at the requested step. The first
-interval lies between two neighbouring multiples of 2^L. The number of halvings L is the smallest whole number for which
-2^L is at least 40 n, where n is the correlation time in steps. The values at multiples of 2^L are drawn independently.
-Their correlation is at most e^-40, which is smaller than the rounding errors. The value at the middle of an interval is
-drawn given the values at both ends. If both halves have length h, let r = exp(-h / n). The value at the middle is then
+To compute the walk at a step, we halve an interval of steps until its length is 1. Its left end is then the requested step.
+The first interval lies between two neighbouring multiples of 2^L. The number of halvings L is the smallest whole number for
+which 2^L is at least 40 n, where n is the correlation time in steps. The values at multiples of 2^L are drawn independently.
+In the exact process, their correlation is at most e^-40, which is smaller than the rounding errors. The value at the middle
+of an interval is drawn given the values at both ends. If both halves have length h, let r = exp(-h / n). The value at the middle is then
 normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2), because the process is Markov. Every
 step is the middle of only one interval, or a multiple of 2^L, so the random number for step t has the counter t. A pool
 at one step needs L + 2 normals per coordinate, whatever the step.
@@ -36,11 +36,11 @@ _MIN_DECAY = 40
 
 
 class PoolSchedule(NamedTuple):
-    """How a pool changes over the steps."""
+    """Rule by which a pool changes over the training steps."""
 
     name: Literal["fixed", "resampled", "walk"] = "fixed"
     steps: int | None = None
-    """Number n of steps: the time between two pools (`resampled`), or the correlation time (`walk`)."""
+    """Number n of training steps: from one pool to the next (`resampled`), or the correlation time (`walk`)."""
 
 
 FIXED = PoolSchedule()
@@ -55,7 +55,7 @@ def tasks_at(
     law: TaskLaw = GAUSSIAN_TASKS,
     schedule: PoolSchedule = FIXED,
 ) -> Float[Tensor, "S B D"]:
-    """Return the tasks with the numbers `indices` at each of the steps `times`.
+    """Return the tasks with the numbers `indices` at each of the training steps `times`.
 
     `law` is the distribution of the tasks. The schedule `walk` ignores `law`: its tasks are N(0, I).
     """

@@ -1,13 +1,14 @@
-"""Task priors p(w): a continuous law (M = inf), usually N(0, I), or the uniform distribution on a pool of M tasks drawn from this law.
+"""Task priors p(w): the law of new tasks (M = inf), or the uniform distribution on a pool of M tasks.
+
+The law is the distribution of one new task, usually N(0, I). `icl.tasks.laws` defines all laws. The tasks of a pool are drawn independently
+from the law. `icl.tasks.pools` defines the pools that change during training.
 
 A pool consists of the first M tasks of one endless sequence, in which task m is a pure function of (seed, m). So pools are nested: every
 larger pool begins with the tasks of the smaller one. Raventos et al. (2023), section 2, define both priors. The nesting follows Carroll et
 al. (2025), section 3.1. We store no table of tasks: for a prompt of task 1,000,000 we compute only the vector of this task.
 
-Runs of older code bases have other tasks, which `icl import` saves as a table. The digest of the table then names the sequence, instead of
-a seed. `keep_table` registers a table in this process. Equal digests always mean equal tables.
-
-`icl.tasks.laws` defines the other laws, and `icl.tasks.pools` the pools that change during training.
+Runs imported from other code have their own tasks, which `icl import` saves as a table. The table's digest then replaces the seed.
+`keep_table` registers a table in this process. Equal digests always mean equal tables.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ class Gaussian(NamedTuple):
 
 
 class Continuous(NamedTuple):
-    """Continuous prior other than N(0, I_D), under which every prompt has a new task."""
+    """Prior of new tasks other than N(0, I_D). Every prompt has a new task, drawn from `law`."""
 
     task_size: int
     law: TaskLaw
@@ -53,7 +54,7 @@ class Discrete(NamedTuple):
     law: TaskLaw = GAUSSIAN_TASKS
     schedule: PoolSchedule = FIXED
     time: int | None = None
-    """Step whose pool is used, if the pool changes. If None, each prompt uses the pool of its own step."""
+    """Training step whose pool is used, if the pool changes. If None, each prompt uses the pool of its own step."""
 
 
 Prior: TypeAlias = Gaussian | Continuous | Discrete
@@ -67,7 +68,7 @@ def sample_tasks(
 ) -> Float[Tensor, "N S B D"]:
     """Draw one task for each prior, step and index.
 
-    Tasks of priors that share a sequence are drawn together, and so are the tasks of all priors with the same law.
+    Pools of one sequence are drawn in one call. So are priors of new tasks with one law.
     """
     sequences = [prior._replace(num_tasks=1) if isinstance(prior, Discrete) else prior for prior in priors]
     drawn: dict[int, Tensor] = {}
@@ -94,7 +95,10 @@ def task_prior(
     schedule: PoolSchedule = FIXED,
     time: int | None = None,
 ) -> Prior:
-    """Return the prior for task diversity M: `Discrete`, or if M = inf, `Gaussian` or `Continuous`."""
+    """Return the prior for task diversity M: `Discrete`, or if M = inf, `Gaussian` or `Continuous`.
+
+    `time` is the training step whose pool is used.
+    """
     num_tasks = parse_num_tasks(num_tasks)
     if num_tasks != math.inf:
         return Discrete(int(num_tasks), task_size, seed, law, schedule, time)
@@ -122,14 +126,15 @@ def task_pool(
         num_tasks: Number M of tasks.
         task_size: Dimension D.
         seed: Seed of the sequence, or digest of an imported table.
-        law: Prior from which each task is drawn, by default N(0, I_D).
-        schedule: How the pool changes over the steps. By default it does not change.
-        time: Step whose pool is returned.
+        law: Law from which each task is drawn, by default N(0, I_D). Imported tables ignore it, and also `schedule` and `time`.
+        schedule: How the pool changes over the training steps. By default it does not change.
+        time: Training step whose pool is returned.
         device: Device of the result.
 
     Raises:
-        ConfigError: If `num_tasks` or `task_size` is not a positive whole number, `seed` is not a whole number from 0 to
-            2^63 - 1, or `num_tasks` is infinite. Also raised if `seed` is the digest of a table that is unknown or has too few tasks.
+        ConfigError: If `num_tasks` is not a whole number from 1 to 2^31 - 1, `task_size` is not a positive whole number, or
+            `seed` is neither a digest nor a whole number from 0 to 2^63 - 1. Also raised if the pool does not fit in memory, or
+            if the table with the digest `seed` is unknown, has too few tasks, or has tasks of another size D.
 
     Examples:
         >>> bool((task_pool(3, 2, seed=0) == task_pool(4096, 2, seed=0)[:3]).all())
@@ -183,7 +188,7 @@ def _table(digest: str, task_size: int) -> Float[Tensor, "M D"]:
 def _tasks(
     pool: Discrete, steps: Int64[Tensor, " S"], chosen: Int64[Tensor, "N S B"], num_tasks: int
 ) -> Float[Tensor, "N S B D"]:
-    """Return the tasks at the positions `chosen` of the sequence, for each step. All positions are below `num_tasks`."""
+    """Return the tasks at the positions `chosen` of the sequence, for each training step. All positions are below `num_tasks`."""
     if isinstance(pool.seed, str):
         return _rows_of_table(pool.seed, chosen.flatten(), pool.task_size).unflatten(0, chosen.shape)
     choose = partial(tasks_at, pool.seed, task_size=pool.task_size, law=pool.law, schedule=pool.schedule)

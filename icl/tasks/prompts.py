@@ -1,10 +1,12 @@
 """Prompts x1, y1, ..., xK, yK with y = w . x + noise, and their layout as tokens.
 
 In each prompt w is drawn from a prior (`icl.tasks.priors`), every x from N(0, I_D), and the noise from N(0, sigma^2). This is
-the task of Raventos et al. (2023), section 2. The section `task` can choose other distributions (`icl.tasks.laws`).
+the task of Raventos et al. (2023), section 2. The config section `task` can choose other distributions
+(`icl.tasks.laws`).
 
-A prompt is a pure function of (seed, stream, step, index). The stream `train` uses `seeds.data` and `seeds.noise`; every other stream uses
-`seeds.evaluation`. The index is the row in the batch, so each of several processes can draw its own slice of the batch.
+For one configuration, a prompt is a pure function of (seed, stream, step, index). The stream `train` uses `seeds.data` and
+`seeds.noise`; every other stream uses `seeds.evaluation`. The index is the row in the batch, so each of several processes can draw its own
+slice of the batch.
 
 Tokens have D + 1 coordinates, as in Raventos et al. (2023) and Hoogland et al. (2024): an x-token is (0, x), a y-token is
 (y, 0, ..., 0). No prediction depends on the last y-token, so a prompt of K examples has 2K - 1 tokens.
@@ -42,7 +44,7 @@ class Prompts(NamedTuple):
 
 
 class PromptSource(NamedTuple):
-    """Everything that determines a stream's prompts: a prior, sizes, and the keys of the random streams of inputs, tasks and noise."""
+    """Everything that determines a stream's prompts: prior, sizes, distributions of noise and inputs, and keys of the random streams."""
 
     prior: Prior
     task_size: int
@@ -58,13 +60,13 @@ class PromptSource(NamedTuple):
 
     @property
     def numbers_per_row(self) -> int:
-        """Number of normal variates that are needed to draw a prompt."""
+        """Number of random numbers for the inputs and the noise of a prompt, K (D + 1). The task is not counted."""
         return self.max_examples * (self.task_size + 1)
 
     def sample(
         self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
     ) -> Prompts:
-        """Return the prompts with the numbers `indices` of each of the steps, stacked on a leading axis of steps."""
+        """Return the prompts at `indices` for every step. The leading axis is the step."""
         return Prompts(*(part.squeeze(0) for part in sample_together([self], steps, indices, device=device)))
 
 
@@ -82,7 +84,7 @@ def sample_together(
     """
     first = sources[0]
     num_examples, task_size = first.max_examples, first.task_size
-    # `len` would fail for a range longer than 2^63, before the check below could report how many prompts do not fit.
+    # `len` raises OverflowError for a range of 2^63 or more. We want the memory check below to report the error instead.
     batch_size = indices.stop - indices.start if isinstance(indices, range) else len(indices)
     require_prompt_memory(len(sources) * len(steps) * batch_size, num_examples, task_size, device)
     # `torch.arange(start, stop)` would be slow on XLA, which compiles the bounds into its graph and so would compile again for every step.
@@ -102,7 +104,7 @@ def sample_together(
 
 
 def task_law(config: RunConfig) -> TaskLaw:
-    """Return the prior of a run's tasks."""
+    """Return the law from which a run's tasks are drawn."""
     task = config.task
     has_structure = task.prior in ("low_rank", "mixture")
     return TaskLaw(
@@ -117,7 +119,7 @@ def task_law(config: RunConfig) -> TaskLaw:
 
 
 def noise_law(config: RunConfig) -> Law:
-    """Return the distribution of a run's noise after division by the noise's standard deviation."""
+    """Return the distribution of a run's noise, scaled to variance 1."""
     return Law(config.task.noise, config.task.noise_df)
 
 
@@ -129,11 +131,13 @@ def training_pool(
     Args:
         config: The run.
         step: Step whose pool is returned. The step is needed only if the pool changes during training.
-        num_tasks: Number of tasks; None means all M.
+        num_tasks: Number of tasks; None means all M, which must then be finite.
         device: Device of the result.
 
     Raises:
-        ConfigError: If M is infinite, or the pool changes and no step is given.
+        ConfigError: If M is infinite and `num_tasks` is None, the pool changes and no step is given, or `num_tasks` or `step`
+            is out of bounds. Also raised if an imported table of tasks is unknown, too small or of another D, or the pool does
+            not fit in memory.
     """
     return task_pool(
         config.task.num_tasks if num_tasks is None else num_tasks,
@@ -165,7 +169,8 @@ def prompt_source(
             and uses the pool at the step of the prompts.
 
     Raises:
-        ConfigError: If the distribution is unknown, the stream has no name, or the pool changes and its step is not given.
+        ConfigError: If the distribution is unknown, `stream` is not a name, `config` is not a RunConfig, or the pool changes and
+            `pool_step` is missing or invalid.
     """
     if not isinstance(stream, str) or not stream:
         raise ConfigError(f"`stream` must be a name such as `train` or `true`, got {stream!r}.")
@@ -227,8 +232,9 @@ def sample_prompts(
     A smaller batch consists of the first prompts of a larger batch. If the pool changes, `pool_step` is the step whose pool is used.
 
     Raises:
-        ConfigError: If `step` is not a whole number of at least 0, `batch_size` is not a whole number of at least 1, or the
-            distribution is unknown.
+        ConfigError: If `step` is not a whole number from 0 to 2^62, `batch_size` is not a whole number from 1 to 2^32, `stream` is
+            not a name, or the distribution is unknown. Also raised if the pool changes and `pool_step` is missing, or if the
+            prompts do not fit in memory.
 
     Examples:
         >>> xs, ys, ws = sample_prompts(RunConfig(), stream="train", step=0, batch_size=4)

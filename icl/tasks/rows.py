@@ -10,8 +10,9 @@ this and all later steps, the rows of the stream `train` are drawn from the whol
 which of the two texts a row comes, so resumed training reads the same rows.
 
 Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`. The next token is successor j
-with probability proportional to 1 / j. At each position outside a copy, a copy begins with probability `copy_rate`. Then an earlier
-position of the row and a length are drawn uniformly, and the next tokens repeat the tokens that start at this position. So a model can
+with probability proportional to 1 / j. At each position outside a copy, from the fourth token on, a copy begins with probability
+`copy_rate`. Then an earlier position of the row and a length (from `copy_length` / 2 to `copy_length`) are drawn uniformly, and the next
+tokens repeat the tokens that start at this position. So a model can
 learn three things in turn: the frequencies of tokens, the table of bigrams, and, with an induction head, the continuation of a copy. The
 first tokens of a row do not depend on the length of the row.
 """

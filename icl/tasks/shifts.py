@@ -13,7 +13,7 @@ stream. So a shifted prompt is a pure function of (evaluation seed, shift, step,
   the targets is D + sigma^2, as without the shift.
 - `random_quadrants`: all examples lie in one random orthant. The query may lie in any orthant.
 - `orthogonal_query`: the query is orthogonal to every example.
-- `seen_query`: the query equals one of the examples, with new noise.
+- `seen_query`: the query equals the input of one of the examples, and its target has new noise.
 
 Source: the evaluations in the files eval.py and samplers.py of Garg et al. (2022). We differ from their code in four ways:
 
@@ -73,7 +73,7 @@ class Randomness(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Family of out-of-distribution prompts."""
+    """Family of out-of-distribution prompts, with the smallest D and K for which it exists."""
 
     transform: Callable[[Parts, Randomness], Parts]
     is_about_query: bool = False

@@ -29,10 +29,10 @@ from icl.training.wandb.agent import PARENT_PROCESS, in_sweep
 Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
-"""Two signals within this number of seconds count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent
-then signals this program again. In a program that a sweep started, all signals count as one: Slurm signals the sweep's engine,
-which starts the programs, and also the programs themselves. The engine then signals the programs again, perhaps seconds later. To end a
-program at once, the engine uses SIGKILL."""
+"""Two signals within this number of seconds count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent then
+signals this program again. In a program that a sweep started, all signals count as one. There, Slurm signals the program and also the
+engine that started it (`icl.sweeps.engine`). The engine then signals the program again, perhaps seconds later. To end the program at once,
+the engine uses SIGKILL."""
 
 
 class NonFiniteGuard(pl.Callback):

@@ -4,7 +4,8 @@ On a GPU all members are updated together. Each member needs memory for seven ar
 parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. To
 estimate these, we run forward passes of a few prompts and measure the size of the tensors that autograd keeps.
 
-On a CPU at most one member per core is updated at a time, so activations count once per core. Each member also needs memory for:
+On a CPU at most one member per core is updated at a time, so we count the activations of one member for each core. Each member also
+needs memory for:
 
 - Its parameters and moments. While members are resumed, they need three times as much memory, because the arrays are read from the
   resume files and then copied into joined arrays.
@@ -30,8 +31,8 @@ _ROWS = 7
 _CPU_ROWS = 3
 """Number of arrays per member on a CPU: parameters and two moments."""
 _RESUMED_ROWS = 9
-"""Number of arrays per resumed member on a CPU: parameters and two moments, each of them in the member, in the data read from the resume
-file, and in the joined arrays."""
+"""Number of arrays per resumed member on a CPU: parameters and two moments. Each of these exists three times: in the member, in the
+data read from the resume file, and in the joined arrays."""
 _DRAWN_BYTES = 128
 """Number of bytes for each number in a batch of prompts while the batch is drawn from counters (measured)."""
 _EVALUATED_ARRAYS = 48
@@ -104,9 +105,9 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     num_sets = len({(config.task, task_sequence(config), config.seeds.evaluation) for config in configs})
     targets = 4 * evaluation.num_prompts * task.max_examples if evaluation.every is not None else 0
     set_bytes = targets * (task.task_size + 1 + _NUM_BASELINES)
-    # Different sets are copied into one stacked array.
+    # If the members have different evaluation prompts, these are copied into one stacked array.
     evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)
-    # Two sets: prompts of the run's own tasks (`pretrain`) and of new tasks (`true`).
+    # The factor 2: prompts of the run's own tasks (`pretrain`), and prompts of new tasks (`true`).
     stored = 2 * set_bytes * num_sets / len(configs)
     return max(_RESUMED_ROWS * row_bytes, _CPU_ROWS * row_bytes + max(drawn, evaluated)) + stored
 

@@ -76,7 +76,7 @@ def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
 def recording_failure(members: Sequence[Member]) -> Iterator[None]:
     """If the body of the `with` statement raises an exception, record it in the status and the W&B run of every unfinished member.
 
-    If the status cannot be written, no further error is raised for this.
+    If the status cannot be written, only the exception of the body is raised.
     """
     try:
         yield

@@ -31,9 +31,9 @@ def start_loggers(member: Member, step: int, wandb_run: Any) -> list[RowLogger]:
 
     Args:
         member: The member.
-        step: Step from which the member continues. A logger that lacks earlier rows receives these rows first.
-        wandb_run: W&B run of a sweep's point, which always receives the rows. If it is None, a W&B run is started, unless
-            `trainer.loggers` leaves W&B out or W&B is not set up.
+        step: Step from which the member continues. TensorBoard and the W&B run of a sweep first receive the earlier rows.
+        wandb_run: W&B run of a sweep's point (one combination of the sweep's settings). It always receives the rows. If it is
+            None, a W&B run is started, unless `trainer.loggers` leaves W&B out or W&B is not set up.
     """
     names = member.config.trainer.logger_names
     loggers: list[RowLogger] = []

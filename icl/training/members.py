@@ -1,7 +1,7 @@
 """The members of a population: the state of each run during training, except for the step, which all members share.
 
 A member trains until it ends, for example because it stops early or its loss is no longer finite. Then its saved files are no longer
-changed. Its slice of the stacked parameters is still computed until the population is rebuilt, but its results are no longer
+changed. Its slice of the stacked parameters is still updated until the population is rebuilt, but its results are no longer
 recorded. Members do not interact, so this does not change the numbers of the other members.
 """
 
@@ -48,14 +48,14 @@ class Member:
     config: RunConfig
     folder: RunFolder
     loss: float | None = None
-    """Mean training loss in the last row of `metrics.csv`."""
+    """Training loss in the last row of `metrics.csv` that has one: a mean over the steps since the previous such row."""
     best: float = math.inf
     """Best value of the monitored metric."""
     best_step: int | None = None
     num_checks: int = 0
     """Number of evaluations since the best value was reached."""
     extra_step: int | None = None
-    """Step of the best checkpoint if this step is not on the schedule, else None."""
+    """Step of the best checkpoint if no checkpoint was scheduled for this step, else None."""
     state: State = "running"
     end_step: int | None = None
     reason: str | None = None
@@ -68,10 +68,10 @@ class Member:
     """Whether the member could not be started or resumed. The other members then train without this member."""
     is_packed: bool = False
     """Whether the member started as one of several members. This affects how a compiled step rounds on a CPU. The value is kept if the
-    member is resumed alone, so that its results are the same."""
+    member is resumed alone, so that its results do not change."""
     num_parts: int | None = None
     """Number of parts into which a compiled step on a CPU splits the prompts; None before the first start. The value is kept when the
-    run is resumed, so that its results are the same."""
+    run is resumed, so that its results do not change."""
     rows: dict[str, Any] | None = None
     """Length and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()

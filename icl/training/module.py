@@ -1,8 +1,8 @@
 """The LightningModule of a population. Each batch contains the prompts of a few optimiser steps (`icl.compute.step`).
 
-A single run is a population of one. The module stores the parameters and Adam's moments of N members as rows of matrices. It also
-records, for every member, the mean loss, the number of clipped steps and the first step with a non-finite loss. These records are
-tensors on the device, so that a step never waits for the host.
+A single run is a population of one. The module stores the parameters and Adam's moments of N members as rows of matrices. It
+also records, for every member, the mean loss, the number of clipped steps and the first step with a non-finite loss. These
+records are tensors on the device, so that the host need not wait for the device at every step.
 """
 
 import sys
@@ -38,11 +38,11 @@ class PopulationModule(pl.LightningModule):
     count: Tensor
     """Number of Adam's updates (N)."""
     loss_sum: Tensor
-    """Sum of the losses since the last row of `metrics.csv` (N)."""
+    """Sum of the losses since the last row of `metrics.csv` with a training loss (N)."""
     num_clipped: Tensor
-    """Number of clipped steps since the last row of `metrics.csv` (N)."""
+    """Number of clipped steps since the last row of `metrics.csv` with a training loss (N)."""
     num_summed: Tensor
-    """Number of steps since the last row of `metrics.csv` (N)."""
+    """Number of steps since the last row of `metrics.csv` with a training loss (N)."""
     first_bad_step: Tensor
     """First step with a non-finite loss (N); -1 if there is none."""
 
@@ -147,7 +147,7 @@ class PopulationModule(pl.LightningModule):
         if settings.compile != "auto":
             return settings.compile == "true"
         if self.config.model.is_language and (self.device.type != "cpu" or not self._is_batch_whole()):
-            return False  # not measured on a GPU; with a batch in many parts, the compiled graph would be very long
+            return False  # on a GPU, the gain was not measured; with a batch in many parts, the compiled graph would be very long
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
             num_tokens=self.config.num_tokens * settings.batch_size,
@@ -189,8 +189,8 @@ class PopulationAdam(torch.optim.Optimizer):
     """Adam for N members whose parameters are the rows of one matrix, with the interface of a PyTorch optimiser.
 
     Loss, gradient, clipping and update are one function of tensors (`icl.compute.step`), so that a step can be compiled as one graph.
-    Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`: the parameter group contains the
-    learning rate of the next update, and the state contains the moments and the number of updates.
+    Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`. The parameter group contains the
+    learning rate of the next update. The state contains the moments and the number of updates.
     """
 
     def __init__(self, rows: Tensor, adam: AdamState, function: Step, settings: OptimConfig) -> None:

@@ -1,4 +1,4 @@
-"""Open the folders of runs for training: lock them, fetch later steps from their store, and find the step to continue from."""
+"""Open the folders of runs for training: lock them, fetch the run from its store if the store is ahead, and find the step to continue from."""
 
 import contextlib
 

@@ -2,7 +2,8 @@
 
 Somebody may remove the folder of a run, intentionally or by accident. We must never create the folder again, so the run ends. The
 settings and the rows of metrics are also in memory, so their files are written again if they were removed. Checkpoints of earlier
-steps cannot be restored. If some are missing, we report this as soon as we notice it, and the run ends as failed.
+steps cannot be restored. If some are missing, we report this as soon as we notice it. Training continues, but if they are still
+missing when it ends, the run counts as failed.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """Find out how many processes train a run together, and which program started them: Lightning, torchrun or Slurm's srun.
 
-Lightning itself starts only the processes on the machine on which it runs. torchrun and srun start the processes on all machines. Slurm also
-sets its variables in every shell and every single process of a job. So we use these variables only if srun started several tasks
-and the settings ask for several processes. Then Lightning's support for Slurm reads them. We do not use Lightning's detection of
-Slurm, because it refuses or requeues runs that were started in another way.
+Lightning itself starts only the processes on the machine on which it runs. torchrun and srun start the processes on all machines. Slurm
+sets its variables even in the shell of a job, and in a program that runs as a single process. So we use these variables only if srun
+started several tasks and the settings ask for several processes. Lightning's support for Slurm then reads the variables. We do not use
+Lightning's detection of Slurm, because it refuses or requeues runs that were started in another way.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class SrunEnvironment(SLURMEnvironment):
 
 
 def join_processes(config: RunConfig) -> RunConfig:
-    """Return the settings of a run, with the number of processes that torchrun started if it started several.
+    """Return the settings of a run. If they ask for one process but torchrun started several, use torchrun's number of processes.
 
     If srun started the processes, copy the rank of this process to the variables that Lightning reads.
 
@@ -97,7 +97,7 @@ def _is_of_srun(num_processes: int) -> bool:
 
 
 def _join_srun(settings: TrainerConfig) -> None:
-    """Check the number of tasks. Copy the rank of this task from srun's variables to the variables that `is_child_rank` reads."""
+    """Check the numbers of tasks and nodes. Copy the rank of this task from srun's variables to the variables that `is_child_rank` reads."""
     num_nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
     if _num_tasks() != settings.num_processes:
         raise ConfigError(
@@ -124,7 +124,10 @@ def _num_tasks() -> int:
 
 
 def _is_point() -> bool:
-    """Return whether this process trains a point of a sweep. A point trains in one process, even if srun started the workers of the sweep."""
+    """Return whether this process trains a point of a sweep, that is, one combination of the sweep's settings.
+
+    A point trains in one process, even if srun started several processes of `icl sweep`.
+    """
     return in_sweep() or POINT_VARIABLE in os.environ
 
 

@@ -1,6 +1,7 @@
 """Refuse settings that are valid, but with which training would be useless or impossible.
 
-`icl train` checks the settings before it writes anything, and `icl sweep` checks them before it starts any run.
+`icl train` makes all of these checks before it writes anything. `icl sweep` makes two of them, `require_learning` and
+`require_monitor`, before it starts any run.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Conditions that affect the rounding of training. A run that resumes under other conditions reports the changes.
 
-The settings determine what is computed. The device, the number of threads and the libraries determine the order of summation.
-Under the same conditions, a resumed run is bit-identical to an uninterrupted one.
+The settings determine what is computed. The device, the number of threads and the libraries determine the order of summation,
+and so the rounding. Under the same conditions, a resumed run is bit-identical to an uninterrupted one.
 """
 
 import platform

@@ -76,8 +76,8 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     Args:
         config: Settings of the run.
         folder: Folder of the run; None uses `$LOCAL_ROOT/<run name>`.
-        wandb_run: W&B run of a sweep's point (`icl.training.wandb.agent`), which the caller ends; None starts a W&B run
-            if W&B is set up.
+        wandb_run: W&B run of a sweep's point (one combination of the sweep's settings, `icl.training.wandb.agent`). The caller
+            ends it. None starts a W&B run if W&B is set up.
 
     Raises:
         ConfigError: If the folder contains a run with other settings, or the device does not exist.
@@ -181,7 +181,7 @@ def _train(
             _announce(unfinished, [member for member in members if member.is_refused], steps)
             for member in unfinished:
                 member.loggers = start_loggers(member, steps[member], wandb_run)
-                # This has an effect only for a run that was killed after its last step.
+                # Usually, nothing is recorded here. Only a run that was killed after its last step is already at its end.
                 record_outcome(member, steps[member], None)
             received = _train_groups(unfinished, steps)
     return [_result(member, received, was_done=member in done) for member in members]

@@ -30,7 +30,7 @@ from icl.training.presence import FilesGuard
 
 
 class ScheduledCheckpoints(pl.Callback):
-    """Save the weights at the steps of the schedule, at a member's last step and, with early stopping, at its best step."""
+    """Save the weights at the scheduled steps, at a member's last step and, with early stopping, at its best step."""
 
     def __init__(
         self, members: Sequence[Member], steps: Sequence[int], guard: NonFiniteGuard, stopping: EarlyStoppingConfig
@@ -43,7 +43,7 @@ class ScheduledCheckpoints(pl.Callback):
             self._save(trainer, module, self.members)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Save if the step is on the schedule, or is a member's last or best step."""
+        """Save if a checkpoint is scheduled for this step, or if it is a member's last or best step."""
         step = trainer.global_step
         due = [member for member in self.members if step in self.steps or member.is_last(step)]
         best = [
@@ -73,7 +73,7 @@ class ScheduledCheckpoints(pl.Callback):
 
 
 class ResumeFiles(pl.Callback):
-    """Save every member's `last.ckpt` at least every `seconds` seconds, and at the member's last step."""
+    """Save every member's `last.ckpt` about every `seconds` seconds, and at the member's last step."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class ResumeFiles(pl.Callback):
 
 
 class MemberFiles(CheckpointIO):
-    """Write Lightning's checkpoint of a population as one file per member, and join such files again."""
+    """Write Lightning's checkpoint of a population as one file per member, and join these files when training resumes."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
@@ -186,10 +186,10 @@ def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence
 
 
 def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
-    """Write every run's `last.ckpt`, and keep the previous `last.ckpt` as `previous.ckpt`. The contents are built one after the other.
+    """Write every run's `last.ckpt`, and keep the previous `last.ckpt` as `previous.ckpt`.
 
-    All new files are on the disk before the first old one is replaced. So if the process is killed, every run still has an intact
-    resume file.
+    The contents are built one after the other, to save memory. All new files are on the disk before the first old one is replaced.
+    So if the process is killed, every run still has an intact resume file.
 
     Raises:
         StorageError: If a file cannot be written.

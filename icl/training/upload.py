@@ -167,7 +167,7 @@ def _is_complete(mirror: Mirror) -> bool:
 
 
 def _finish(uploader: Uploader) -> None:
-    """Send the remaining files after training has ended. If a signal stopped training, `STOPPED_SECONDS` limits the time for this."""
+    """Send the remaining files after training has ended. If a signal stopped training, spend at most about `STOPPED_SECONDS` on this."""
     status = uploader.mirror.run.read_status()
     if status is None or status.state != "preempted":
         uploader.finish()

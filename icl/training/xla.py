@@ -1,7 +1,7 @@
 """Train on an XLA device: one core of a TPU, or XLA's CPU backend (`PJRT_DEVICE=CPU`).
 
 XLA traces a step into a graph and compiles the graph. The graph is the same for all backends. So a test on the CPU backend, without a TPU,
-shows that a step is compiled only once and never waits for the host (`tests/xla/train_on_xla_cpu.py`).
+shows that a step is compiled only once, and that the host never waits for the device (`tests/xla/train_on_xla_cpu.py`).
 """
 
 import os
@@ -21,7 +21,7 @@ from icl.training.saving import MemberFiles
 class HostXLAAccelerator(XLAAccelerator):
     """Accelerator for XLA's CPU backend, with one device.
 
-    Lightning's own accelerator counts TPU chips, and asks a cloud server about them.
+    We do not use Lightning's own accelerator, because it counts TPU chips and asks a cloud server about them.
     """
 
     @staticmethod

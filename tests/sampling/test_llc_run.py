@@ -277,7 +277,7 @@ def test_a_curve_that_is_the_loss_upside_down_is_told():
     assert "Correlation of the LLC with -L(w0): 1.0000" in sentence
     assert "not a learning coefficient" in sentence
     stayed = describe_rise(table.assign(mean_loss=init + 0.01, llc=0.667), 4.5)
-    assert "no chain left its checkpoint's basin" in stayed
+    assert "no sign that chains left a checkpoint's basin" in stayed
     assert "At 3 of 3 checkpoints the chains found a lower loss" in describe_rise(
         table.assign(llc=-10.0, mean_loss=init - 0.1), 4.5
     )

@@ -152,6 +152,19 @@ def test_burn_in_is_longer_where_chains_start_far_away(found):
     assert burnin(far) >= 0.75 * result.burnin_trace.shape[1]
 
 
+def test_a_burn_in_is_counted_in_moves_and_not_in_draws(found):
+    result = found.chosen.last
+    every_move = dataclasses.replace(
+        result, burnin_trace=result.burnin_trace + torch.linspace(5, 0, result.burnin_trace.shape[1]) ** 3
+    )
+    every_second = dataclasses.replace(
+        every_move,
+        loss_trace=every_move.loss_trace[:, ::2],
+        settings=dataclasses.replace(every_move.settings, thinning=2),
+    )
+    assert burnin(every_second) == pytest.approx(burnin(every_move), rel=0.3)
+
+
 def test_draws_are_no_fewer_than_asked_for_and_enough_for_the_effective_sample_size(found):
     result = dataclasses.replace(found.trials[0].last, ess=75.0)  # of 60 draws of each chain; 300 takes 240
     assert num_draws(result, 100) == 250

@@ -129,7 +129,7 @@ def test_the_url_chooses_the_store(tmp_path):
 @pytest.mark.parametrize("url", ["gs://bucket", "http://host/a", "s3://", ""])
 def test_other_urls_are_refused(url):
     with pytest.raises(
-        StorageError, match=r"A store is a folder, file:///folder, s3://bucket/prefix or hf://USER/REPO, got"
+        StorageError, match=r"A store must be a folder, file:///folder, s3://bucket/prefix or hf://USER/REPO, got"
     ):
         open_store(url)
 

@@ -1,9 +1,9 @@
 """Comparison of our numbers with published numbers: the tables of `docs/reproduction.md`, made from the shipped tables.
 
-A published number is a range over the five released seeds (`published.csv`). The published step t is our step t + 1. If we did not save
-this step, losses, norms and the Hessian are interpolated in log step between the saved steps around it. The LLC was estimated only at a
+A published number is a range over the five released seeds (`published.csv`). The published step t is our step t + 1. If our tables do not
+contain this step, losses, norms and the Hessian are interpolated in log step between the steps around it. The LLC was estimated only at a
 few steps, so we take the nearest estimate and name its step. Our number agrees if its range of two standard errors overlaps the
-published range.
+published range, which is widened by half a unit of its last printed digit.
 """
 
 import math
@@ -23,7 +23,8 @@ STAGE_STARTS = {"LR1": 0.0, "LR2": 1466.0, "LR3": 40_293.0, "LR4": 126_263.0, "L
 _NEAR = 0.1
 """Largest distance between the step of an estimate and the published step, in ln(step + 1)."""
 
-
+_MIN_ESS = 20
+"""Smallest effective sample size of chains for a comparison. The 95 % interval of an estimate is then about ten standard errors wide."""
 _OF_WEIGHTS = {
     "share of small effective unembedding weights": ("share_small", "effective_unembedding"),
     "norm of γ, final layer norm": ("norm", "final_norm.weight"),
@@ -38,13 +39,17 @@ _SHARES = {
 """The embedding of each published share, and whether the share is the smallest one (else it is the largest)."""
 
 
-class Found(NamedTuple):
+class Measurement(NamedTuple):
     """One of our numbers."""
 
     value: float
     stderr: float = 0.0
     step: float | None = None
     """Step at which the number was measured; None if this is the published step."""
+    spacing: float = 0.0
+    """Distance from a step to the next step in the tables, if the number is a step."""
+    is_resolved: bool = True
+    """Whether the standard error can be trusted. It cannot with an effective sample size below `_MIN_ESS`."""
 
 
 class Tables(NamedTuple):
@@ -63,7 +68,7 @@ class Tables(NamedTuple):
 
 def compare(data: Path) -> str:
     """Return a Markdown table with a row for each published number and a column for each of our seeds."""
-    published = pd.read_csv(data / "published.csv")
+    published = pd.read_csv(data / "published.csv", dtype={"low": str, "high": str})
     sources = {
         run: tables
         for tables in (Tables(data / size) for size in reversed(SIZES))
@@ -75,31 +80,28 @@ def compare(data: Path) -> str:
         "|---|---|" + "---|" * (len(seeds) + 1),
     ]
     for row in published.itertuples():
-        found = [measure(sources[run], run, row.quantity, row.step) for run in seeds]
-        if any(found):
-            name = (
-                row.quantity
-                if math.isnan(row.step)
-                else f"{row.quantity}, step {row.step + 1 if row.step > 0 else 0:,.0f}"
-            )
-            spread = f"{row.low:,g}" if row.low == row.high else f"{row.low:,g} to {row.high:,g}"
-            told = [_tell(one) for one in found]
-            lines.append(f"| {name} | {spread} | {' | '.join(told)} | {_judge(found, row.low, row.high)} |")
+        ours = [measure(sources[run], run, row.quantity, row.step) for run in seeds]
+        if any(ours):
+            at_step = "" if math.isnan(row.step) else f", step {row.step + 1 if row.step > 0 else 0:,.0f}"
+            low, high, cells = float(row.low), float(row.high), " | ".join(map(_as_text, ours))
+            spread = f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
+            agreement = _judge(ours, low, high, rounding=max(_half_unit(row.low), _half_unit(row.high)))
+            lines.append(f"| {row.quantity}{at_step} | {spread} | {cells} | {agreement} |")
     return "\n".join(lines)
 
 
-def measure(tables: Tables, run: str, quantity: str, step: float) -> Found | None:
+def measure(tables: Tables, run: str, quantity: str, step: float) -> Measurement | None:
     """Return our number for a published quantity, or None if the tables do not contain it.
 
     Args:
         tables: The shipped tables.
         run: One of our runs.
         quantity: Name of the quantity in `published.csv`.
-        step: The published step t, which is our step t + 1.
+        step: The published step t, which is our step t + 1 (step 0 is our step 0).
     """
     ours = step + 1 if step > 0 else step
     if quantity == "parameters":
-        return Found(float(tables.read("runs", run)["num_parameters"].iloc[0]))
+        return Measurement(float(tables.read("runs", run)["num_parameters"].iloc[0]))
     if quantity.endswith("weight norm"):
         return _interpolate(tables.read("checkpoints", run).rename(columns={"weight_norm": "value"}), ours)
     if "(published sampler)" in quantity:
@@ -119,45 +121,53 @@ def measure(tables: Tables, run: str, quantity: str, step: float) -> Found | Non
     return _from_evaluation(tables.read("evaluation", run), quantity, ours)
 
 
-def _from_evaluation(rows: pd.DataFrame, quantity: str, step: float) -> Found | None:
+def _from_evaluation(rows: pd.DataFrame, quantity: str, step: float) -> Measurement | None:
     loss = _where(rows, distribution="pretrain", quantity="loss", position="mean")
     size = _where(rows, distribution="pretrain", quantity="prior_zero", position="mean")
     if loss.empty:
         return None
     if quantity == "loss":
         return _interpolate(loss, step)
-    if quantity == "gap to ridge":
-        return _interpolate(_where(rows, distribution="pretrain", quantity="delta_ridge", position="mean"), step)
+    excess = _where(rows, distribution="pretrain", quantity="bayes_excess", position="mean")
+    if quantity == "loss minus ridge's loss":
+        return _interpolate(excess, step)
     if quantity.startswith("ICL score"):
         return _interpolate(_where(rows, distribution="pretrain", quantity="icl_score", position="1:8"), step)
     if quantity.endswith("smallest predictions"):
-        return Found(float(size.loc[size["value"].idxmin(), "step"]))
+        lowest_step = float(size.loc[size["value"].idxmin(), "step"])
+        later = size.loc[size["step"] > lowest_step, "step"]
+        return Measurement(lowest_step, spacing=0.0 if later.empty else float(later.min()) - lowest_step)
     if quantity.startswith("smallest mean square"):
         lowest = size.loc[size["value"].idxmin()]
-        return Found(lowest["value"], lowest["stderr"], lowest["step"])
+        return Measurement(lowest["value"], lowest["stderr"], lowest["step"])
     if quantity == "loss, inputs times 5":
         return _interpolate(_where(rows, distribution="input_scale_5", quantity="loss", position="mean"), step)
     if quantity.startswith("change of loss"):
-        begin = _interpolate(loss, STAGE_STARTS[quantity[-3:]])
-        end = _interpolate(loss, step)
-        return None if begin is None or end is None else Found(end.value - begin.value)
+        # The loss minus ridge's loss on the same prompts changes by the same amount, and its standard error is smaller.
+        begin, end = _interpolate(excess, STAGE_STARTS[quantity[-3:]]), _interpolate(excess, step)
+        return begin and end and Measurement(end.value - begin.value, math.hypot(begin.stderr, end.stderr))
     return None
 
 
-def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Found | None:
+def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Measurement | None:
     """Return our number with the published sampler at the step nearest to `step`: an LLC, a mean sampled loss, or a change of the LLC."""
-    if rows.empty or not (own := rows[rows["mode"].fillna("").str.startswith("published")].sort_values("step")).size:
+    if rows.empty:
         return None
-    nearest = own.iloc[(np.log(own["step"] + 1) - math.log(step + 1)).abs().argmin()]
+    published = rows[rows["mode"].fillna("").str.startswith("published")].sort_values("step")
+    if published.empty:
+        return None
+    nearest = published.iloc[(np.log(published["step"] + 1) - math.log(step + 1)).abs().argmin()]
     if abs(math.log((nearest["step"] + 1) / (step + 1))) > _NEAR:
         return None
+    llc = Measurement(nearest["llc"], nearest["stderr"], nearest["step"], is_resolved=bool(nearest["ess"] >= _MIN_ESS))
     if quantity.startswith("LLC"):
-        return Found(nearest["llc"], nearest["stderr"], nearest["step"])
+        return llc
     if quantity.startswith("sampled loss"):
-        return Found(nearest["mean_loss"], nearest["stderr"] / nearest["nbeta"], nearest["step"])
+        return llc._replace(value=nearest["mean_loss"], stderr=nearest["stderr"] / nearest["nbeta"])
     stage = re.search("LR[1-5]", quantity)
-    first = own.iloc[(own["step"] - STAGE_STARTS[stage[0] if stage else "LR1"]).abs().argmin()]
-    return Found(nearest["llc"] - first["llc"], math.hypot(nearest["stderr"], first["stderr"]), nearest["step"])
+    first = published.iloc[(published["step"] - STAGE_STARTS[stage[0] if stage else "LR1"]).abs().argmin()]
+    change, stderr = nearest["llc"] - first["llc"], math.hypot(nearest["stderr"], first["stderr"])
+    return llc._replace(value=change, stderr=stderr, is_resolved=bool(min(nearest["ess"], first["ess"]) >= _MIN_ESS))
 
 
 def ladder(data: Path) -> str:
@@ -180,7 +190,7 @@ def ladder(data: Path) -> str:
         best = int(loss.loc[loss["value"].idxmin(), "step"])
         m = run.partition("num_tasks=")[2].replace("inf", "∞")
         lines.append(
-            f"| {m} | {_tell(gaps[0])} | {_tell(gaps[1])} | {_nearer(*gaps)} | {best:,}{' (the last)' if best == loss['step'].max() else ''} |"
+            f"| {m} | {_as_text(gaps[0])} | {_as_text(gaps[1])} | {_nearer(*gaps)} | {best:,}{' (the last)' if best == loss['step'].max() else ''} |"
         )
     return "\n".join(lines) if len(lines) > 2 else "The ladder has not been run yet."
 
@@ -205,7 +215,7 @@ def _where(rows: pd.DataFrame, **values: str) -> pd.DataFrame:
     return rows
 
 
-def _interpolate(rows: pd.DataFrame, step: float) -> Found | None:
+def _interpolate(rows: pd.DataFrame, step: float) -> Measurement | None:
     """Return the number at a step, interpolated in log(step + 1) between saved steps, or None after the last saved step."""
     if rows.empty or step > rows["step"].max():
         return None
@@ -215,17 +225,17 @@ def _interpolate(rows: pd.DataFrame, step: float) -> Found | None:
         float(np.interp(math.log(step + 1), places, rows[name].to_numpy(float))) if name in rows else 0.0
         for name in ("value", "stderr")
     )
-    return Found(value, stderr)
+    return Measurement(value, stderr)
 
 
-def _last(rows: pd.DataFrame) -> Found | None:
+def _last(rows: pd.DataFrame) -> Measurement | None:
     if rows.empty:
         return None
     last = rows.loc[rows["step"].idxmax()]
-    return Found(last["value"], last["stderr"])
+    return Measurement(last["value"], last["stderr"])
 
 
-def _nearer(ridge: Found | None, dmmse: Found | None) -> str:
+def _nearer(ridge: Measurement | None, dmmse: Measurement | None) -> str:
     if ridge is None or dmmse is None:
         return "-"
     if abs(ridge.value - dmmse.value) <= 2 * math.hypot(ridge.stderr, dmmse.stderr):
@@ -233,28 +243,39 @@ def _nearer(ridge: Found | None, dmmse: Found | None) -> str:
     return "ridge" if ridge.value < dmmse.value else "dMMSE"
 
 
-def _tell(found: Found | None) -> str:
-    if found is None:
+def _as_text(measurement: Measurement | None) -> str:
+    if measurement is None:
         return "-"
-    digits = 4 if found.value < 1e4 else 6
-    text = f"{found.value:,.{digits}g}" + (f" ± {found.stderr:.2g}" if found.stderr else "")
-    return text + (f" (step {found.step:,.0f})" if found.step is not None else "")
+    digits = 4 if measurement.value < 1e4 else 6
+    error = f" ± {measurement.stderr:.2g}" if measurement.stderr else ""
+    step = f" (step {measurement.step:,.0f})" if measurement.step is not None else ""
+    return f"{measurement.value:,.{digits}g}{error}{step}"
 
 
-def _judge(found: list[Found | None], low: float, high: float) -> str:
+def _half_unit(number: str) -> float:
+    """Return half a unit of the last digit of a printed number, for example 0.0005 for 0.007."""
+    return 0.5 * 10.0 ** -len(number.partition(".")[2])
+
+
+def _judge(ours: list[Measurement | None], low: float, high: float, *, rounding: float) -> str:
     """Return the judgements of all seeds without duplicates, joined by semicolons."""
-    return "; ".join(dict.fromkeys(_judgements(found, low, high))) or "-"
+    return "; ".join(dict.fromkeys(_judgements(ours, low, high, rounding))) or "-"
 
 
-def _judgements(found: list[Found | None], low: float, high: float) -> Iterator[str]:
-    """Yield for each seed "yes" if its range of two standard errors overlaps the published range.
+def _judgements(ours: list[Measurement | None], low: float, high: float, rounding: float) -> Iterator[str]:
+    """Yield for each seed "yes" if its range of two standard errors overlaps the published range, widened by its rounding.
+
+    Yield "not resolved" if the standard error cannot be trusted.
 
     Otherwise, yield the distance from our number to the nearer end of the published range.
     """
-    for one in found:
-        if one is not None:
-            below, above = low - one.value - 2 * one.stderr, one.value - 2 * one.stderr - high
-            if max(below, above) <= 1e-9 * abs(high):
+    for measurement in ours:
+        if measurement is not None:
+            tolerance = 2 * measurement.stderr + measurement.spacing + rounding * (1 + 1e-9)
+            below, above = low - measurement.value, measurement.value - high
+            if not measurement.is_resolved:
+                yield "not resolved"
+            elif max(below, above) <= tolerance:
                 yield "yes"
             else:
-                yield f"{max(low - one.value, one.value - high):.2g} {'below' if below > above else 'above'}"
+                yield f"{max(below, above):.2g} {'below' if below > above else 'above'}"

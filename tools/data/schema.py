@@ -191,6 +191,54 @@ TABLES: dict[str, Table] = {
         },
         "LLCs",
     ),
+    "llc-components": Table(
+        "refined local learning coefficients: only the weights of one attention head or of one layer may change",
+        {
+            "run": _RUN,
+            "settings": _SETTINGS,
+            "component": Column("text", "head or layer; L0H1 is head 1 of layer 0 (`icl/sampling/components.py`)"),
+            "num_params": Column("integer", "number of weights of the component"),
+            "step": _STEP,
+            "llc": _number("estimate, nbeta (E[L] - L(w0))", may_miss=True),
+            "stderr": _number("standard error of the estimate, over chains and draws", may_miss=True),
+            "interval_low": _number("lower end of the 95 % interval, which includes the bias bound", may_miss=True),
+            "interval_high": _number("upper end of the 95 % interval", may_miss=True),
+            "init_loss": _number("L(w0), the checkpoint's loss"),
+            "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
+            **{name: _number("sampler setting") for name in ("lr", "nbeta", "localization")},
+            **{
+                name: Column("integer", "sampler setting")
+                for name in ("num_samples", "batch_size", "num_chains", "num_draws", "num_burnin_steps")
+            },
+            "bias_bound": _number(
+                "upper bound on the bias from the step size and minibatch noise, in nats", may_miss=True
+            ),
+            "drop_at_mean": _number(
+                "checkpoint's loss minus the loss at the mean of the draws, in nats", may_miss=True
+            ),
+            "ess": _number("effective sample size: number of independent draws of the same precision", may_miss=True),
+            "verdict": _VERDICT,
+            "reasons": _REASONS,
+        },
+        "refined LLCs",
+    ),
+    "llc-susceptibilities": Table(
+        "susceptibilities of heads and layers to the loss at each position, from the chains of `llc-components`",
+        {
+            "run": _RUN,
+            "settings": _SETTINGS,
+            "component": Column("text", "head or layer"),
+            "step": _STEP,
+            "distribution": Column("text", "`pretrain` (training tasks) or `true` (new tasks)"),
+            "position": Column("integer", "position k"),
+            "susceptibility": _number(
+                "-Cov(nbeta (L - L0), l_k - L), where l_k is the loss at position k", may_miss=True
+            ),
+            "stderr": _number("standard error of the susceptibility", may_miss=True),
+        },
+        "refined LLCs",
+        "only the last step",
+    ),
     "llc-positions": Table(
         "local learning coefficients of the loss at each position in the prompt",
         {
@@ -386,7 +434,7 @@ TABLES: dict[str, Table] = {
             "reasons": _REASONS,
             "low": _number("step two standard errors before a boundary", may_miss=True),
             "high": _number("step two standard errors after a boundary", may_miss=True),
-            "kind": Column("text", "`turn` or `plateau`", may_miss=True),
+            "kind": Column("text", "`turn`, `plateau` or `onset`", may_miss=True),
             "strength": _number("strength of a candidate for a boundary, in standard errors", may_miss=True),
             "stage": Column("integer", "number of the stage", may_miss=True),
             "type": Column("text", "type of the stage: `A`, `B` or `?`", may_miss=True),

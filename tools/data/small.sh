@@ -3,8 +3,8 @@
 # the times, and then makes the tables. If it is interrupted, the same command continues. To run them by hand: bash tools/data/small.sh
 #
 # This is less than what was published. L2H4 keeps the published learning rate, but stops after 40,293 of 500,000 steps, where
-# stage LR2 ends (tools/data/published-run.sh trains all of them). The ladder of diversities uses the quickstart. There are fewer LLC
-# chains, they are shorter, and their minibatches are smaller.
+# stage LR2 ends (tools/data/published-run.sh trains all 500,000 steps). The ladder, a set of runs that differ in the number of tasks M,
+# has the other settings of the quickstart. There are fewer LLC chains, they are shorter, and their minibatches are smaller.
 set -euo pipefail
 export LOCAL_ROOT=${LOCAL_ROOT:-runs} RUNS=${LOCAL_ROOT:-runs}
 DIVERSITIES="1 2 4 8 16 32 64 128 256 512 1024 inf"

@@ -1,8 +1,9 @@
 """Make the shipped tables from the runs: select rows, thin them, round the numbers, and record where they come from.
 
-`write_tables` reads the results of every run of a size. It writes the tables `data/<size>/<name>.csv`, which `tools/data/schema.py`
-describes, and `provenance.json` with the commands, dates, versions and hardware of each table. It also copies a few small models, so
-that notebooks can show predictions. If the runs of a table are missing, the table is not changed, and a message says so.
+`write_tables` reads the results of all runs of one size (`small`, `published-run` or `full`). It writes the tables
+`data/<size>/<name>.csv`, which `tools/data/schema.py` describes, and `provenance.json` with the commands, dates, versions and hardware
+of each table. It also copies a few small models, so that notebooks can show predictions. If the runs of a table are missing, the table
+is not changed, and a message says so.
 """
 
 import contextlib
@@ -230,6 +231,11 @@ def _make_llc(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFram
     return _collect(runs, f"{name}.csv", lambda run, own: own)
 
 
+def _make_susceptibilities(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Keep the last step of each run, which is the step that the figure shows."""
+    return _collect(runs, f"{name}.csv", lambda run, table: table[table["step"] == table["step"].max()])
+
+
 def _make_known_answers(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
     path = root / "known-answers.csv"
     return pd.read_csv(path) if path.is_file() else None
@@ -304,7 +310,7 @@ def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
 
 
 def _make_worlds(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the gaps on new tasks of the runs of `sweeps/training-runs/worlds.yaml`, and the distances between their two predictors."""
+    """Join the gaps on new tasks of the runs of `sweeps/training-runs/worlds.yaml`, and the distances between ridge and the Bayes predictor."""
     from icl.evaluation.sets import evaluation_set
     from icl.metrics import overall_mean
 
@@ -334,7 +340,7 @@ def _make_worlds(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataF
 
 
 def _make_prior_mixture(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Read the table of the mixtures of the ladder, which is in the folder of one of the runs, and shorten the names of runs."""
+    """Read the ladder's table of mixtures, which is in the folder of one of its runs, and shorten the names of the runs."""
     folders = [RunFolder(file.parent) for file in root.glob("prior-ladder/*/config.yaml")]
     found = [table for run in folders if (table := _read(run, "mixture.csv")) is not None]
     if not found:
@@ -408,6 +414,8 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "baselines": _make_baselines,
     "llc": _make_llc,
     "llc-positions": _make_llc,
+    "llc-components": _make_llc,
+    "llc-susceptibilities": _make_susceptibilities,
     "llc-traces": _make_traces,
     "known-answers": _make_known_answers,
     "calibration": _make_calibration,
@@ -423,7 +431,7 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
     "threshold": _make_threshold,
     "phases": _make_phases,
 }
-"""Functions that make the tables. The keys are the names of the tables. Other tables are copied from the results of one analysis."""
+"""Functions that make the tables. The keys are the names of the tables. Any other table comes from the analysis of the same name."""
 
 
 def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

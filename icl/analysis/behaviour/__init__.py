@@ -5,7 +5,8 @@ over prompts. The prompts and the names of the quantities are the same as in `ic
 
 - `loss`: the mean squared error at each position, and averaged over positions (`mean`).
 - `bayes_excess`: the loss minus the loss of the Bayes predictor.
-- `icl_score`: loss(k2) - loss(k1), negative if more examples help. (Hoogland et al. 2024 print the opposite sign.)
+- `icl_score`: loss(k2) - loss(k1) with k1 < k2, negative if more examples help. (Hoogland et al. 2024 print the
+  opposite sign.)
 - `prior_zero`, `prior_task_mean`: the prior-task scores. Each is the mean squared difference between the predictions of the model and of a
   predictor that uses only the prior. For `prior_zero`, this predictor always predicts 0; for `prior_task_mean`, it predicts with the mean
   task. There is a row for each position, for the `mean` over positions and for the `sum`. The figure of Hoogland et al. shows the sum, for

@@ -218,7 +218,10 @@ def _judge(r2_cv: float, stderr: float, count: int, num_features: int) -> tuple[
 
 
 def _table(points: pd.DataFrame, names: list[str], fitted: ValidatedFit, settings: Settings) -> pd.DataFrame:
-    """Return one table: the numbers of the fit, then the numbers of every point. Each setting has a column."""
+    """Return one table: the numbers of the fit, then the numbers of every point.
+
+    The settings `model_type`, `target` and `infinite` have columns.
+    """
     coefficients = zip(names, fitted.coefficients, fitted.stderr, strict=True)
     rows: list[dict[str, Any]] = [
         {"quantity": "r2", "value": fitted.r2},

@@ -2,18 +2,19 @@
 
 The states at all saved steps (`icl.analysis.essential_dynamics.trajectories`) are the points of one PCA
 (`icl.analysis.essential_dynamics.principal_components`), with equal weights. Several runs share one PCA. The states of
-ridge and dMMSE are projected onto the principal components, but do not enter the fit (Carroll et al. 2025, section 4.2). The
-scores of each run are smoothed in log time. In planes spanned by two components we compute the curvature, the evolute, cusps
-and vertices (`icl.analysis.essential_dynamics.plane_curves`). From cusps and vertices we find forms
+ridge and dMMSE are projected onto the principal components, but do not enter the fit (Carroll et al. 2025, section
+4.2). The scores of each run, which are its coordinates in the components, are smoothed in log time. We project each
+trajectory onto planes of two components. There we compute the trajectory's curvature, evolute, cusps and vertices
+(`icl.analysis.essential_dynamics.plane_curves`). From cusps and vertices we find forms
 (`icl.analysis.essential_dynamics.forms`; Hoogland et al. 2024, section 3.2). We differ from Hoogland et al. in the time
-scale of the smoothing, the derivatives, the definition of a cusp, and the verdicts. The modules `plane_curves` and `forms`
-describe these differences.
+scale of the smoothing, the derivatives, the definition of a cusp, and the verdicts. The modules `plane_curves` and
+`forms` describe these differences.
 
 Rows of the table, by `quantity`:
 
 - `score`: the coordinate of a state in one component. `smooth_score`: the smoothed score, with its standard error.
-  `arc_length`: the length of the smooth curve, in all components of the table. `radius`, `centre_1`, `centre_2`: the
-  radius and the centre of the osculating circle in each plane.
+  `arc_length`: the length of the smooth curve up to this step, in all components of the table. `radius`, `centre_1`,
+  `centre_2`: the radius and the centre of the osculating circle in each plane.
 - `cusp`, `vertex`, `form`: the step at which the shape occurs. `form_score`: the coordinate of a form in one component.
   `null_count`: the mean number of cusps, vertices or forms in random walks.
 - `reference_score`: the coordinate of a reference (ridge or dMMSE) in one component. `reference_captured`: the share of the

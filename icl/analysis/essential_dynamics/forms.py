@@ -6,7 +6,8 @@ We report a form if every plane spanned by two of the first three components has
 within one kernel width of each other. Each component is in two of the three planes, so each coordinate of f has two
 values. `mismatch` is the largest difference between the two values of a coordinate, divided by the mean radius of the
 osculating circles. If this mean radius is smaller than 1/20 of the trajectory's extent, we divide by 1/20 of the extent
-instead. The extent is the largest range of the scores in one component.
+instead. The extent is the largest range of the scores in one component. A form is `suspect` if its
+mismatch exceeds `_MAX_MISMATCH`, or if one of its cusps or vertices is `suspect`.
 
 A cusp or vertex is `suspect` if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its
 time is half the range of the times with the three kernels. Random walks also have cusps, vertices and forms, because

@@ -7,8 +7,8 @@ A state is one of the following arrays, flattened:
   use `--distribution first_task` for such prompts.
   For a language run, `outputs` are the logits of the true next token, at one random position of each of B test rows (B features;
   Hoogland et al. 2024).
-- `tokens`: all D + 1 outputs at each of the 2K tokens (2 B K (D + 1) features), as in Hoogland et al. Most of these outputs
-  are never trained.
+- `tokens`: all outputs at each of the 2K tokens, as in Hoogland et al. With `model.output` `token` there are D + 1
+  outputs at each token, so 2 B K (D + 1) features. Most of these outputs are never trained.
 - `weights`: all weights of the model.
 - `gradients`: the gradient of the mean loss on the fixed prompts with respect to the weights. This gradient is an estimate from B
   prompts. We also store the expected square of its error (`Trajectory.noise`). All steps use the same prompts, so part of the error
@@ -16,10 +16,10 @@ A state is one of the following arrays, flattened:
 - `first_moment`, `second_moment`: Adam's running means of the training gradient and its square, before bias correction. They
   are saved only by runs with `checkpoints.moments`, and cannot be computed from the weights later.
 
-The rows of this matrix are read in blocks of features. Inner products are sums over these blocks. Each block is centred before it is
-multiplied, so no precision is lost by cancellation. If there are more features than checkpoints, the whole matrix is never in memory, only
-a few copies of the inner products. For 10,000 checkpoints of 163,840 features, the matrix would need 6.6 GB, and each copy of the inner
-products needs 0.8 GB.
+We read the matrix in blocks of features, for all checkpoints at once. Inner products are sums over these blocks. Each
+block is centred before it is multiplied, so no precision is lost by cancellation. If there are more features than
+checkpoints, the whole matrix is never in memory, only a few copies of the inner products. For 10,000 checkpoints of
+163,840 features, the matrix would need 6.6 GB, and each copy of the inner products needs 0.8 GB.
 """
 
 from collections.abc import Iterator, Sequence
@@ -151,7 +151,8 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
     """Check that the states of the runs can be compared.
 
     Raises:
-        ConfigError: If the prompts of the runs differ, or if their architectures differ and the states are not predictions.
+        ConfigError: If the runs use different prompts. Also if the architectures differ, unless the states are
+            predictions.
     """
     first = trajectories[0]
     for other in trajectories[1:]:
@@ -188,7 +189,10 @@ def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[st
 
 
 def fixed_prompts(config: RunConfig, settings: StateSettings) -> Prompts:
-    """Return the prompts of a state, on the CPU. Runs with the same sizes, noise and evaluation seed have the same prompts."""
+    """Return the prompts of a state, on the CPU.
+
+    Runs with the same sizes, noise, tasks and evaluation seed have the same prompts.
+    """
     distribution: Distribution = "pretrain" if settings.distribution == "pretrain" else "true"
     prompts = sample_prompts(config, stream=STREAM, step=0, batch_size=settings.num_prompts, distribution=distribution)
     if settings.distribution != "first_task":

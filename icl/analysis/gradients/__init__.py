@@ -6,8 +6,8 @@
 - Kind `data` (`icl.analysis.gradients.data`): the gradient of the expected loss with respect to the means and scales of x,
   w and the noise, by the pathwise estimator. Two other estimators serve as checks: the score function and finite differences.
 
-For each kind there is a PCA of the gradients at all saved steps. scikit-learn chooses the sign of a component by its largest
-entry.
+For each kind there is a PCA of the gradients at all saved steps. scikit-learn chooses the sign of a component
+such that its entry with the largest absolute value is positive.
 
 All steps use the same prompts (streams `gradients/...` of `seeds.evaluation`), so differences between steps have small
 errors. The loss is the training loss per target (squared error, or negative log-likelihood), averaged over positions. Standard

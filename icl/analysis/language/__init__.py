@@ -7,8 +7,9 @@ Every number that depends on rows of tokens has a standard error over rows. Rows
 - `icl_score`: late loss minus early loss, negative if context helps (`icl.evaluation.scores.icl_positions`).
 - `bigram_score`: cross-entropy of the model's prediction after the token s at a random position, relative to the bigram frequencies
   q(t | s). `bigram_floor`: the mean entropy of q(t | s), which is the lowest possible score.
-- `ngram_score`, with n = 2, 3 or 4 in `position`: test loss at index n - 1 divided by the loss of the last token of common n-grams. In the
-  paper, the n-grams are entries of a larger vocabulary (`vocabulary`). Our default is the most frequent n-grams of the training text.
+- `ngram_score`, with n = 2, 3 or 4 in `position`: test loss at position n divided by the loss of the last token of
+  common n-grams. In the paper, the n-grams are entries of a larger vocabulary (`vocabulary`). Our default is the most
+  frequent n-grams of the training text.
 - `previous_token`, for each head (`part` is layer.head): attention to the token before the current one. `prefix_matching`, for each
   head: attention to the token after the earlier occurrence of the current token.
 - `k_composition`, for each pair of heads: K-composition minus the mean over all pairs at the first saved step.

@@ -1,7 +1,7 @@
 """Behaviours of language models on rows of tokens: pure functions of a model, its stacked parameters and tokens.
 
 The definitions follow Hoogland et al. (2024), arXiv 2402.02364, and their code. Every estimate is a mean over rows, with its
-standard error. The leading axis N counts members. Losses are in nats.
+standard error. The leading axis N counts models. Losses are in nats.
 """
 
 from collections.abc import Callable, Iterator

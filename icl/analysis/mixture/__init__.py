@@ -29,9 +29,10 @@ Rows of a whole run (`icl.analysis.mixture.findings`):
 
 Rows of all runs together, `run` = `all`:
 
-- `growth_exponent`: the exponent `a` in t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks. If there are ladders
-  of several seeds, there is one exponent and one row for each seed, and the row `all` contains the mean and its standard error over seeds.
-  `num_seeds` is the number of seeds. With at least three seeds, `lower` and `upper` are the 95 % interval.
+- `growth_exponent`: the exponent `a` in t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks.
+  If at least two seeds have an exponent, there is one row for each seed, and the row `all` contains the mean and its
+  standard error over seeds. `num_seeds` is the number of seeds with an exponent. If there are at least three, `lower`
+  and `upper` are the 95 % interval.
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: parameters and R^2 of the theory curve of Wurgaft et al. 2025
   (`icl.analysis.mixture.theory`). `curve_weight` is the value of the curve at each saved step. At the steps to which the curve is
   fitted, `curve_residual` is the fitted weight p minus `curve_weight`. `curve_step` is the step at which a run's curve crosses 1/2.

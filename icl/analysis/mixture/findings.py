@@ -1,10 +1,11 @@
 """Findings about whole runs and ladders: transitions between dMMSE and ridge, their growth with M, and the theory curve.
 
-We compute a score for every prompt (`icl.analysis.mixture.fits`). A transition is a point at which the mean score crosses zero
-(`icl.analysis.behaviour.turning_points`). For `fixed`, the mean score is positive exactly if the best weight exceeds 1/2, which means that
-dMMSE is closer to the model than ridge is. For `bayes`, the mean score is positive if prior odds slightly above 1 bring the mixture closer
-to the model than odds of 1. A transition is `suspect` if no mixture explains the model at one of the two saved steps around it. It is also
-`suspect` if the best log odds do not change sign between these two steps.
+We compute a score for every prompt (`icl.analysis.mixture.fits`). A transition is a step at which the mean score
+crosses zero (`icl.analysis.behaviour.turning_points`). For `fixed`, the mean score is positive exactly if the best
+weight exceeds 1/2, which means that dMMSE is closer to the model than ridge is. For `bayes`, the mean score is positive
+if prior odds slightly above 1 bring the mixture closer to the model than odds of 1. A transition is `suspect` if no
+mixture explains the model at one of the two saved steps around it. It is also `suspect` if the best log odds do not
+change sign between these two steps.
 """
 
 import math
@@ -122,7 +123,11 @@ def last_transition(run: RunFits, distribution: str, mixture: str) -> Row | None
 
 
 def _growth_rows(runs: Sequence[RunFits], distribution: str, mixture: str) -> Iterator[Row]:
-    """Yield the growth exponent of a ladder. With several seeds, yield a row for each seed, then the mean over seeds."""
+    """Yield the growth exponent of the transition step with M.
+
+    If at least two seeds have an exponent, yield a row for each seed, then the mean over seeds.
+    Otherwise yield one row for all runs.
+    """
     ladders: dict[SeedsConfig, list[RunFits]] = {}
     for run in runs:
         ladders.setdefault(run.seeds, []).append(run)
@@ -146,7 +151,7 @@ def _growth_rows(runs: Sequence[RunFits], distribution: str, mixture: str) -> It
 
 
 def _growth_row(runs: Sequence[RunFits], distribution: str, mixture: str) -> Row:
-    """Return the slope of the regression of ln(t + 1) on ln(M) for one seed, with its least-squares standard error."""
+    """Return the slope of ln(t + 1) against ln(M) over the given runs, with its least-squares standard error."""
     row = {
         "run": "all",
         "quantity": "growth_exponent",

@@ -10,7 +10,8 @@ ridge. A mixture predicts ridge + w_k d_k. The best mixture has the smallest mea
   log odds. log_ratio_k is the logarithm of the Bayes factor: the marginal likelihood of the examples before position k under the
   discrete prior, divided by their marginal likelihood under the Gaussian prior.
 
-Standard errors are over prompts, by the delta method. For lambda, which solves mean(score) = 0, the standard error is
+Standard errors are over prompts, by the delta method. The score of a prompt is minus half the derivative of its squared
+residual (r_k - w_k d_k)^2 with respect to lambda. The best lambda solves mean(score) = 0. Its standard error is
 std(score) / (sqrt(B) |mean(d score / d lambda)|). All numbers are float64.
 """
 

@@ -8,7 +8,7 @@ SUSPECT_SHARE = 0.1
 INVALID_SHARE = 1.0
 """Residual share above which a mixture is `invalid`."""
 MAX_EXCESS = 2.0
-"""Largest number of standard errors by which the best weight may lie outside [0, 1] if the verdict is `ok`."""
+"""Largest number of standard errors by which the best weight may lie outside [0, 1] for the verdict `ok`."""
 MAX_LOG_ODDS_STDERR = 1.0
 """Largest standard error of log odds for the verdict `ok`."""
 

@@ -10,12 +10,14 @@ error divided by 2 sigma^2. K is a complexity in bits. The exponent alpha makes 
 beta makes the penalty grow less than linearly with K. The factor gamma scales the evidence. We took the formula from the authors' code
 (DanielWurgaft/rational-icl, `HierarchicalBayesianModel`), which fits the three numbers to the predictions of many models and steps.
 
-Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest compressed size. We count
-`CODE_BITS` for the program of each predictor and 32 bits for each number of the table, because random numbers do not compress. The authors
-use a median of means of the loss; we use the mean. They fit the curve to prompts of training tasks, or to prompts of training tasks and of
-new tasks together. We fit each of these two sets separately, and leave out steps that no mixture explains. Our fit has the same objective:
-up to a constant, the mean squared difference of predictions is (sigmoid(eta) - p)^2 times the mean of d^2. The best weight p and the
-difference d are defined in `icl.analysis.mixture.fits`.
+Where we differ: the authors compress the predictors' source code and their tables of tasks, and take the smallest
+compressed size. We count `CODE_BITS` for the program of each predictor and 32 bits for each number of the table,
+because random numbers do not compress. The authors use a median of means of the loss; we use the mean. They fit the
+curve to prompts of training tasks, or to prompts of training tasks and of new tasks together. We fit one curve to
+prompts of training tasks and one curve to prompts of new tasks. We leave out steps at which no mixture explains the
+model. Our fit has the same objective: up to a constant, the mean squared difference of predictions is
+(sigmoid(eta) - p)^2 times the mean of d^2. The best weight p and the difference d are defined in
+`icl.analysis.mixture.fits`.
 """
 
 import math

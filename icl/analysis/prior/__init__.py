@@ -1,11 +1,12 @@
 """The prior over tasks that a model has learned, as samples that are compared with candidate priors at every saved step.
 
-A model with a predictive distribution (`model.output` `gaussian` or `mixture`) generates prompts (`icl.analysis.prior.rollouts`), and
-ridge regression estimates the task behind each prompt. The same estimator is applied to prompts from each candidate prior (`icl.bayes`):
-`pool`, the run's M training tasks; `gaussian`, N(0, I); and `prior`, the run's prior of new tasks if it is not N(0, I). The prompts of all
-candidates have the inputs and the noise of the run. The energy distance (`icl.analysis.prior.energy`) between the model's estimates and a
-candidate's estimates is zero if the model is the Bayes predictor of the candidate. The converse does not hold, because the distance
-depends only on the estimates.
+A model with a predictive distribution (`model.output` `gaussian` or `mixture`) generates prompts, which we call
+rollouts (`icl.analysis.prior.rollouts`). Ridge regression estimates the task behind each rollout. The same estimator is
+applied to prompts from each candidate prior (`icl.bayes`): `pool`, the run's M training tasks; `gaussian`, N(0, I); and
+`prior`, the run's prior of new tasks if it is not N(0, I). The prompts of all candidates have the inputs and the noise
+of the run. The energy distance (`icl.analysis.prior.energy`) between the model's estimates and a candidate's estimates
+is zero if the model is the Bayes predictor of the candidate. The converse does not hold, because the distance depends
+only on the estimates.
 
 With `num_context` > 0, every rollout begins with this number of ordinary examples. The rollouts are then samples from the posterior that
 the model implies. These rollouts are compared with prompts that are continued from each candidate's posterior. A candidate's posterior is

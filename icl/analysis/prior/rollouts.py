@@ -1,11 +1,12 @@
 """Predictive Monte Carlo: prompts that a model generates (rollouts), and estimates of the task behind each prompt.
 
-A rollout begins with n given examples (none by default). Then x_k is drawn from the distribution of the run's inputs, and y_k from the
-model's predictive distribution given x_k and all examples before it. The example is appended, and this repeats until the prompt has K
-examples. Fong, Holmes and Walker 2023 ("Martingale posterior distributions") show that such rollouts give samples from a posterior. A
-parameter that is estimated from an infinitely long rollout is a sample from the posterior that the predictive distributions imply (or
-from the prior, if n = 0). For the exact Bayes predictor of a prior, rollouts are distributed like prompts whose task is drawn from
-the posterior of this prior given the n examples.
+A rollout begins with n given examples (none by default). Then x_k is drawn from the distribution of the run's inputs,
+and y_k from the model's predictive distribution given x_k and all examples before it. The example is appended. We draw
+further examples in the same way until the prompt has K examples. Fong, Holmes and Walker 2023 ("Martingale posterior
+distributions") show that such rollouts give samples from a posterior. A parameter that is estimated from an infinitely
+long rollout is a sample from the posterior that the predictive distributions imply (or from the prior, if n = 0). For
+the exact Bayes predictor of a prior, rollouts are distributed like prompts whose task is drawn from the posterior of
+this prior given the n examples.
 
 K examples determine the task only up to an error. So estimates from rollouts are never compared with a prior itself, but with estimates
 that the same estimator makes from prompts of each candidate prior. `bayes_prompts` makes these prompts: it draws the task from the

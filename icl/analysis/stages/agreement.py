@@ -11,9 +11,10 @@ into account. Loss and ICL score are one group of dependent signals. An LLC that
 (`signals.mirrors_loss`) belongs to this group too. Verdicts:
 
 - `ok`: signals of at least two groups show the boundary, and at least one signal shows it with all three smoothing kernels.
-- `suspect`: only one group shows the boundary, by at least `STRONG` standard errors; or no signal shows it with all three smoothing kernels.
-- `invalid`: at most one group shows the boundary, by less than `STRONG` standard errors; or an end of the curves or a stronger boundary
-  lies within two standard errors.
+- `suspect`: at most one group shows the boundary, but its strength is at least `STRONG` standard errors; or no signal
+  shows it with all three smoothing kernels.
+- `invalid`: at most one group shows the boundary, and its strength is below `STRONG` standard errors; or an end of the
+  curves or a stronger boundary lies within two standard errors.
 """
 
 import math

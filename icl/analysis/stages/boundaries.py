@@ -1,6 +1,6 @@
-"""Boundaries between stages in one signal: times at which its slope is nearly zero before or between intervals of change.
+"""Boundaries between stages in one signal: times at which the signal turns, pauses, or begins to move.
 
-Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where d lambda / d ln t is zero
+Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where its slope in ln t is zero
 or has a plateau near zero. They published no rule. (An early version mentions an 'automated procedure', which we did
 not find.) Our rule works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes
 of f over intervals of log time. Every mean slope has a standard error. There are three kinds of boundaries:
@@ -18,14 +18,15 @@ of f over intervals of log time. Every mean slope has a standard error. There ar
   the motion, but the slopes of the two cubics may differ. The scores of heads need this kind: before an induction head forms, its scores
   hardly move.
 
-An interval counts as motion only if f changes over it by at least `least_change` of the range of f, because smoothing a corner
-causes smaller changes. We take the strongest boundary first, and then search on each side of it. Between two boundaries, a plateau is
-reported only if there is no onset. At the end, each boundary is tested again, with intervals that end at the neighbouring boundaries. A
-turn or a plateau is dropped if there is no motion on one of its sides, and an onset if there is no motion after it. The search treats the scatter as
-independent between saved steps. The strength of a boundary is the smaller of two significances: with independent scatter, and with the
-correlation that `icl.analysis.scatter` estimates. A curve that moves in one direction without a pause has no turn and no
-plateau, even if its slope varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one (which may be
-an onset).
+An interval counts as motion only if f changes over it by at least `least_change` of the range of f. Smaller changes can
+be artefacts of smoothing a corner. We take the strongest boundary first, and then search on each side of it. Between
+two boundaries, a plateau is reported only if there is no onset. At the end, each boundary is tested again, with
+intervals between the neighbouring boundaries only. A turn or a plateau is dropped if there is no motion on one of its
+sides, and an onset if there is no motion after it. The search treats the scatter as independent between saved steps.
+The strength of a boundary is the smaller of two significances: with independent scatter, and with the correlation that
+`icl.analysis.scatter` estimates. A curve that moves in one direction without a pause has no turn and no plateau, even
+if its slope varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one (which may
+be an onset).
 
 The standard error of the time of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and
 longer kernels. The standard error of the time of a plateau or an onset comes from its likelihood profile. Both errors include the spacing of the
@@ -51,7 +52,7 @@ Otherwise the limit is `CORRELATED_SIGNIFICANCE`."""
 _MAX_KNOTS = 64
 """Largest number of grid points at which intervals may begin and end."""
 _NUM_TIMES = 200
-"""Number of times at which the likelihood profile of a plateau is computed."""
+"""Number of times at which the likelihood profile of a plateau or an onset is computed."""
 _LEAST_POINTS = 8
 """Minimum number of observations for a likelihood profile."""
 _NUM_SAMPLES = 200

@@ -1,4 +1,7 @@
-"""Search for boundaries in a smoothed curve, over all intervals between knots (`icl.analysis.stages.boundaries` defines the boundaries)."""
+"""Search for boundaries in a smoothed curve, over all intervals between knots.
+
+Knots are the grid points at which intervals may begin and end. `icl.analysis.stages.boundaries` defines the boundaries.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -199,7 +202,10 @@ def _onset(intervals: _Intervals, low: int, high: int, at: int | None) -> KnotBo
 def _knot_boundary(
     kind: Kind, knot: int, strength: float, intervals: _Intervals, chosen: Sequence[int]
 ) -> KnotBoundary:
-    """Build a boundary. Its exact time lies between the middles of the two motions, or between the ends of rest and motion."""
+    """Build a boundary, with the knots between which its exact time lies.
+
+    These are the middles of the two motions. For an onset, they are the start of the rest and the end of the motion.
+    """
     stretches = tuple((int(intervals.first[index]), int(intervals.last[index])) for index in chosen)
     if kind == "onset":
         low, high = stretches[1][0], stretches[0][1]

@@ -9,10 +9,11 @@ For a language run, the loss and the ICL score are measured on test rows. The ta
 the sources above. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. For each of the two
 head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
 
-The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and with a
-verdict no worse than `worst_llc`. We treat their standard errors as independent, because the chains of different checkpoints have
-different noise. (In the code of Hoogland et al., which fixes the seed, they have the same noise.) The chains of all checkpoints use
-the same minibatches. Differences between steps may therefore be less noisy than we assume, but not noisier.
+The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and
+with a verdict no worse than `worst_llc`. We treat their standard errors as independent, because the chains of different
+checkpoints have different noise. (The code of Hoogland et al. fixes the seed, so their chains have the same noise.) The
+chains of all checkpoints use the same minibatches. Differences between steps may therefore be less noisy than we
+assume, but not noisier.
 
 The LLC is nbeta (E[L] - L(w0)). If E[L] hardly changes while L(w0) does, the LLC is the loss with its sign reversed, and is not an
 independent signal (`mirrors_loss`). The published LLC up to step 46,000 is an example, because its chains left the basin.

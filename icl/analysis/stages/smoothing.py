@@ -156,7 +156,7 @@ def _most_probable(
     shortest: float,
     longest: float,
 ) -> tuple[float, float, float]:
-    """Return the kernel's amplitude and length and the variance of the scatter that maximise the posterior density."""
+    """Return the kernel's variance a^2 and length l and the variance of the scatter that maximise the posterior."""
 
     def optimizer(objective, start, bounds):  # type: ignore[no-untyped-def]
         def posterior(theta):  # type: ignore[no-untyped-def]
@@ -209,7 +209,10 @@ def _posterior(
     noise: Float[np.ndarray, "S S"],
     grid: Float[np.ndarray, " G"],
 ) -> tuple[Float[np.ndarray, " G"], Float[np.ndarray, "G G"]]:
-    """Return mean and covariance of the curve, for noise of any covariance (Rasmussen and Williams 2006, equation 2.23)."""
+    """Return mean and covariance of the curve, for noise of any covariance.
+
+    Rasmussen and Williams 2006, equations 2.23 and 2.24.
+    """
     prior = kernel(grid[:, None], times[:, None])
     gain = np.linalg.solve(kernel(times[:, None]) + noise, prior.T).T
     return gain @ scaled, kernel(grid[:, None]) - gain @ prior.T

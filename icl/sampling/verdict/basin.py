@@ -191,7 +191,7 @@ def not_spread_out(e: Evidence) -> str | None:
         return None
     return (
         f"the chains are still spreading out in flat directions, which changes the LLC (pull + spread is {e.filled:.0%} of its equilibrium "
-        "value d): lengthen the burn-in (3 / (lr localization) moves reach 95%)"
+        "value d): lengthen the burn-in (3 / (lr localization) moves reach 95%; `baoab` needs only (1 - c) / (1 + c) of them)"
     )
 
 

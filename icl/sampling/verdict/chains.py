@@ -2,20 +2,20 @@
 
 **The bias of the step size.** Let exp(-U) be the sampled density in d dimensions. Integration by parts gives E[(w - w0) . grad U] = d.
 (This is the equipartition theorem, and also the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0.) The left side is pull
-+ spread. A large step or a noisy gradient makes this sum larger than d. Stationarity of |w - w0|^2 under moves of step size lr gives pull +
-spread = d + (lr / 4) E|grad U|^2, where grad U is the gradient on the minibatch. With a preconditioner G, |grad U|^2 is replaced by grad U
-. G grad U. The last term contains (lr / 4) localization^2 |w - w0|^2, which comes from the localization alone. This part is also present in
-flat directions, and is harmless. `bias_bound` is half of the last term without this part. This bound has little noise, and is valid even if
-some directions are not in equilibrium.
++ spread (defined in `icl.sampling.verdict.basin`). A large step or a noisy gradient makes this sum larger than d. Stationarity of
+|w - w0|^2 under SGLD moves of step size lr gives pull + spread = d + (lr / 4) E|grad U|^2, where grad U is the gradient on the minibatch.
+With a preconditioner G, |grad U|^2 is replaced by (grad U) . G grad U. The last term contains (lr / 4) localization^2 |w - w0|^2, which
+comes from the localization alone. This part is also present in flat directions, and is harmless. `bias_bound` is half of the last term,
+without the localization's part. This bound has little noise, and is valid even if some directions are not in equilibrium.
 
 On quadratics, `baoab` with friction c has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of the amount
 that the noise adds to pull + spread in directions of small curvature. This is lr (1 + c) / (8 (1 - c)) times the variance of nbeta grad L
-over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds more: this amount is multiplied by 1 / (1 - lr a /
-4). We measure the variance from gradients at the same position on two minibatches.
+over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds more: this amount is multiplied by
+1 / (1 - lr a / 4). We measure the variance from gradients at the same position on two minibatches.
 
 For SGLD on quadratics, the bound is one to two times the bias from the step size. In a direction with a_i = nbeta h_i + localization, the
-bound is (1 + localization / a_i) times the bias from the step size (`known.quadratic_llc`). The part of the bound for minibatch noise is
-a_i / (nbeta h_i) times the bias from this noise.
+bound is (1 + localization / a_i) times the bias from the step size (`icl.sampling.known.quadratic_llc`). The part of the bound for
+minibatch noise is about a_i / (nbeta h_i) times the bias from this noise.
 """
 
 import math
@@ -96,8 +96,8 @@ def shared_minibatches(e: Evidence) -> str | None:
 def r_hat(e: Evidence) -> str | None:
     """If there are few chains, they must agree with each other.
 
-    Many short chains may disagree, because the standard error then comes from the spread between them. The rule `drift` is stricter for
-    such chains.
+    Many short chains are allowed to disagree, because their standard error comes from the spread between them. The rule `drift` is stricter
+    for such chains.
     """
     if not 1 < e.num_chains_used < MANY_CHAINS or e.rhat <= 1.05:
         return None
@@ -164,7 +164,7 @@ def step_size_bias(e: Evidence) -> str | None:
     source="0.574 is the best acceptance rate for MALA (Roberts and Rosenthal 1998); the threshold is our choice",
 )
 def mala_acceptance(e: Evidence) -> str | None:
-    """A Metropolis test, which SGLD leaves out, would have to accept at least half of the moves."""
+    """A Metropolis test, which the kernels leave out, should accept at least half of the moves."""
     if not e.mala_acceptance < 0.5:
         return None
     return f"a Metropolis test would accept only {e.mala_acceptance:.0%} of the moves: lower lr"
@@ -172,7 +172,7 @@ def mala_acceptance(e: Evidence) -> str | None:
 
 @rule("note", source="fixed outcome")
 def target_not_reached(e: Evidence) -> str | None:
-    """The chains stop at the largest number of draws even if the error is still above its target."""
+    """The chains stop at the largest number of draws even if the standard error is still above its target."""
     if e.target_stderr is None or e.error <= e.target_stderr:
         return None
     return f"note: the standard error {e.stderr:.2g} is above `target_stderr` {e.target_stderr:g}: raise num_draws"

@@ -60,7 +60,7 @@ class Evidence:
     """Mean of the second half of the draws minus the mean of the first half."""
     drift_stderr: float
     mala_acceptance: float
-    """Mean probability that MALA would accept a move."""
+    """Mean probability that a Metropolis test would accept a move. For SGLD, it is the acceptance probability of MALA."""
     pull: float
     """Mean of nbeta (w - w0) . grad L."""
     pull_stderr: float
@@ -92,10 +92,10 @@ class Evidence:
     def interval(self) -> tuple[float, float]:
         """Nominal 95 % interval of the LLC, by Student's t. A bias bound above half of the standard error is subtracted from the lower end.
 
-        The number of degrees of freedom is ESS / 10, because the estimated autocorrelation time has a relative variance of about 20 / ESS.
-        Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most often. So for
-        fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`, the variance is multiplied by `WIDE_ESS` / ESS
-        (`tools.coverage` measures the effect).
+        The number of degrees of freedom is ESS / 10 (but at least 1), because the estimated autocorrelation time has a relative variance of
+        about 20 / ESS. Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most
+        often. So for fewer than `convergence.MANY_CHAINS` chains and an ESS below `WIDE_ESS`, the variance is multiplied by `WIDE_ESS` /
+        ESS (`tools.coverage` measures the effect).
         """
         reach = self.stderr * float(stdtrit(max(self.ess / 10, 1.0), 0.975)) if self.ess > 0 else math.nan
         if self.num_chains_used < convergence.MANY_CHAINS:
@@ -148,7 +148,7 @@ class Evidence:
 
     @property
     def drop_share(self) -> float:
-        """Drop at the mean as a fraction of LLC + drop. This sum is the LLC relative to the loss at the mean of the draws."""
+        """Drop at the mean as a fraction of LLC + drop. LLC + drop is the LLC with the loss at the mean of the draws in place of L(w0)."""
         llc = 0.0 if math.isnan(self.llc) else self.llc
         return self.drop_at_mean / max(llc + self.drop_at_mean, 1e-300)
 

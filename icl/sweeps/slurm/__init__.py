@@ -1,4 +1,6 @@
-"""Run a sweep on a Slurm cluster, as a job array whose jobs share the points of the sweep. Only Slurm's own commands are needed.
+"""Run a sweep on a Slurm cluster, as a job array. Only Slurm's own commands are needed.
+
+The jobs of the array share the points of the sweep. A point is one combination of the sweep's settings.
 
 - `commands.py` calls sbatch, squeue and scontrol.
 - `submission.py` writes the script of the array, and submits it.

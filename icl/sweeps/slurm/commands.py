@@ -75,7 +75,7 @@ def seconds_left(job: str) -> float | None:
 
 
 def is_preempted(job: str) -> bool:
-    """Return whether Slurm is preempting a job whose programs still run: Slurm has announced it, or has just sent SIGTERM."""
+    """Return whether Slurm is preempting a job whose programs still run: Slurm has announced the preemption, or has just sent SIGTERM."""
     try:
         text = _run("scontrol", "show", "job", job, timeout=_JOB_TIMEOUT_SECONDS)
     except SlurmError:

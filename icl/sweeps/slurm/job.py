@@ -1,9 +1,10 @@
 """Decide, inside a job of a Slurm array, when the job must stop and how its work continues.
 
-Before its time limit, the job saves its points and returns to the queue with `scontrol requeue`. If the site does not allow this, the
-job submits a successor, which begins when the job has ended. A job that reaches its time limit twice in succession without any
-progress is not queued again, because it needs more time or smaller points. All other cases are left to Slurm: `scancel` ends the job
-permanently, and Slurm itself puts a job back in the queue if its node dies or a more urgent job takes its place.
+A job runs points of a sweep, which are combinations of settings. Before its time limit, the job saves these points and returns to the
+queue with `scontrol requeue`. If the site does not allow this, the job submits a successor, which begins when the job has ended. A job
+that reaches its time limit twice in succession without any progress is not queued again, because its time limit is too short for its
+points. All other cases are left to Slurm: `scancel` ends the job permanently, and Slurm itself puts a job back in the queue if its node
+dies or a more urgent job takes its place.
 """
 
 import os

@@ -26,7 +26,7 @@ class Submission:
     """The content of `submission.json`."""
 
     submitted: float
-    """Unix time of the submission. The jobs do not retry points that have failed since this time."""
+    """Unix time of the submission. The jobs do not retry points (combinations of settings) that have failed since this time."""
     num_jobs: int
     array: str = ""
     """Slurm's ID of the job array. It is empty until Slurm has accepted the array."""

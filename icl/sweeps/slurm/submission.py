@@ -132,7 +132,7 @@ def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
     if limit is not None and number == limit < min(num_programs, num_jobs or num_programs):
         return (
             number,
-            f"There is work for {num_programs:,} jobs, but this site allows only {limit:,} in an array, so that fewer jobs share the points.",
+            f"There is work for {num_programs:,} jobs, but this site allows only {limit:,} in an array, so fewer jobs share the points.",
         )
     if num_jobs is not None and number < num_jobs:
         return number, f"Only {number:,} of {num_jobs:,} jobs are submitted, because there is no work for more jobs."

@@ -1,10 +1,12 @@
-"""Train a run as a point of a W&B sweep: `wandb agent` starts the program, and `wandb.config` contains the settings of the point.
+"""Train a run in a W&B sweep, started by `wandb agent`.
 
-First, the settings from the file and the command line are resolved without those of the point, and passed to
-`wandb.init`. After that, `wandb.config` also contains the settings of the point, with names such as `optim.lr`, or
-`lr` in a section `optim`. Then all settings are resolved again: the point overrides the file, and the command line
-overrides both. The name of the run depends on its whole configuration. So if W&B assigns a point again, the run continues
-from its last save. The new W&B run first receives the rows that the run has logged before.
+A point of a sweep is one combination of the settings that the sweep varies. W&B assigns a point to each run.
+
+First, the settings from the file and the command line are resolved without those of the point, and passed to `wandb.init`.
+After that, `wandb.config` also contains the settings of the point, with names such as `optim.lr`, or `lr` in a section
+`optim`. Then all settings are resolved again: the point and the command line override the file. A command line that
+contradicts the point is refused. The name of the run depends on its whole configuration. So if W&B assigns a point again,
+the run continues from its last save. The new W&B run first receives the rows that the run has logged before.
 """
 
 import os

@@ -2,8 +2,9 @@
 
 W&B is used if `WANDB_MODE` is `online` or `offline`, if the environment has an API key, or if `.netrc` has a login.
 `WANDB_MODE=disabled` overrides all of these. If W&B cannot be reached at the start, a message says so and the run is
-logged offline. If the network fails later, the end of the program is delayed by at most a minute. The W&B id of a run
-is stored in its folder, so that a resumed run continues the same W&B run. All metrics have `step` as their x axis.
+logged offline. If the network fails later, the end of the program is delayed by at most a minute for each run. The W&B
+id of a run is stored in its folder, so that a resumed run continues the same W&B run. All metrics have `step` as their
+x axis.
 """
 
 import netrc
