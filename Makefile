@@ -28,23 +28,23 @@ lint: install  ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: install  ## Format the code and mend what can be mended
+format: install  ## Format the code, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-golden: install  ## Record the golden losses anew (say why in the commit)
+golden: install  ## Record the golden losses again (say why in the commit message)
 	$(BIN)/python tests/golden/record.py
 
-bench: install  ## Measure ratios against peers (about three minutes; see benchmarks/)
+bench: install  ## Compare the speed with other programs (about three minutes; see benchmarks/)
 	$(BIN)/python -m benchmarks
 
-reliability: install  ## Try damaged files, servers' refusals and bad inputs (docs/reliability.md)
+reliability: install  ## Try damaged files, servers that refuse requests, and bad inputs (docs/reliability.md)
 	$(BIN)/python -m tests.reliability.fuzz --mutations 3000
 	$(BIN)/python -m tests.reliability.refusals
 	$(BIN)/python -m tests.reliability.bad_inputs
 
 SIZE ?= small
-data: install  ## Remake the shipped data from nothing, or go on (SIZE=full: the published sizes)
+data: install  ## Compute the shipped data again, or continue after an interruption (SIZE=full: the published sizes)
 	$(BIN)/python -m tools.data $(SIZE)
 	$(BIN)/python -m tools.data.docs
 

@@ -9,8 +9,9 @@ _KERNEL = "icl/model/attention.cpp"
 _DIGEST = sha256(Path(_KERNEL).read_bytes()).hexdigest()
 _FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
-# Attention on CPUs. Without a compiler `icl` installs all the same, and PyTorch's operations do the work. It needs no
-# headers of Python or PyTorch; OpenMP's functions are those of the runtime that PyTorch loads, so none is linked.
+# Attention kernel for CPUs. If there is no compiler, `icl` is installed without this kernel and uses PyTorch's
+# operations. The kernel needs no headers of Python or PyTorch. It is not linked with OpenMP, because PyTorch has already
+# loaded an OpenMP library.
 tiny_attention = Extension(
     "icl.model._attention",
     sources=[_KERNEL],
@@ -84,7 +85,8 @@ setup(
             "mkdocstrings[python]>=0.26",
         ],
     },
-    # By a path, not an import hook, which is asked after the folder above a clone, where the clone is a package `icl`, too.
+    # An editable install adds a path instead of an import hook. Python searches paths before it asks an import hook.
+    # So in the folder that contains a clone named `icl`, `import icl` would import the clone's folder, not the package.
     options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["icl=icl.cli:main"]},
 )

@@ -1,8 +1,8 @@
 """Compare the speed of `icl` with other programs: `python -m benchmarks [--seconds S] [--out FOLDER]`, or `make bench`.
 
 Each result is a ratio of times: the other program's time divided by our time, for the same work. Both programs run in turns, in one
-process, with the same number of threads and the same precision. The ratio is the median over turns, with quartiles. Ratios depend
-much less than times on the machine and its other users. We use the fastest device of the machine. Example:
+process, with the same number of threads and the same precision. The ratio is the median over turns, with quartiles. Compared with
+times, ratios depend much less on the machine and its other users. We use the fastest device of the machine. Example:
 
     python -m benchmarks --seconds 20 --out data/benchmarks
 

@@ -1,6 +1,6 @@
 """The cases that are measured: our training step, evaluation, dMMSE, LLC chains, and the whole training program.
 
-Our training step is compared with three others: a plain training loop, training the members of a population one at a time, and
+Our training step is compared with three alternatives: a plain training loop, training the members of a population one at a time, and
 the matrix products of the step alone.
 """
 
@@ -131,8 +131,8 @@ def take_evaluation_turns(device: str, seconds: float) -> list[Turn]:
     """Time the evaluation of all checkpoint files of a run on training tasks and on new tasks: in a plain loop, and by `icl evaluate`.
 
     In every turn, both sides read the files. They compute prompts and baselines only once, before the first turn that counts. Our side
-    also compiles before that turn, and saves the numbers of each checkpoint in the run's folder, as the command does. The loop keeps the
-    numbers in memory.
+    also compiles before that turn, and saves the metrics of each checkpoint in the run's folder, as the command does. The loop saves
+    nothing.
     """
     with tempfile.TemporaryDirectory(prefix="icl-bench-") as name:
         run = RunFolder(Path(name))

@@ -2,22 +2,23 @@
 
     python -m benchmarks.equal_error data/small/models/quickstart/step-000005000.safetensors --reference 44.0
 
-`--reference` is the checkpoint's LLC from a much longer estimate. Its own error should be at most a third of the samplers' errors. Each
-sampler estimates the LLC several times, with different noise. Its bias is the mean of the estimates minus the reference. Its error is the
-root mean square error (RMSE) over the repetitions.
+`--reference` is the checkpoint's LLC from a much longer estimate. The error of this reference should be at most a third of the samplers'
+errors. Each sampler estimates the LLC several times, with different noise. Its bias is the mean of the estimates minus the reference. Its
+error is the root mean square error (RMSE) over the repetitions.
 
 - `baoab` has the default settings of `icl llc`, unless you give `--lr` or `--batch_size`.
 - `sgld` runs with several step sizes. With a smaller step, its chains have more moves, so that the number of moves times lr stays the same.
 - `devinterp` is SGLD in devinterp 1.3.2, with the sizes of our SGLD. We give it the checkpoint's loss on many batches. Without this, its
   estimate would have the noise of a few batches.
 
-Gradients and CPU time are those of one estimate. Ours include the burn-in, the diagnostics, the control variates, the prompts and the
-checkpoint's own loss. For devinterp, they include only the burn-in and the draws, so the comparison favours it.
+The columns `gradients` and `seconds` are the costs of one estimate. For our samplers, they include the burn-in, the diagnostics, the
+control variates, the prompts and the checkpoint's loss. For devinterp, they include only the burn-in and the draws, so the comparison
+favours devinterp.
 
 If a sampler had N times as many draws, the variance of its estimate would be divided by N, and its bias would stay. The last two columns
-are the gradients and the seconds for the N with which a sampler reaches the RMSE of `baoab`. They are infinite if the sampler's bias alone
-exceeds this RMSE. All costs are multiplied by N, including the burn-in, although a longer chain needs no longer burn-in. The CPU time is
-the process time, so run the command with one thread (`OMP_NUM_THREADS=1`). With `--factors 1 --repetitions 6`, the quickstart takes about
+are the gradients and the CPU seconds for the N with which a sampler reaches the RMSE of `baoab`. They are infinite if the sampler's bias
+alone exceeds this RMSE. All costs are multiplied by N, including the burn-in, although a longer chain needs no longer burn-in. The CPU time is
+the process time, so run the command with one thread (`OMP_NUM_THREADS=1`). With `--factors 1 --repetitions 6`, the checkpoint above takes about
 half an hour on one core; with the default options, several hours.
 """
 

@@ -1,4 +1,4 @@
-"""Compare the speed of LLC chains on any PyTorch module: `estimate_llc`'s chains against devinterp 1.3.2, on three modules.
+"""Compare `estimate_llc` with devinterp 1.3.2: the speed of LLC chains on three PyTorch modules.
 
 Both programs run 4 SGLD chains on the same list of minibatches, one chain after another, with the same number of threads. As in
 `benchmarks.sampling`, neither program computes the checkpoint's loss. Nearly all moves are burn-in, so we measure the time of the moves

@@ -1,6 +1,6 @@
 """Plain PyTorch code with which `icl` is compared, written as a competent researcher would write it.
 
-The model is L2H4 of Hoogland et al. 2024, as an `nn.Module` on 2K tokens. `torch.optim.Adam` trains it without gradient clipping.
+The model is L2H4 of Hoogland et al. 2024, as an `nn.Module` on two tokens per example. `torch.optim.Adam` trains it without gradient clipping.
 Attention is computed with explicit matrix products and a softmax, as in the authors' code. On CPUs and for a model of this size, this
 is faster than PyTorch's fused kernel.
 """

@@ -20,7 +20,7 @@ class Side(NamedTuple):
 
     call: Callable[[], object]
     calls: int = 32
-    """Number of calls in a turn. If the side makes prompts for several calls at once, this must be a multiple of that number."""
+    """Number of calls in a turn. If the side draws the prompts of several calls at once, `calls` must be a multiple of that number of calls."""
 
 
 class Turn(NamedTuple):

@@ -177,7 +177,7 @@ def load_checkpoint(
         path: A checkpoint file, or a run's folder. The file may also be a `.pt` file of older code, such as
             `checkpoint_step_150000.pt` (`icl.importing`). Instead of a path, give the address of a run or a checkpoint in a store,
             such as `hf://USER/REPO`, `hf://USER/REPO@REVISION/RUN` or `s3://BUCKET/RUN`.
-        cfg: Required D, K and architecture of the checkpoint's model; other settings are not compared. By default, any are
+        cfg: Required D, K and architecture of the checkpoint's model; other settings are not compared. By default, any values are
             accepted. If a `.pt` file contains no config, the number of heads is taken from `cfg`.
         step: The step to load from a folder or a store. The default is the last step.
 
@@ -231,8 +231,8 @@ def evaluate_ood_score(
 ) -> float:
     """Return the mean squared error per target on new tasks, averaged over `n_samples` prompts and all K positions.
 
-    New tasks are drawn from N(0, I), or from the prior in `cfg` if it is another one. Unlike the older code, this function does not
-    divide the score by D.
+    New tasks are drawn from N(0, I), unless `cfg` is a RunConfig with another prior. Unlike the older code, this function does not divide
+    the score by D.
 
     Args:
         model: A trained model. Predictions are computed in its dtype.
@@ -241,8 +241,8 @@ def evaluate_ood_score(
         batch_size: Number of prompts in one forward pass.
 
     Raises:
-        ConfigError: If a size is not a positive whole number, `n_samples` is above 2^31, D or K of the model and `cfg` differ, or
-            the mean squared error is not finite.
+        ConfigError: If `n_samples` or `batch_size` is not a positive whole number, `n_samples` is above 2^31, D or K of the model and `cfg`
+            differ, or the mean squared error is not finite.
     """
     n_samples, batch_size = whole("n_samples", n_samples, 1, _MAX_PROMPTS), whole("batch_size", batch_size, 1)
     parameter = parameter_of(model)

@@ -4,8 +4,8 @@ A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole sec
 nested parameters in this way: `--task={'num_tasks': 2}`. This module keeps the values of settings as strings. `icl.resolve` converts
 them, together with the values from files.
 
-The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because sweep files also contain
-command lines of `icl train` and `icl llc`.
+The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because the code for sweeps also parses such
+command lines, which sweep files contain.
 """
 
 import argparse

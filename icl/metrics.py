@@ -44,17 +44,17 @@ def squared_error(predictions: Float[Tensor, "*N B K"], targets: Float[Tensor, "
 
 
 def position_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
-    """Return the mean over prompts at every position, (*N, K)."""
+    """Return the mean over prompts at every position, of shape (*N, K)."""
     return _estimate(_moments(values.mT))
 
 
 def overall_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
-    """Return the mean over positions and prompts, (*N,). The standard error is computed from each prompt's mean over positions."""
+    """Return the mean over positions and prompts, of shape (*N,). The standard error is computed from each prompt's mean over positions."""
     return _estimate(_moments(values.mean(-1)))
 
 
 def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estimate:
-    """Return loss(second) - loss(first), (*N,), which is negative if more examples help. Positions count from 1.
+    """Return loss(second) - loss(first), of shape (*N,). It is negative if more examples help. Positions count from 1.
 
     The difference is taken within each prompt, so the standard error accounts for the correlation between the two positions.
 
@@ -72,7 +72,7 @@ def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estim
 
 
 def ratio_of_means(numerator: Float[Tensor, "*N B"], denominator: Float[Tensor, "*#N B"]) -> Estimate:
-    """Return mean(numerator) / mean(denominator) over the same prompts, (*N,).
+    """Return mean(numerator) / mean(denominator) over the same prompts, of shape (*N,).
 
     The standard error is computed from the first-order expansion in both means (the delta method).
     """

@@ -15,7 +15,7 @@ The `sampler` of every preset except `L2W256` is our choice, because estimates w
   Above 4, the chains of `sgld` are unstable.
 
 We have checked estimates with these samplers for the quickstart, and for `L2H4` at one checkpoint. For another model or task,
-`icl llc RUN --calibrate` searches for settings, and the verdicts say whether they work.
+`icl llc RUN --calibrate` searches for settings, and the verdicts say whether these settings work.
 """
 
 import dataclasses
@@ -151,8 +151,9 @@ ICR = RunConfig(
 
 # Our own preset, which shows transient ridge (Carroll et al. 2025) on a laptop. The loss on new tasks is smallest at about step 700. By
 # then, this loss has fallen by 71 % of the distance from the loss of predicting zero to ridge's loss. It later rises while the model learns
-# its ten tasks. (docs/reproduction.md lists the settings that we tried.) With batches of 256 prompts and a constant rate, the scatter
-# between steps is less than a tenth of the rise. The preset uses the quickstart's sampler. We have not checked the sampler for this model.
+# its ten tasks. (docs/reproduction.md lists the settings that we tried.) With batches of 256 prompts and a constant rate, the scatter of
+# the loss between steps is less than a tenth of the rise. The preset uses the quickstart's sampler. We have not checked the sampler for
+# this model.
 TRANSIENCE = RunConfig(
     preset="transience",
     task=TaskConfig(num_tasks=10, task_size=3, max_examples=8, noise_variance=0.1),
@@ -207,8 +208,8 @@ L2W256 = RunConfig(
 )
 
 # Our own preset: the architecture of `L2W256` at a smaller width, which trains in about three minutes on one CPU core and needs no download. In the
-# synthetic language, the model first learns the frequencies of tokens, then bigrams, then copying. With the settings of the sampler, the LLC at
-# the last step has the verdict `ok` (docs/language-models.md).
+# synthetic language, the model first learns the frequencies of tokens, then bigrams, then copying. With these settings of the sampler, the
+# LLC at the last step has the verdict `ok` (docs/language-models.md).
 LANGUAGE_QUICKSTART = RunConfig(
     preset="language-quickstart",
     model=dataclasses.replace(L2W256.model, num_heads=4, embed_size=64),
@@ -242,8 +243,9 @@ PRIOR_QUICKSTART = RunConfig(
     early_stopping=EarlyStoppingConfig(monitor="eval/pretrain/nll"),
 )
 
-# Our own presets: the quickstart with one other distribution of tasks, noise or inputs (docs/priors.md). Every prompt has a new task, so the prior
-# of the tasks matters. With the noise variance 1, the Bayes predictor differs from ridge more than with the quickstart's 0.25.
+# Our own presets: the quickstart with a different distribution of the tasks, the noise or the inputs (docs/priors.md). Every prompt has a
+# new task, so the prior of the tasks matters. With the noise variance 1, the Bayes predictor differs from ridge more than with the
+# quickstart's 0.25.
 _NOISY = TaskConfig(num_tasks=math.inf, noise_variance=1.0)
 _WORLDS = {
     "student-t-tasks": dataclasses.replace(_NOISY, prior="student_t", prior_df=3.0),
@@ -255,7 +257,7 @@ _WORLDS = {
     "laplace-noise": dataclasses.replace(_NOISY, noise="laplace"),
     "student-t-inputs": dataclasses.replace(_NOISY, inputs="student_t", input_df=3.0),
     "ar1-inputs": dataclasses.replace(_NOISY, inputs="ar1", input_correlation=0.9),
-    # Eight tasks that change during training. Eight fixed tasks are memorised.
+    # These eight tasks change during training. If eight tasks are fixed, the model memorises them.
     "resampled-pool": TaskConfig(num_tasks=8, pool="resampled", pool_steps=30),
     "walking-pool": TaskConfig(num_tasks=8, pool="walk", pool_steps=30),
 }

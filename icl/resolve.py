@@ -17,7 +17,8 @@ from icl.files.reading import MAX_YAML, ContentError, parse_yaml, read_bytes
 from icl.presets import preset
 
 POINT_VARIABLE = "ICL_SWEEP_POINT"
-"""Environment variable through which `icl sweep` passes a point to the program that it starts."""
+"""Environment variable with the name of a file. In this file, `icl sweep` passes the settings of one or more points of
+the sweep to the program that it starts. A point is one combination of swept settings."""
 _SET_FOR_EACH = {
     "population.seeds": ("seeds.model", "seeds.data", "seeds.noise"),
     "population.num_tasks": ("task.num_tasks",),
@@ -84,7 +85,7 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting such as `seeds.model` if a population sets it for each member, and the same or a later source also sets it.
+    """Refuse a setting such as `seeds.model` that a population sets for each member, if the population's source or a later source also sets it.
 
     Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
 

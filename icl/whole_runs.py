@@ -65,8 +65,8 @@ class RunEvaluator:
 
         Args:
             num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
-            num_ood_prompts: Number of prompts per set, except for the set of training tasks (`pretrain`); None uses `num_prompts`.
-            shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
+            num_ood_prompts: Number of prompts in each set other than the training tasks (`pretrain`); None uses `num_prompts`.
+            shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses every shift that is possible for the run's D and K.
             compiled: Whether to compile the forward pass on a CPU; None compiles if a run has so much work that compiling saves time.
             bar: Progress bar over the checkpoints of all runs; None shows a separate bar for each run.
 
@@ -177,13 +177,13 @@ def evaluate_run(
     Args:
         path: A run's folder or a checkpoint file.
         num_prompts: Number of prompts per set; None uses the run's `evaluation.num_prompts`.
-        num_ood_prompts: Number of prompts per set, except for the set of training tasks (`pretrain`); None uses `num_prompts`.
-        shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses all that are possible for the run's D and K.
+        num_ood_prompts: Number of prompts in each set other than the training tasks (`pretrain`); None uses `num_prompts`.
+        shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses every shift that is possible for the run's D and K.
 
     Returns:
         A table with one row per number (step, checkpoint_hash, distribution, quantity, position, value, stderr, prompts), and a
-        table with the losses of the baselines in the same columns without `step` and `checkpoint_hash`. The column `prompts` is
-        `report`: these prompts differ from those on which training evaluates and stops early.
+        table with the losses of the baselines in the same columns without `step` and `checkpoint_hash`. The column `prompts` is `report`:
+        these prompts differ from the prompts that training uses for its evaluations and for early stopping.
 
     Raises:
         CheckpointError: If there is no usable checkpoint, or the checkpoints belong to different models.

@@ -1,19 +1,19 @@
 """Measure how often the intervals of LLC estimates contain the truth, and how often the verdict is `ok`.
 
 `python -m tools.coverage [--runs N] [--target_runs N] [--losses NAME ...] [--out FILE]` writes the table `data/coverage.csv`. Each row is a
-cell: a loss, a kernel, a number of chains and a number of draws. All runs of a cell start at the loss's minimum w0, and have different
-noise. The truth is the exact LLC of the localised posterior, nbeta (E[L] - L(w0)). Unlike an estimate, it has no bias from the step size.
-The nominal coverage of the intervals is 95 %. There are five losses:
+cell: a loss, a kernel, a number of chains, a number of draws and perhaps a target standard error (`target_stderr`). All runs of a cell
+start at the loss's minimum w0, and have different noise. The truth is the exact LLC of the localised posterior, nbeta (E[L] - L(w0)).
+Unlike an estimate, it has no bias from the step size. The nominal coverage of the intervals is 95 %. There are five losses:
 
 - `quadratic`: six directions with curvatures from 0.01 to 10. The truth is known in closed form.
 - `product`: L = a^2 b^2, which has a degenerate minimum. The truth is computed by quadrature.
 - `fresh`, `pool` and `list`: the same quadratic, with minibatches whose curvatures and gradients differ. With `fresh`, every minibatch is
-  new. With `pool`, minibatches are drawn from a pool. With `list`, the chains go through a list in passes. The noise has mean zero over all
-  minibatches, so the truth is that of `quadratic`.
+  new. With `pool`, minibatches are drawn from a pool. With `list`, the chains go through a list of minibatches again and again. The noise
+  has mean zero over all minibatches, so the truth is that of `quadratic`.
 
 The runs of a cell are computed together, as populations. Each run has its own minibatches. In cells with a `target_stderr`, the chains of a
-run stop when its standard error is small enough. These runs are computed one after the other, which takes hours; `--target_runs` sets their
-number.
+run stop when the standard error of its LLC is at most this target and their effective sample size is sufficient. These runs are computed
+one after the other, which takes hours; `--target_runs` sets their number.
 """
 
 import argparse
@@ -67,7 +67,7 @@ RUNS_AT_ONCE = 50
 
 
 class Cell(NamedTuple):
-    """A loss, a kernel, and the lengths of the chains."""
+    """A loss, a kernel, the number and length of the chains, and the number of runs."""
 
     loss: str
     kernel: Kernel
@@ -157,7 +157,7 @@ def _results(cell: Cell) -> list[LLCResult]:
     results = []
     for first in range(0, cell.num_runs, num_at_once):
         num = min(num_at_once, cell.num_runs - first)
-        # Each run's noise depends on the seed and on its number in the population.
+        # The noise of a run depends on the seed and on the run's position in the population.
         results += estimate_llcs(
             loss,
             [{"w": torch.zeros(2 if cell.loss == "product" else 6), "run": row} for row in torch.eye(num)],

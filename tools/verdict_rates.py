@@ -1,8 +1,8 @@
 """Measure how often the verdicts of turning points and stages are right, on simulated curves with correlated scatter.
 
 `python -m tools.verdict_rates [--runs N] [--out FILE]` writes the table `data/verdict-rates.csv`. The scatter is an autoregression of
-order one over the saved steps. Its standard deviation is 1 at every step, and the correlation between neighbouring steps is phi. There
-are eight kinds of curves:
+order one over the saved steps. Its standard deviation is 1 at every step, and the correlation between neighbouring steps is phi. Log
+time is log(1 + step). There are eight kinds of curves:
 
 - `flat tail`: a loss that falls and then stays flat. A verdict `ok` is a false finding of `transient ridge`.
 - `rise`: the same loss, with a rise by ten standard deviations after its minimum.
@@ -35,7 +35,8 @@ STEPS = np.unique(np.r_[0, np.geomspace(1, 500_000, 48), np.linspace(0, 500_000,
 TIMES = np.log1p(STEPS)
 PHIS = (0.0, 0.5, 0.8, 0.9)
 TURN = {0.0: 10.0, 0.5: 20.0, 0.8: 25.0, 0.9: 20.0}
-"""Size of the turn for each phi, in standard deviations of the scatter. The turn is larger if the scatter is correlated."""
+"""Size of the turn for each phi, in standard deviations of the scatter. The turn is larger if the scatter is correlated, so that the
+strength of the boundary stays about the same."""
 ONSET = 50.0
 """Size of the motion after an onset, in standard deviations of the scatter."""
 
@@ -120,7 +121,10 @@ def _transience(kind: str, phi: float, rng: np.random.Generator) -> str:
 
 
 def _stages(kind: str, phi: float, rng: np.random.Generator) -> str:
-    """Return the best verdict of any boundary. For `turn` and `onset`, count only boundaries within one unit of log time of the true one."""
+    """Return the best verdict of any boundary, or `none` if there is no boundary.
+
+    For `turn` and `onset`, only boundaries within one unit of log time of the true one count.
+    """
     middle, late = TIMES[-1] / 2, 3 * TIMES[-1] / 4
     is_language = kind in ("language noise", "language line", "onset")
     shapes = {

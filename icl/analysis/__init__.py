@@ -18,7 +18,10 @@ from icl.config.validation import ConfigError
 
 
 class NotApplicableError(ConfigError):
-    """Raised if an analysis has no meaning for a run, for example because it needs a finite M. `--what all` skips such analyses."""
+    """Raised if an analysis has no meaning for a run, for example because the analysis needs a finite M.
+
+    `--what all` skips such analyses.
+    """
 
 
 class About(NamedTuple):

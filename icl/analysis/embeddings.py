@@ -11,7 +11,7 @@ these rows. They still enter the spectra of W_P and W_U, the overlaps of W_P, an
 Rows of the table, by `quantity`:
 
 - `spectrum_share`: s_i^2 / sum s^2 for the singular values s_i of part `token_embedding`, `position_embedding` or
-  `unembedding`. `component` is the number i, and the largest singular value has i = 1. These shares show embedding
+  `unembedding`. `component` is the index i, and the largest singular value has i = 1. These shares show embedding
   collapse (Hoogland et al. 2024). `norm` is sqrt(sum s^2). `effective_rank` is the participation ratio
   (sum s^2)^2 / sum s^4.
 - `overlap`, part `A on B`: the mean squared cosine of the principal angles (Bjorck and Golub 1973) between two
@@ -19,9 +19,9 @@ Rows of the table, by `quantity`:
   that hold at least the share `spectrum_kept` of sum s^2. The subspace `readout` is the direction of the effective
   unembedding (below). `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the mean
   overlap of two random subspaces of these dimensions, d1 and d2: max(d1, d2) / C. Hoogland et al. 2024 show cosines
-  between W_E and W_P that we do not reproduce. They multiplied each column of W_E by the full C x C factor U of the
-  singular value decomposition of W_P transposed. Their cosine is between the column and this product. U is orthogonal,
-  but it does not project onto a subspace. Their cosines therefore say nothing about subspaces.
+  between W_E and W_P. We do not repeat their computation. They multiplied each column of W_E by the full C x C factor U
+  of the singular value decomposition of W_P transposed. Their cosine is between the column and this product. U is
+  orthogonal, but it does not project onto a subspace. Their cosines therefore say nothing about subspaces.
 - Layer-norm collapse, part `<norm>.weight` (gamma) or `<norm>.bias` (beta): `mean`, `std`, `min`, `max`, `norm`, and
   `share_small`, the share of entries whose absolute value is below `threshold`. The threshold is absolute, so the share
   falls when a vector grows.
@@ -29,9 +29,9 @@ Rows of the table, by `quantity`:
   rows `mean`, `std`, `min`, `max`, `norm` and `share_small` of this part are statistics of the vector of these weights.
   `bias` is W_U[0] . beta_f + b_U[0]. Here gamma_f and beta_f are the weight and the bias of the final norm, and b_U is
   the bias of the unembedding. If there is a final norm, it centres its input, so adding one constant to all weights of
-  this part changes no prediction. Like the published figures, we do not subtract the mean of the weights.
-- `share_small` of every other parameter tensor (biases too), and of all parameters in part `all`: the share of dead
-  weights.
+  this part changes no prediction. As in the published figures, we do not subtract the mean of the weights.
+- `share_small` of every other parameter tensor (biases too), and, in part `all`, of all parameters together: the share
+  of dead weights.
 """
 
 from collections.abc import Iterator

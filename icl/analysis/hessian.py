@@ -2,11 +2,11 @@
 
 The loss is the training loss per target (squared error, or negative log-likelihood: `icl.model.heads`), averaged over
 positions and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. With
-`model.output` `token`, only row 0 of the unembedding is used for predictions. The rows and columns of the Hessian are
-zero for the other rows of the unembedding, and for the last position embedding. A Hessian-vector product is the
-vector-Jacobian product of the gradient (torch.func), computed for a whole population at once. `icl.compute.linalg`
-estimates eigenvalues, trace and spectrum from these products. Each saved step has its own random start vector and
-probes, so the errors that these vectors cause are independent between steps.
+`model.output` `token`, only row 0 of the unembedding is used for predictions. The entries of the Hessian are zero for
+the weights in the other rows, and for the last position embedding. A Hessian-vector product is the vector-Jacobian
+product of the gradient (torch.func), computed for many checkpoints at once. `icl.compute.linalg` estimates eigenvalues,
+trace and spectrum from these products. Each saved step has its own random start vector and probes, so the errors that
+these vectors cause are independent between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
 squared error on 1,024 prompts. For L2H4 with `model.double_residual`, the released trace is about 150 at the start and 2,800 at
@@ -14,11 +14,11 @@ step 20,000.
 
 Rows of the table, by `quantity`:
 
-- `eigenvalue`: the parts `top 1`, `top 2`, ... are the largest eigenvalues in descending order. The parts `bottom 1`, ... are the
-  smallest (most negative) ones in ascending order. `stderr` is the standard error over draws of the prompts, to first order. It
-  does not include a bias: with a finite number of prompts, the eigenvalues at both ends are more extreme than they are for the
-  expected loss. `lanczos_error` is the estimated error of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the
-  verdict is `suspect`.
+- `eigenvalue`: the parts `top 1`, `top 2`, ... are the largest eigenvalues in descending order. The parts `bottom 1`,
+  ... are the smallest (most negative) ones in ascending order. `stderr` is the standard error over the random choice of
+  the prompts, to first order. It does not include a bias: with a finite number of prompts, the eigenvalues at both ends
+  are more extreme than they are for the expected loss. `lanczos_error` is the estimated error of the Lanczos method for
+  these prompts. If it exceeds 1 % of the eigenvalue, the verdict is `suspect`.
 - `trace`: `stderr` accounts for the random choice of the prompts and of the probes. If the standard error from the
   probes alone exceeds 5 % of the trace, the verdict is `suspect`.
 - `spectral_node`, `spectral_weight`: approximate eigenvalues, and the share of all P eigenvalues that each of them represents.
@@ -50,7 +50,8 @@ from icl.runs.measure import Entry, Measurement
 from icl.tasks.prompts import Prompts
 
 NUM_BATCHES = 8
-"""Number of batches of prompts. The standard error over draws of the prompts is estimated from the scatter between batches."""
+"""Number of batches of prompts. The standard error over the choice of prompts is estimated from the scatter between
+batches."""
 VERSION = 1
 _MEMBERS_AT_ONCE = 4
 """Largest number of checkpoints that are measured together. With this small number, results are saved every few seconds. A larger
@@ -116,8 +117,9 @@ def hessian_products(
 ) -> Products:
     """Return a function that multiplies vectors (N, P) by the Hessian of each checkpoint's mean loss on each batch.
 
-    The P parameters are in the order of `params`. Every pair of a checkpoint and a batch is one member of a larger population. If
-    all prompts fit in one pass (`prompts_at_once`), the gradient is computed once and reused for all products.
+    The P parameters are in the order of `params`. Each pair of a checkpoint and a batch is treated as a separate model
+    (a member). If all prompts fit in one pass (`prompts_at_once`), the gradient is computed once and reused for all
+    products.
     """
     layout = layout_of(params, alignment=1)  # no padding: padded entries would count as flat directions
     weights = layout.to_rows(params)  # N P

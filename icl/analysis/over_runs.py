@@ -1,4 +1,4 @@
-"""Findings and curves of an analysis over runs that differ only in their seeds.
+"""Pool the findings and curves of an analysis over runs that differ only in their seeds.
 
 The standard errors of one run do not say how much a finding differs between seeds. This module pools the same finding
 of several runs. It gives the finding's mean, standard error and interval over seeds (`icl.analysis.seeds`). A finding
@@ -57,8 +57,9 @@ class PooledRuns(NamedTuple):
     """Pooled numbers at saved steps, with the columns `runs` and `step`, the columns listed in `CURVES`, and `icl.analysis.seeds.POOLED`.
     The table is empty for `stages`."""
     findings: pd.DataFrame
-    """Pooled findings, with the columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`, `num_runs`, `finding`,
-    `verdict` and `reasons`."""
+    """Pooled findings, with the columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`,
+    `num_runs`, `finding`, `verdict` and `reasons`. `number` is the index, from 1, of a finding among the findings of a
+    run that have the same name and labels."""
 
     def table(self) -> pd.DataFrame:
         """Return findings and curves as one table. Only curves have a `step`."""

@@ -31,7 +31,7 @@ from icl.runs.folder import run_of
 from icl.runs.measure import Cache, Entry, Measurement, entry_rows, measure_checkpoints, require_one_run
 
 MEMBERS_AT_ONCE = 16
-"""Largest number of checkpoints that are measured together, as one population."""
+"""Largest number of checkpoints whose weights are stacked and measured together."""
 MAX_PARAMETERS_AT_ONCE = 2_000_000
 """Largest total number of parameters of checkpoints that are measured together. A single checkpoint may have more."""
 
@@ -209,7 +209,11 @@ def named_runs(path: Path, others: str | None) -> dict[str, Path]:
 
 
 def _listed_runs(text: str, analysed: Path) -> Iterator[Path]:
-    """Yield the runs in a comma-separated list. Names may contain commas, so the longest part that names a folder is one run."""
+    """Yield the runs in a comma-separated list.
+
+    A name may itself contain commas. So we read the text from the left, and take as one run the longest piece that
+    names a folder, or that is a pattern with matches.
+    """
     words = [word.strip() for word in text.split(",")]
     while words:
         lengths = range(len(words), 0, -1)

@@ -1,8 +1,8 @@
 """Scatter of the points of a curve about a smooth trend: its size, and its correlation between saved steps.
 
-Because of training noise, the scatter of a measured curve is correlated: after a saved step that lies above the trend, the next
-steps often lie above the trend too. An analysis that treats such points as independent finds rises and stages that do not
-exist. We model n points at u = ln(step + 1) as
+Because of training noise, the scatter of a measured curve is correlated: after a point that lies above the trend, the
+next points often lie above it too. An analysis that treats such points as independent finds rises and stages that do
+not exist. We model n points at u = ln(step + 1) as
 
     y_i = f(u_i) + e_i,   f ~ a * Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 
@@ -85,7 +85,7 @@ def estimate_scatter(
         s = distance / length
         decay = amplitude * np.exp(-s)
         trend, correlated = decay * (1 + s + s**2 / 3), wander * np.exp(-lag / tau)
-        # Derivatives of the covariance in the logarithms of the five parameters.
+        # Derivatives of the covariance with respect to the logarithms of the five parameters.
         slopes = (trend, decay * (1 + s) * s**2 / 3, white * identity, correlated, correlated * lag / tau)
         factor = cho_factor(trend + correlated + np.diag(white + known), lower=True, check_finite=False)
         solved = cho_solve(factor, scaled, check_finite=False)

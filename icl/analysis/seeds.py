@@ -1,20 +1,22 @@
 """Standard errors and intervals over seeds, for a number that is measured in runs that differ only in their seeds.
 
-The standard error over prompts says how precisely we know a number of one trained model. It says nothing about the
-models that the same settings give with other seeds. So a claim about the effect of a setting, such as the task
-diversity M, needs the standard error over seeds. So does a claim about the step at which something happens. For the
-values v_1 .. v_n of n seeds we give
+The standard error over prompts says how precisely we know a number of one trained model. It says nothing about models
+that are trained with the same settings and other seeds. So a claim about the effect of a setting, such as the task
+diversity M, needs the standard error over seeds. A claim about the step at which something happens needs it too. For
+the values v_1 .. v_n of n seeds we give
 
 - the mean and, for at least two seeds, its standard error s / sqrt(n), where s is the sample standard deviation;
-- for at least three seeds, the 95 % interval mean +- t s / sqrt(n), with Student's t for n - 1 degrees of freedom. For two seeds t is
-  12.7, so the interval would be too wide to be useful. So with one or two seeds we show the values themselves.
+- for at least three seeds, the 95 % interval: mean +- t s / sqrt(n), with Student's t for n - 1 degrees of freedom. For
+  two seeds t is 12.7, so the interval would be too wide to be useful. With one or two seeds we therefore show the
+  values themselves.
 
-Runs that differ only in seeds have the same fixed prompts, unless `seeds.evaluation` differs. The errors over prompts of these runs are
-then correlated, and the error over prompts of the mean is at most the mean of the runs' errors. We give this upper bound in addition to the
-error over seeds. Neither error includes the other.
+Runs that differ only in seeds have the same fixed prompts, unless `seeds.evaluation` differs. With the same prompts,
+the errors over prompts are correlated between runs. For the mean over runs, the error over prompts is then at most the
+mean of the runs' errors. We give this upper bound in addition to the error over seeds. Neither error includes the
+other.
 
-Training steps t are averaged as ln(t + 1), because they are spread over orders of magnitude. For steps, the mean of the
-runs' errors over prompts is not an upper bound.
+Training steps are averaged as ln(step + 1), because they are spread over orders of magnitude. For steps, the mean of
+the runs' errors over prompts is not an upper bound.
 """
 
 import dataclasses
@@ -52,19 +54,19 @@ class OverSeeds(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The mean with its error over seeds as a string; for one or two seeds, the values themselves."""
+        """The mean with its error over seeds as a string; for one or two seeds, the values themselves; "-" for none."""
         if len(self.values) < MIN_FOR_INTERVAL:
             return ", ".join(f"{value:.4g}" for value in self.values) or "-"
         return f"{self.mean:.4g} ± {self.stderr:.2g}"
 
 
 def over_seeds(values: Iterable[float], *, is_step: bool = False) -> OverSeeds:
-    """Return the mean, its error and its interval over seeds. Values that are not finite are left out.
+    """Return the mean over seeds, with its standard error and 95 % interval. Values that are not finite are left out.
 
     Args:
         values: One value for each seed.
-        is_step: Whether the values are training steps, which are averaged as ln(t + 1). The error of the mean step is then
-            propagated to first order.
+        is_step: Whether the values are training steps, which are averaged as ln(step + 1). The error of the mean step
+            is then propagated to first order.
     """
     finite = [float(value) for value in values if math.isfinite(value)]
     table = pool(pd.DataFrame({"value": finite, "all": 0}), by=["all"], is_step=is_step)
@@ -75,7 +77,9 @@ def over_seeds(values: Iterable[float], *, is_step: bool = False) -> OverSeeds:
 
 
 def pool(table: pd.DataFrame, *, by: Sequence[str], is_step: bool = False) -> pd.DataFrame:
-    """Pool a table over seeds: return a row for each combination of the columns `by`, with the columns `by` and `POOLED`.
+    """Pool a table over seeds, separately for each combination of values in the columns `by`.
+
+    The result has a row for each combination, and the columns `by` and `POOLED`.
 
     Args:
         table: A row for each seed and combination, with the columns `by`, `value` and, if errors over prompts are known, `stderr`.

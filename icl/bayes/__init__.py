@@ -10,8 +10,9 @@ The candidates are the priors that a model may have learned (`candidates`):
 The priors of new tasks and all noise laws are mixtures of Gaussians. Given a mixture component (or a scale for each coordinate of w) and a
 scale for the noise of each target, w and the targets are jointly Gaussian. The Bayes predictor is a weighted mean over the mixture.
 
-- `icl.bayes.gaussians` is exact. It sums over the components of a finite mixture with Gaussian noise: one component for `gaussian` and
-  `low_rank`, J components for `mixture`, and 2^D for `sparse`, but at most 1,024 components.
+- `icl.bayes.gaussians` is exact. It sums over the components of a finite mixture, for Gaussian noise. There is one component for `gaussian`
+  and `low_rank`, and there are J components for `mixture`. For `sparse` there are 2^D components, and the sum is used only if 2^D is at
+  most 1,024.
 - `icl.bayes.particles` draws the scales with a particle filter, and gives a standard error.
 - `icl.bayes.posterior` draws tasks from the posterior of a candidate given a few examples.
 

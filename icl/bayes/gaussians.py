@@ -1,9 +1,9 @@
 """Posteriors of a task under a finite mixture of Gaussians, at every prefix of a prompt, by Kalman filters.
 
-Given the component of the mixture and the variances of the noise, w is Gaussian. Given also the earlier targets, each target is Gaussian
-too. At each example, the Kalman filter updates the posterior N(m, V) of w, and multiplies the component's weight by the likelihood of the
-target. The Bayes predictor is the weighted mean of m . x_k over the components. The predictive density of y_k is the weighted mean of the
-likelihoods. Bishop (2006), section 3.3, describes the case of one component.
+Given the component of the mixture and the variances of the noise, w is Gaussian. Given these and the earlier targets, each target is
+Gaussian too. At each example, the Kalman filter updates the posterior N(m, V) of w, and multiplies the component's weight by the likelihood
+of the target. The Bayes predictor is the weighted mean of m . x_k over the components. The predictive density of y_k is the weighted mean
+of the likelihoods. Bishop (2006), section 3.3, describes the case of one component.
 """
 
 import math
@@ -18,7 +18,7 @@ from icl.tasks import laws
 from icl.tasks.laws import TaskLaw
 
 MAX_COMPONENTS = 1024
-"""Maximum number of components for which predictions are computed exactly."""
+"""Largest number 2^D of components of a `sparse` prior for which predictions are computed exactly."""
 _NUMBERS_AT_ONCE = 2**18
 """Largest number of elements of the covariance matrices that are in memory at once. A single prompt may need more."""
 
@@ -54,7 +54,7 @@ class State(NamedTuple):
     covariances: Float[Tensor, "B *R N D D"]
 
     def predict(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B *R"]:
-        """Return the weighted mean of m . x."""
+        """Return the predictions at the inputs x: the weighted mean of m . x over the components or particles."""
         outputs = (self.means * _as_vector(x, self.means)).sum(-1)
         return (self.log_weights.softmax(-1) * outputs).sum(-1)
 
@@ -88,7 +88,7 @@ class State(NamedTuple):
 def exact_components(law: TaskLaw, task_size: int) -> Components | None:
     """Return a prior as a finite mixture of Gaussians, in float64.
 
-    Return None if the prior is not such a mixture, or has more than `MAX_COMPONENTS` components.
+    Return None if the prior is not such a mixture, or is a `sparse` prior with more than `MAX_COMPONENTS` components.
     """
     unit = torch.eye(task_size, dtype=torch.float64)
     if law.name == "gaussian":

@@ -1,20 +1,21 @@
 """Rao-Blackwellised particle filter for priors and noise that are scale mixtures of Gaussians.
 
-Each particle is a set of scales, one for each coordinate of the task. A scale is the random factor, with mean 1, of a Gaussian's variance.
-The scales of the coordinates are drawn from the prior at the start. A scale for the noise of each target is drawn when the filter reads
-this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). The particles are resampled if the effective sample size falls below
-half the number of particles. Then a new value of each coordinate's scale is proposed from the prior. A Metropolis-Hastings test in which w
-is integrated out accepts or rejects it. These moves leave the posterior unchanged (resample-move: Gilks and Berzuini 2001). The filter runs
-several times independently. The prediction is the mean of the runs' predictions, and the spread of these predictions gives the standard
-error. The loss of the estimated predictor exceeds the loss of the exact predictor by the squared standard error, averaged over prompts.
+Each particle is a set of scales, one for each coordinate of the task. A scale is a random factor with mean 1 that multiplies the variance
+of a Gaussian. The scales of the coordinates are drawn from the prior at the start. A scale for the noise of each target is drawn when the
+filter reads this target. Given the scales, w is Gaussian (`icl.bayes.gaussians`). The particles are resampled if the effective sample size
+falls below half the number of particles. Then a new value of each coordinate's scale is proposed from the prior. A Metropolis-Hastings
+test, in which w is integrated out, accepts or rejects this value. These moves leave the posterior unchanged (resample-move: Gilks and
+Berzuini 2001). The filter runs several times independently. The prediction is the mean of the runs' predictions, and the spread of these
+predictions gives the standard error. The loss of the estimated predictor exceeds the loss of the exact predictor by the squared standard
+error, averaged over prompts.
 
 The predictive density of y_k is the weighted mean of the likelihoods of the particles. We average this density over the runs, and its
 negative logarithm is the NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
 
 For Student's t with df degrees of freedom, the scale is distributed as (df - 2) / chi^2_df. For Laplace, the scale has an exponential
 distribution (Andrews and Mallows 1974). The scale of a coordinate of a `sparse` task is 1 / p with probability p, otherwise 0. In the filter,
-1e-6 replaces 0, so that a coordinate can become non-zero. Under the prior `mixture`, each particle has one component of the mixture instead of
-scales, and particles are only resampled.
+1e-6 replaces 0, so that a coordinate can become non-zero. Under the prior `mixture`, each particle has one component of the mixture instead
+of scales. These particles are resampled, but no new values are proposed for them.
 """
 
 import math
@@ -34,8 +35,8 @@ NUM_RUNS, NUM_PARTICLES = 8, 128
 NUM_SAMPLING_PARTICLES = 512
 """Default number of particles from which a task is drawn."""
 _SPIKE = 1e-6
-"""Variance that the particle filter uses instead of 0 for the zero coordinates of `sparse` tasks. It adds at most this variance to each
-coordinate."""
+"""Variance that the particle filter uses instead of 0 for the zero coordinates of `sparse` tasks. So the variance of a coordinate is too
+large by at most this number."""
 
 
 def particle_filter(
@@ -81,7 +82,7 @@ def particle_posterior(
     num_particles: int = NUM_SAMPLING_PARTICLES,
     seed: int = 0,
 ) -> Float[Tensor, "B D"]:
-    """Draw a task for each prompt from its posterior given n examples, as approximated by one run of the filter, in float64.
+    """Draw a task for each prompt, in float64, from its posterior given n examples. One run of the filter approximates the posteriors.
 
     Runs with different seeds are independent, so their spread shows the error of the filter.
     """
@@ -184,7 +185,7 @@ def _start(draws: _Draws, law: TaskLaw, size: int) -> _Start:
 
 
 def _scales(law: Law, uniforms: Tensor) -> Tensor:
-    """Return the scales at the given quantiles, for a distribution of one coordinate or of the noise."""
+    """Convert uniform numbers to scales, for the distribution of one coordinate or of the noise."""
     if law.name == "gaussian":
         return torch.ones_like(uniforms)
     if law.name == "laplace":
@@ -205,7 +206,7 @@ def _task_scales(law: TaskLaw, uniforms: Tensor) -> Tensor:
 def _renew(
     state: State, scales: Float[Tensor, "B R N D"], law: TaskLaw, draws: _Draws, step: int
 ) -> tuple[State, Float[Tensor, "B R N D"]]:
-    """Resample and rejuvenate the particles of those prompts and runs whose effective sample size is below half the number of particles.
+    """Resample the particles and propose new scales, for prompts and runs whose effective sample size is below half the number of particles.
 
     The effective sample size is 1 / (sum of squared weights).
     """
@@ -237,7 +238,7 @@ def _systematic(weights: Float[Tensor, "P N"], offsets: Float[Tensor, "P 1"]) ->
 
 
 class _Particles(NamedTuple):
-    """Posteriors and scales of N particles in P runs of the filter."""
+    """Posteriors and scales of N particles, for P pairs of a prompt and a run of the filter."""
 
     means: Float[Tensor, "P N D"]
     covariances: Float[Tensor, "P N D D"]

@@ -26,7 +26,8 @@ from icl.tasks.laws import GAUSSIAN, Law, TaskLaw
 from icl.tasks.prompts import noise_law, task_law
 
 Candidate: TypeAlias = Literal["pool", "prior", "gaussian"]
-"""A candidate prior: uniform on the run's M tasks (`pool`), the run's prior of new tasks if it is not N(0, I) (`prior`), or N(0, I)."""
+"""A candidate prior: uniform on the run's M tasks (`pool`), the run's prior of new tasks if it is not N(0, I) (`prior`), or N(0, I)
+(`gaussian`)."""
 NUM_FILTERS = 32
 """Number of blocks of prompts. Each block has its own particle filter."""
 _PAIRS_AT_ONCE = 2**22
@@ -81,7 +82,10 @@ def posterior_tasks(
 def gaussian_posterior(
     xs: Float[Tensor, "B n D"], ys: Float[Tensor, "B n"], normals: Float[Tensor, "B D"], *, noise_variance: float
 ) -> Float[Tensor, "B D"]:
-    """Return a sample of w given n examples, under w ~ N(0, I): mean + L^-T z, where L L^T is the posterior precision and z is `normals`."""
+    """Return a sample of w for each prompt, given n examples and under w ~ N(0, I).
+
+    The sample is the posterior mean + L^-T z, where L L^T is the posterior precision and z is `normals`.
+    """
     root = torch.linalg.cholesky(xs.mT @ xs / noise_variance + torch.eye(xs.shape[-1], dtype=xs.dtype))  # B D D
     moment = (xs.mT @ ys.unsqueeze(-1)) / noise_variance  # B D 1
     scaled = torch.linalg.solve_triangular(root, moment, upper=False) + normals.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""`icl analyse`: analyse the saved steps of a run, or a table, and write a table and a figure of the results."""
+"""`icl analyse`: analyse a run's saved steps, or a table of numbers. The results are written as a table and a figure."""
 
 import argparse
 import dataclasses
@@ -118,7 +118,7 @@ def _parser(chosen: list[str]) -> argparse.ArgumentParser:
         "  icl analyse runs/quickstart --what gradients --out gradient_results.json\n"
         "  icl analyse --what diversity --input_file results.csv --output_plot diversity.png --model_type ridge",
     )
-    text = "a run's folder or name, a checkpoint, a table, or a folder of runs that are all analysed"
+    text = "a run's folder or name, a checkpoint, a table, or a folder whose runs are all analysed"
     parser.add("path RUN|FILE|FOLDER", text, nargs="?", type=Path)
     parser.add("--checkpoint_dir DIR", "the same as RUN, for older scripts", type=Path)
     parser.add("--input_file FILE", "the table to analyse, for `--what diversity`", type=Path)

@@ -24,8 +24,8 @@ def run(words: list[str]) -> int:
         "pull    Fetch the files that are missing here or differ from those in the store. After an interruption, run the same\n"
         "        command again to continue.\n"
         "push    Send the files that are missing in the store or differ from those here.\n"
-        "verify  Check the files here and in the store. Checkpoints, moments, last.ckpt and previous.ckpt must have the right\n"
-        "        digests. No scheduled step and no row of metrics.csv may be missing. config.yaml and status.json must agree\n"
+        "verify  Check the files here and in the store. Checkpoints, Adam's moments, last.ckpt and previous.ckpt must have the\n"
+        "        right digests. No scheduled step and no row of metrics.csv may be missing. config.yaml and status.json must agree\n"
         "        with the other files. Results and figures must be readable.",
         "icl checkpoints runs/quickstart verify",
     )
@@ -43,7 +43,9 @@ def run(words: list[str]) -> int:
     if options.action == "verify":
         return _verify(folder, mirror)
     if mirror is None:
-        raise ConfigError("The run has no store; name one with --store URL, checkpoints.store or AWS_BUCKET_NAME.")
+        raise ConfigError(
+            f"The run {folder.path} has no store; name one with --store URL, checkpoints.store or AWS_BUCKET_NAME."
+        )
     from icl.runs.mirror import pull, push
 
     if options.action == "push":
@@ -68,7 +70,7 @@ def _find(word: str, store: str | None, action: str) -> "tuple[RunFolder, Mirror
     folder = RunFolder(word if is_folder else local_root() / name_of(word))
     config = folder.read_config() if folder.config_file.exists() else None
     url = store or store_url(config or RunConfig())
-    # If the run has lost its settings, `verify` reports this.
+    # A run with a status but no settings has lost its settings. `verify` reports this itself, so we raise no error here.
     is_lost = action == "verify" and folder.status_file.is_file()
     if url is None and config is None and not is_lost:
         raise ConfigError(
@@ -91,7 +93,7 @@ def _require_name(word: str) -> None:
         require_run_name(name_of(word))
     except ConfigError:
         raise RunError(
-            f"There is no run {word}, and this is not a valid name for a run in {local_root()}; `icl runs` lists the runs here."
+            f"{word} is neither a run's folder nor a valid name of a run in {local_root()}; `icl runs` lists the runs here."
         ) from None
 
 
@@ -119,11 +121,11 @@ def _verify(folder: RunFolder, mirror: "Mirror | None") -> int:
         print("\n".join(damage))
         count = f"{len(damage)} faults" if len(damage) > 1 else "1 fault"
         if mirror is None:
-            again = f"to train the run again from step 0, delete its {', '.join(NAMES)} and status.json, and run the same `icl train`"
+            again = f"To train the run again from step 0, delete its {', '.join(NAMES)} and status.json, and run the same `icl train`"
             if (folder.path / "imported.json").is_file():
-                again = "to repair the run, delete its folder and import the run again with `icl import`"
+                again = "To repair the run, delete its folder and import the run again with `icl import`"
             raise StorageError(
-                f"{count} in {folder.path}, which has no store to fetch from; the intact files can be used, and {again}."
+                f"{count} in {folder.path}, which has no store to fetch from. The intact files can still be used. {again}."
             )
         repair = (
             "`push --force` repairs the store from the files here, `pull --force` repairs the files here from the store"

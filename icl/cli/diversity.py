@@ -70,7 +70,8 @@ again. Ctrl-C and SIGTERM stop the experiment after saving. checkpoints/experime
 
 If the terminal is lost, the experiment continues and writes to checkpoints/experiment.log. With --background, the
 experiment needs no terminal and writes to this log from the start. `nohup icl diversity ... &` works too, but writes to
-the log of nohup. With --slurm, jobs of a Slurm cluster share the runs, and the command returns at once.
+the log of nohup. With --slurm, jobs of a Slurm cluster divide the runs among themselves, and the command returns at
+once.
 
 The defaults of the options are the values in the first example below. The defaults of --warmup_steps, --checkpoint_every and
 --eval_every are in proportion to --num_steps. All settings of `icl train` are allowed too (`icl train --help` lists
@@ -86,7 +87,11 @@ icl runs checkpoints"""
 
 
 def run(words: list[str]) -> int:
-    """Train the missing runs, and draw the figure. Return 0 if all runs are done, or 128 + the number of the signal that stopped training."""
+    """Train the missing runs, and draw the figure.
+
+    Return 0 if all runs are done, or if they will continue in Slurm jobs or in the background. If a signal stopped training, return 128 +
+    the number of the signal. Otherwise return 1.
+    """
     options = _parser().parse_args(join_sbatch(words))
     require_slurm_option(options)
     if options.dry_run and not options.slurm:
@@ -181,7 +186,8 @@ def _parser() -> CommandParser:
     text = "list which runs and jobs are done, running, failed or waiting, and why; start nothing"
     what.add_argument("--status", action="store_true", help=text)
     parser.add(
-        "--background", "start the experiment in the background, print its process id and its log file, and return"
+        "--background",
+        "start the experiment in the background, print its process id and the path of its log file, and return",
     )
     add_config_option(parser)
     return parser
@@ -216,7 +222,7 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _documented(num_steps: Any) -> dict[str, Any]:
-    """Return the settings of the documented command, with warm-up and intervals in proportion to the number of steps."""
+    """Return the settings of the first example in `_EXAMPLES`. Warm-up and intervals are in proportion to the number of steps."""
     steps = (
         num_steps if isinstance(num_steps, int) and num_steps < 2**63 else _DEFAULT_STEPS
     )  # `resolve` refuses an invalid number of steps later

@@ -24,7 +24,7 @@ from icl.signals import Handler, defer, handling
 _ABOUT = "Train small transformers on in-context linear regression and study how they develop."
 _MORE = "`icl COMMAND --help` lists options and examples. Start with: icl train"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-"""Environment variables by which torchrun, srun and jsrun tell each process its number."""
+"""Environment variables in which torchrun, srun and jsrun give each process its rank, that is, its index among the processes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             modern = modern_setting(option.strip("-"))
             hint = f" {modern}" if modern else ""
             return _complain(
-                f"`{option}` follows a command, such as `icl train`.{hint} `icl --help` lists the commands.", 2
+                f"`{option}` must follow a command, such as `icl train`.{hint} `icl --help` lists the commands.", 2
             )
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f" Did you mean `icl {near[0]}`?" if near else ""
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(status)  # without a network, W&B's exit handler would wait for days
     waiting = sys.modules.get("icl.store.waiting")
-    # `arguments` is None only if the process runs nothing but `icl`.
+    # Only a process that runs nothing but `icl` may be ended here. In such a process, `arguments` is None.
     if arguments is None and waiting is not None and waiting.would_block_exit():
         sys.stdout.flush()
         os._exit(status)
@@ -113,10 +113,12 @@ def _with_home(word: str) -> str:
 
 
 def _require_ranks() -> None:
-    """Refuse process ranks (`_RANKS`) that are not numbers, because Lightning reads them when it is imported, and would fail.
+    """Refuse process ranks (`_RANKS`) that are not whole numbers, and unset empty ones.
+
+    Lightning reads these variables when it is imported, and would fail.
 
     Raises:
-        ConfigError: If a rank is not a number; the message names the variable.
+        ConfigError: If a rank is not a whole number from 0. The message names the variable.
     """
     for name in _RANKS:
         text = os.environ.get(name)
@@ -124,7 +126,7 @@ def _require_ranks() -> None:
             del os.environ[name]
         elif text is not None and not re.fullmatch(r"[0-9]{1,9}", text.strip()):
             raise ConfigError(
-                f"The environment variable {name} must be the number of a process, got {text!r}; correct or unset it."
+                f"The environment variable {name} must be the rank of a process (0, 1, ...), got {text!r}; correct or unset it."
             )
 
 

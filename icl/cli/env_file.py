@@ -1,8 +1,8 @@
 """Read the file `.env` of the working folder, and decide which variables it may set.
 
-A folder that comes from somebody else may contain such a file, so only variables of a fixed list are set. None of these
-variables names a program or a configuration file, or changes how programs are loaded. Other variables in the file are
-ignored, and a message names them. They are not an error, because other programs may need them.
+A folder that comes from somebody else may contain such a file. So only the variables of a fixed list and most variables of
+W&B are set. None of these variables names a program or a configuration file, or changes how programs are loaded. All other
+variables in the file are ignored, and a message names them. They are not an error, because other programs may need them.
 """
 
 import os

@@ -64,14 +64,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "For an experiment, both formats are written (default: DIR/evaluation.json)",
         type=Path,
     )
-    number = "number of prompts per set (default: the run's `evaluation.num_prompts`)"
+    number = "number of prompts per distribution (default: the run's `evaluation.num_prompts`)"
     parser.add("--num_prompts --n_prompts N", number, type=int)
-    number = "number of prompts per set of new tasks and of shifts (default: the same as --num_prompts)"
+    number = "number of prompts from new tasks, and from each distribution shift (default: the same as --num_prompts)"
     parser.add("--num_ood_prompts --n_ood_samples N", number, type=int)
     parser.add("--all_steps", "for an experiment: evaluate every saved step of every run")
     options = parser.parse_args(words)
     if bool(options.paths) == (options.checkpoint_base_dir is not None):
-        raise ConfigError("Choose what to evaluate: either runs or checkpoints, or --checkpoint_base_dir DIR.")
+        raise ConfigError(
+            "Give the paths of runs or checkpoints, or give --checkpoint_base_dir DIR. The command needs one of the two, not both."
+        )
     if options.all_steps and options.checkpoint_base_dir is None:
         raise ConfigError("`--all_steps` needs --checkpoint_base_dir; for a run, every saved step is evaluated anyway.")
     for name in ("num_prompts", "num_ood_prompts"):
@@ -146,7 +148,7 @@ def _predictor_losses(baselines: "pd.DataFrame") -> str:
     )
     return (
         "\nLosses of other predictors. `bayes` is the Bayes predictor for new tasks. Its loss, and `delta_bayes`, are too large by\n"
-        f"`bayes_variance`, the mean squared standard error of the predictions of `bayes`. It is 0 for exact predictions.\n{nll}\n{table}\n"
+        f"`bayes_variance`, the mean squared standard error of the predictions of `bayes`, which is 0 for exact predictions.\n{nll}\n{table}\n"
     )
 
 
@@ -200,7 +202,7 @@ def _evaluate_runs(subjects: dict[str, Path], options: argparse.Namespace) -> in
 
 
 def _show_seeds(seeds: "pd.DataFrame") -> None:
-    """Print the main numbers of runs that differ only in their seeds, if there are any."""
+    """Print the means of the main numbers over seeds, if some runs differ only in their seeds."""
     from icl.whole_runs import seeds_headline
 
     if len(seeds):
@@ -316,7 +318,7 @@ def _save_thresholds(table: "pd.DataFrame", thresholds: "pd.DataFrame", out: Pat
 
 
 def _save_seeds(table: "pd.DataFrame", out: Path) -> None:
-    """Print the main numbers over seeds, and write all numbers over seeds."""
+    """Print the means of the main numbers over seeds, and write the means of all numbers over seeds."""
     from icl.diversity.tables import pool_seeds, save_tables
     from icl.whole_runs import seeds_headline
 

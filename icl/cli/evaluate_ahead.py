@@ -8,7 +8,7 @@ from typing import NamedTuple
 from icl.config import RunConfig
 
 _SHARE = 16
-"""The larger of two trials uses the number of prompts of a full evaluation, divided by this number."""
+"""The time is estimated from two trials (`_seconds`). The larger one uses the prompts of a full evaluation, divided by this number."""
 _MOST = 256
 """Maximum number of prompts per set in the larger trial."""
 
@@ -26,7 +26,7 @@ class _Group(NamedTuple):
 def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:
     """Return a sentence with the number of runs, the number of checkpoints, and an estimate of the evaluation time.
 
-    The estimate comes from trials with few prompts. It is an upper bound, because it ignores results that are already stored.
+    The estimate comes from trials with few prompts. It ignores stored results, so it is too long if some checkpoints are already done.
 
     Args:
         checkpoints: The files to evaluate, for each run. The estimate of the time ignores a run whose first file cannot be read.

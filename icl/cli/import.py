@@ -19,7 +19,7 @@ def run(words: list[str]) -> int:
 Convert checkpoints of older code into a run's folder, without unpickling them. All other commands except
 `icl train` then work on this run. --from names the code that saved the checkpoints:
   icr       ic_regression.py with ICRegConfig: checkpoint_step_N.pt, checkpoint_final.pt
-  timaeus   timaeus-research/icl: N.pt, copied from its bucket or its folder
+  timaeus   timaeus-research/icl: N.pt, copied from the run's bucket or folder
   raventos  mansheej/icl-task-diversity: a folder with checkpoint_N and config.json
   timaeus-lm  language models of Timaeus: a folder with checkpoints/checkpoint_N.pth or model.safetensors, or hf://USER/NAME
 If the files do not contain a setting, give it as an option, such as --task.noise_variance 0.125 --model.num_heads 4.""",
@@ -60,7 +60,8 @@ If the files do not contain a setting, give it as an option, such as --task.nois
     if options.path.startswith("hf://"):
         if options.source != timaeus_lm.NAME:
             raise ConfigError(
-                f"{options.path} is on the Hugging Face Hub; only --from {timaeus_lm.NAME} reads from there."
+                f"{options.path} is on the Hugging Face Hub, from which only --from {timaeus_lm.NAME} reads; for other code, copy the files to a "
+                "folder, and import this folder."
             )
         source = timaeus_lm.fetch(options.path)
     result = import_run(
@@ -98,6 +99,6 @@ def _folder(out: str | None, source: Path) -> Path:
     slug = re.sub(r"[^\w.,=+-]", "-", name).lstrip("-.")
     if not slug:
         raise ConfigError(
-            "No run name can be made from the name of this file or folder; give the new run a name with --out RUN."
+            f"No run name can be made from the name {name!r} of {source}; give the new run a name with --out RUN."
         )
     return local_root() / slug

@@ -74,7 +74,8 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
         wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
         return _work(job, flags, wandb_run)
 
-    # `read_job` only reads settings. Without the settings of the sweep point, the run's folder may not exist.
+    # The first function is called before the settings of the sweep point are known. So the run's folder may not exist, but
+    # `read_job` only reads settings.
     return work_at_point(lambda: read_job(path, flags, options, {}, given).config, work)
 
 
@@ -97,7 +98,8 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
         return _calibrate(job)
     except KeyboardInterrupt:
         print(
-            "icl: interrupted; finished settings are stored. Run the same command again to continue.", file=sys.stderr
+            "icl: interrupted; the results for finished settings are stored. Run the same command again to continue.",
+            file=sys.stderr,
         )
         return 130
 
@@ -199,7 +201,10 @@ def _draw(job: Job, settings: str, trivial_loss: float) -> None:
 
 
 def _calibrate(job: Job) -> int:
-    """Search for settings of the sampler, and print the table and the choice. Return 1 if no settings pass the checks."""
+    """Search for settings of the sampler that pass the checks. Print and store the table and the chosen settings.
+
+    Return 1 if no settings pass the checks.
+    """
     from icl.plotting.llc import plot_calibration
     from icl.plotting.style import save_figure
     from icl.runs.delivery import send_results

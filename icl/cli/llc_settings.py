@@ -24,7 +24,7 @@ class Job(NamedTuple):
     config: RunConfig
     """Configuration of the run, in which the section `sampler` contains the settings of this command."""
     mode: str
-    """Label of the rows: `published` and the settings that differ from the published ones; empty for other samplers."""
+    """Label of the rows: `published` and the settings that differ from the published ones; empty without --published."""
     rescale: float | None
     """The factor of --rescale; None if the option is not given."""
     components: "Division | None"

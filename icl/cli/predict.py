@@ -1,4 +1,4 @@
-"""`icl predict`: predict the targets of the queries in a file with a trained model."""
+"""`icl predict`: use a trained model to predict the targets of the queries in a file."""
 
 from pathlib import Path
 

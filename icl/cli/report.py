@@ -14,7 +14,7 @@ def run(words: list[str]) -> int:
     parser = CommandParser(
         "report",
         "Write all results of a run to one HTML page that needs no network: state, settings, environment, curves, tables with\n"
-        "verdicts, figures, and the commands that make the results that are still missing. For several runs, or a folder of runs,\n"
+        "verdicts, figures, and the commands that produce missing results. For several runs, or a folder of runs,\n"
         "the page begins with a comparison.",
         "icl report runs/quickstart\n  icl report runs/a runs/b --out both.html\n  icl report runs\n  icl report runs --watch",
     )

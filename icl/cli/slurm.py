@@ -27,7 +27,7 @@ _MAX_JOBS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Submittable:
-    """Work that the jobs of a Slurm job array share."""
+    """Work that the jobs of a Slurm job array divide among themselves."""
 
     name: str
     submissions: Path
@@ -37,12 +37,15 @@ class Submittable:
     num_programs: int
     """Number of jobs for which there is work; 0 if there is nothing to do."""
     copy: tuple[str, bytes] | None = None
-    """Name and content of a file that the jobs read from the submission's folder."""
+    """Name and content of a file that the jobs read from the submission's folder; None if they need no such file."""
 
 
 def add_slurm_options(parser: CommandParser) -> None:
     """Add `--slurm`, `--jobs`, `--sbatch` and `--in-job`."""
-    parser.add("--slurm", "submit the work to Slurm, as an array of jobs that share the work, and return")
+    parser.add(
+        "--slurm",
+        "submit the work to Slurm, as an array of jobs that divide the work among themselves, and return at once",
+    )
     text = "with --slurm: number of jobs (default: one for each program that is left to run)"
     parser.add("--jobs N", text, type=whole_number(1, _MAX_JOBS))
     text = 'with --slurm: further options of sbatch, all in one pair of quotes, such as "--time=4:00:00 --gpus=1 --partition=long"'
@@ -102,7 +105,9 @@ def submit_jobs(work: Submittable, options: argparse.Namespace) -> int:
     array = submit_array(folder, script, num_jobs=num_jobs, copy=work.copy)
     print(f"Submitted job {array}, an array of {num_jobs} {'job' if num_jobs == 1 else 'jobs'}.")
     if others:
-        print(f"Earlier jobs of the same work ({len(others)}) are still in the queue; all jobs share the work.")
+        print(
+            f"Earlier jobs of the same work ({len(others)}) are still in the queue; all jobs divide the work among themselves."
+        )
     print(f"Script    {folder / SCRIPT}\nLogs      {folder}/{array}_*.log")
     print(f"Stop      scancel {array}   (the jobs save first; run the same command again to continue)")
     return 0

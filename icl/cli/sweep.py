@@ -117,8 +117,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "sweep",
         "Run a W&B sweep file (grid or random) without a W&B account or a network. After an interruption, run the same command\n"
-        "again to continue. It then also tries failed points again, except those whose loss became NaN. Several machines that share\n"
-        "$LOCAL_ROOT can run the command at the same time and share the work. The output of each run is in its sweep.log.\n"
+        "again to continue. It then also tries failed points (combinations of settings) again, except those whose loss became\n"
+        "NaN. Several machines can run the command at the same time and divide the work. They need the same folder of runs\n"
+        "($LOCAL_ROOT, by default `runs`). The output of each run is in its sweep.log.\n"
         "With --slurm, the same work is done by jobs of a Slurm cluster, and the command returns at once.",
         "icl sweep sweeps/training-runs/quickstart.yaml --workers 2\n"
         f"icl sweep sweeps/training-runs/L2H4Minf.yaml {SLURM_EXAMPLE}",

@@ -157,7 +157,7 @@ def _show_members(results: "Sequence[TrainResult]") -> list[str]:
     """Print a row for each run of a population, and draw the figure of each run. Figures of runs that were already done are kept.
 
     Returns:
-        Reasons why some runs could not be drawn.
+        The reason for each run whose figure could not be drawn. The list is empty if there is no such run.
     """
     import pandas as pd
 

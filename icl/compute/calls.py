@@ -41,8 +41,9 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
     The answer depends only on the settings, so a resumed run makes the same choice.
 
     Args:
-        num_params: Number of parameters of one member, not of the whole population. So the answer is the same as if the member ran alone.
-        num_tokens: Number of tokens in a member's batch, 2 K B.
+        num_params: Number of parameters of one member, that is, of one model of a population, not of the whole population. So the answer
+            is the same as if the member ran alone.
+        num_tokens: Number of tokens in a member's batch. A prompt of K examples has 2 K tokens.
         num_steps: Total number of steps, each with one gradient on such a batch.
     """
     # Each weight takes 2 operations per token in the forward pass and 4 in the backward pass.
@@ -50,7 +51,7 @@ def compiling_pays(*, num_params: int, num_tokens: int, num_steps: int) -> bool:
 
 
 def grad_and_aux(total: Callable[[Leaves], tuple[Tensor, Tensor]], leaves: Leaves) -> tuple[Leaves, Tensor]:
-    """Return the gradient of the number that `total` returns first, and the detached tensor that it returns second."""
+    """Return the gradient of the first result of `total` with respect to `leaves`, and its second result, detached."""
     if (
         torch.compiler.is_compiling()
     ):  # the compiler cannot trace autograd; in eager mode, autograd is a tenth faster than torch.func

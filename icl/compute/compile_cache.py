@@ -1,9 +1,9 @@
 """Private cache of `torch.compile`: a folder that only the user can write to, with a digest of every file.
 
-By default, torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. Torch executes
-the files that it finds there, even if another user wrote them. We use the folder `icl/torch-<version>` in the user's cache instead
-($XDG_CACHE_HOME or `~/.cache`), or a folder in $TORCHINDUCTOR_CACHE_DIR if the user has set this variable. Only the user may write to this
-folder.
+By default, torch caches libraries and pickles in a folder with a predictable name below the system's temporary folder. Torch executes the
+files that it finds there, even if another user wrote them. Instead, we use a folder to which only the user may write. It lies in the
+user's cache: `icl/torch-<version>-python-<version>` in $XDG_CACHE_HOME or `~/.cache`. If the user has set $TORCHINDUCTOR_CACHE_DIR, our
+folder lies there instead.
 
 `digests.json` contains the SHA-256 of every file. A process that starts removes damaged files and files without a digest, unless another
 process is using the folder. (A file has no digest if the process that wrote it died.) The removed files are compiled again. If the folder
@@ -95,7 +95,7 @@ def note_compiled() -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for this version of torch, in the cache that an environment variable names or in the user's cache."""
+    """Return the folder for these versions of torch and Python, in $TORCHINDUCTOR_CACHE_DIR if it is set, else in the user's cache."""
     name = f"torch-{torch.__version__}-python-{platform.python_version()}"
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given and Path(given).absolute() != _torch_default():

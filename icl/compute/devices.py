@@ -42,13 +42,13 @@ def choose_device(accelerator: str = "auto") -> str:
 
 
 def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
-    """Refuse work that needs more memory than a CPU has free, or more than a GPU has in total.
+    """Refuse work that needs more memory than is free on a CPU, or more than the total memory of a GPU.
 
     Without this check, the system could kill the process without a message.
 
     Args:
-        sizes: Minimum number of bytes of each part, keyed by the part's name in the message.
-        device: Device of the parts. Only CPUs and CUDA devices are checked.
+        sizes: Minimum number of bytes that each part of the work needs, keyed by the part's name in the message.
+        device: Device on which the work runs. Only CPUs and CUDA devices are checked.
 
     Raises:
         ConfigError: If memory is too small. The message names the largest part.

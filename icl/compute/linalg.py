@@ -1,18 +1,19 @@
 """Eigenvalues, trace and spectral density of a symmetric matrix, from matrix-vector products alone.
 
-The matrix A is the mean of A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ..., A_J v.
-Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All results are
-computed from Q and the projections Q A_j Q' (m, m). The projections need no further matrix-vector products. Only the trace needs one more
-product for each probe. The results are:
+The matrix A (P, P) is the mean of the matrices A_1, ..., A_J, one for each batch of data. The function `products` maps v to A_1 v, ...,
+A_J v. Lanczos with full reorthogonalisation builds an orthonormal basis Q (m, P) of the Krylov space of a random start vector. All
+results are computed from Q and the projections Q A_j Q' (m, m). The projections need no further matrix-vector products. Only the trace
+needs one more product for each random probe vector. The results are:
 
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
   with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound improves
   to r^2 / gap (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We compute the gap from the other Ritz values, so the
   stated error ignores eigenvalues that Lanczos has not found yet. Until the Krylov space is exhausted, a multiple eigenvalue is found only
   once.
-- Trace: tr(Q A Q') plus the mean of v' R A R v over probes v of random signs, where R = I - Q'Q. This is Hutch++ with a Krylov space as its
-  sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman 2023,
-  "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside the Krylov space is random, and this part is small.
+- Trace: tr(Q A Q') plus the mean of v' R A R v over probe vectors v of random signs, where R = I - Q'Q. This is Hutch++ with a Krylov space
+  as its sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman 2023,
+  "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside the Krylov space is random, and this part is
+  small.
 - Density: the Ritz values are nodes, and the squared first components of the Ritz vectors (in the basis Q) are their weights. This is stochastic
   Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
   estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
@@ -123,8 +124,8 @@ def trace(products: Products, krylov: Krylov, probes: Iterable[Float[Tensor, "N 
     """Estimate the trace. The part within the Krylov space is exact, and the part outside is estimated with random signs.
 
     Args:
-        products: Products with A.
-        krylov: Krylov space of A, from a start that is independent of the probes.
+        products: Function that computes the products with A_1, ..., A_J.
+        krylov: Krylov space of A, from a start vector that is independent of the probes.
         probes: At least two vectors of random signs.
     """
     inside = krylov.projected.diagonal(dim1=-2, dim2=-1).sum(-1)  # N J

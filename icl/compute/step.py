@@ -1,8 +1,9 @@
 """One optimiser step of a population, written as one function of tensors so that it compiles to one graph.
 
-A step computes each member's loss (`icl.model.losses`) and the gradient, and clips the gradient by its norm. Then the step updates the
-member's parameters p in place with Adam (Kingma and Ba 2015, algorithm 1, as in `torch.optim.Adam`). Let g be the clipped gradient, m and v
-the moments, b1 and b2 their decays, `rate` the learning rate, and t the number of updates including this one. Then
+A population is a set of models, its members, that are trained together. A step computes each member's loss (`icl.model.losses`) and the
+gradient, and clips the gradient by its norm. Then the step updates the member's parameters p in place with Adam (Kingma and Ba 2015,
+algorithm 1, as in `torch.optim.Adam`). Let g be the clipped gradient, m and v the moments, b1 and b2 their decays, `rate` the learning
+rate, and t the number of updates including this one. Then
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   p <- p - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 

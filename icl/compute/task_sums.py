@@ -1,7 +1,7 @@
 """Predictions averaged over many tasks with posterior weights, the core of dMMSE (`icl.baselines.dmmse`).
 
-Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples. Tasks are processed in chunks. The sums
-over chunks are merged as in a streaming softmax, so memory does not grow with the number of tasks.
+Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples and sigma^2 the noise variance. Tasks
+are processed in chunks. The sums over chunks are merged as in a streaming softmax, so memory does not grow with the number of tasks.
 """
 
 import math
@@ -48,7 +48,10 @@ def mean_outputs(
 
 
 class _Sums(NamedTuple):
-    """Sums over a chunk of tasks at every prefix, each of shape (B, K). Weights are relative to the weight of the chunk's best task."""
+    """Sums over a chunk of tasks at every prefix, each of shape (B, K).
+
+    The best task is the one with the smallest sum of squared errors. Weights are relative to the weight of the chunk's best task.
+    """
 
     least: Tensor
     """Sum of squared errors of the best task."""
@@ -109,7 +112,8 @@ def _indicator(excess: Tensor) -> Tensor:
 def sums_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
     """Return float32 if its rounding changes the weights by less than about 1 %, else float64.
 
-    The rounding error of a log-weight is about eps / (2 sigma^2) times the sum of the squares from which S_m is computed.
+    The rounding error of a log-weight is about eps / (2 sigma^2) times the sum of the squares from which S_m is computed. Return float64
+    in any case if `xs` is float64, or if PyTorch may round the inputs of float32 products to fewer bits.
     """
     if xs.dtype == torch.float64 or torch.get_float32_matmul_precision() != "highest":
         return torch.float64

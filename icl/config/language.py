@@ -44,8 +44,8 @@ class LanguageConfig:
     """Number F of possible successors of each token in the synthetic language. Successor j has probability proportional to 1 / j, so
     the bigram probabilities of the language are known."""
     copy_rate: float = 0.1
-    """Probability that a copy of an earlier segment of the row begins at a token of the synthetic language. No copy begins while another
-    copy is in progress."""
+    """Probability that a copy of an earlier segment of the row begins at a given token of the synthetic language. No copy begins while
+    another copy is in progress."""
     copy_length: int = 16
     """Largest length of a copied segment. Lengths are uniform between half of this number and this number."""
 

@@ -1,4 +1,4 @@
-"""Names of commands and settings in the two older code bases, and their new names, for use in error messages.
+"""Names of commands and settings in older code bases, and their new names, for use in error messages.
 
 `docs/older-commands.md` lists the same names in tables. A test checks that the tables agree with this module.
 """

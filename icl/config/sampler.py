@@ -37,8 +37,8 @@ class ChainsConfig:
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Despite its name, a larger
     value means less friction. Other kernels ignore it."""
     target_stderr: float | None = None
-    """Wanted standard error of the LLC: the chains of a checkpoint stop when they reach it. If this is set, `num_draws` is the maximum number of
-    draws. By default, every chain makes `num_draws` draws."""
+    """Target for the standard error of the LLC. The chains of a checkpoint stop when the standard error is at most this number. If this is
+    set, `num_draws` is the maximum number of draws. By default, every chain makes `num_draws` draws."""
     thinning: int = 1
     """Number of moves from one draw to the next."""
     num_init_batches: int = 32
@@ -109,8 +109,8 @@ class SamplerConfig(ChainsConfig):
     """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
     """Loss whose LLC is estimated. `mse`: the mean squared error per target over all positions. `subsequence`: the mean over the
-    first K' positions only, where K' is uniform on 1..K. If training does not minimise the squared error, its own loss takes the place of
-    the squared error: the negative log-likelihood if `model.output` is `gaussian` or `mixture`, the cross-entropy for language models."""
+    first K' positions only, where K' is uniform on 1..K. If training minimises another loss, this loss replaces the squared error: the
+    negative log-likelihood if `model.output` is `gaussian` or `mixture`, or the cross-entropy for language models."""
     steps: str = "all"
     """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range such as 0:1000:100 (first step, last
     step, spacing)."""

@@ -1,11 +1,10 @@
 """Steps at which checkpoints are saved, and the learning rate as a function of the step.
 
-Step s means "after s updates", so step 0 is the initial model. A grid of steps is sorted without duplicates. It begins with
-step 0 and ends with the last step. Grid points are rounded down, as in the code of Hoogland et al. (2024) and in Carroll et al.
-(2025), appendix A. Rounding down gives the grids of these papers: 190 steps out of 500,000 (from 100 log-spaced and 100 linear points), and
-2,203 steps out of 150,000.
-Hoogland et al. count steps from zero and save after the update. So their step t is our step t + 1, and their log grid ends at
-499,999.
+Step s is the state after s updates, so step 0 is the initial model. A list of checkpoint steps is sorted without duplicates, begins with
+step 0 and ends with the last step. The points of linear and log-spaced grids are rounded down, as in the code of Hoogland et al. (2024) and
+in Carroll et al. (2025), appendix A. Rounding down gives the grids of these papers: 190 steps out of 500,000 (from 100 log-spaced and 100
+linear points), and 2,203 steps out of 150,000. Hoogland et al. count steps from zero and save after the update. So their step t is our step
+t + 1, and their log grid ends at 499,999.
 """
 
 import bisect

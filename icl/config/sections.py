@@ -96,7 +96,7 @@ class TrainerConfig:
     """Length of training, batch size, logging and devices."""
 
     max_steps: int = 5000
-    """Number of optimiser steps. Step s means after s updates, so step 0 is the initial model."""
+    """Number of optimiser steps. Step s is the state after s updates, so step 0 is the initial model."""
     batch_size: int = 128
     """Number of prompts per step, over all devices together."""
     log_every: int = 100

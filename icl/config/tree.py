@@ -26,7 +26,7 @@ from icl.config.task import WORLD_SETTINGS, TaskConfig
 from icl.config.validation import ConfigError, require, require_run_name, require_steps
 
 MAX_CHECKPOINTS = 1_000_000
-"""Largest number of checkpoints of a run. With more files, a folder is slow, and the list of their steps needs much memory."""
+"""Largest number of checkpoints of a run. A folder with more files is slow, and the list of the steps needs much memory."""
 MEMBER_SETTINGS = ("run_name", "task.num_tasks", "task.pool", "task.pool_steps", "seeds", "checkpoints.store")
 """Settings and sections in which the members of a population may differ."""
 _LANGUAGE_SETTINGS: dict[str, Any] = {
@@ -42,8 +42,8 @@ PRESETS_OF_WORLDS = frozenset(
         *("laplace-noise", "student-t-inputs", "ar1-inputs", "resampled-pool", "walking-pool"),
     )
 )
-"""Presets that change a setting of `task` in `LATER_SETTINGS`. Their runs save all settings of `task`. If a setting with its default were
-left out, it would get the preset's value when the saved settings are resolved again."""
+"""Presets that change a setting of `task` in `LATER_SETTINGS`. Their runs save all settings of `task`. If a setting that has its default
+were left out, it would get the preset's value when the saved settings are resolved again."""
 LATER_SETTINGS: dict[str, Any] = {
     **{f"task.{name}": default for name, default in WORLD_SETTINGS.items()},
     "model.num_components": ModelConfig.num_components,
@@ -53,8 +53,8 @@ LATER_SETTINGS: dict[str, Any] = {
 }
 """Settings that the first versions did not have: their dotted keys and defaults. With these defaults, `icl` does what the first versions did.
 `to_dict` leaves out the settings of this table that have their defaults; its docstring gives two exceptions. Saved settings, run names and
-the hashes of sweeps are computed from `to_dict`, so they do not change when a setting is added. To add a setting, it is enough to enter it in
-this table."""
+the hashes of sweeps are computed from `to_dict`, so they do not change when a setting is added. To keep them unchanged when you add a
+setting, enter the new setting in this table."""
 
 
 @dataclass(frozen=True, kw_only=True)

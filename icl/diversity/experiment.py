@@ -47,7 +47,7 @@ class ExperimentResult(NamedTuple):
 
     @property
     def done(self) -> list[str]:
-        """The values of M, as strings, whose runs are done."""
+        """The values of M, as strings, of the runs that are done."""
         return [entry["num_tasks"] for entry in self.entries if entry["state"] in DONE]
 
 
@@ -156,7 +156,7 @@ def _train_run(run: ExperimentRun, last_signal: Callable[[], signal.Signals]) ->
 def _handling_signals(log: Path) -> Iterator[Callable[[], signal.Signals]]:
     """Let SIGTERM interrupt the program in the same way as Ctrl-C. If the terminal is lost (SIGHUP), redirect the output to `log`.
 
-    While a run trains, the handlers of the training function replace the handlers of SIGINT and SIGTERM.
+    While a run trains, `icl.training.run.train` replaces these handlers of SIGINT and SIGTERM with its own.
 
     Yields:
         A function that returns the last signal that arrived, or SIGINT if none did.

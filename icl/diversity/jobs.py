@@ -1,8 +1,8 @@
 """Run the task-diversity experiment as Slurm jobs.
 
-Each run becomes a point of a sweep, that is, one combination of settings. The jobs share the points (`icl.sweeps.engine`).
-A run is the same with and without Slurm. So an experiment can start with Slurm and continue without it, or the other way
-round.
+Each run becomes a point of a sweep, that is, one combination of settings. The jobs divide the points among themselves
+(`icl.sweeps.engine`). A run is the same with and without Slurm. So an experiment can start with Slurm and continue without it, or the
+other way round.
 """
 
 import dataclasses

@@ -106,7 +106,7 @@ class Metadata:
             self.write()
 
     def write(self) -> None:
-        """Replace the file."""
+        """Replace `experiment_metadata.json`. The new file also contains the current time."""
         with self._lock:
             self._tree["updated"] = now()
             text = json.dumps(self._tree, indent=1, allow_nan=False) + "\n"
@@ -168,7 +168,7 @@ def is_alive(metadata: dict[str, Any]) -> bool:
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # if we have no permission, the process exists
+        return not isinstance(error, ProcessLookupError)  # if we lack the permission to signal it, the process exists
     return True
 
 

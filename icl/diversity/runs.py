@@ -1,7 +1,8 @@
-"""The runs of a task-diversity experiment: one run for each number of tasks M, each in a folder below that of the experiment.
+"""The runs of a task-diversity experiment: one run for each number of tasks M.
 
-The run with M = 8 has the folder `<base>/checkpoints_M8/`. The M tasks of a run are the first M tasks of every run that has more tasks.
-Prompts, initial weights and new tasks come from the same random streams in all runs. So differences between runs are due to M.
+The run with M = 8 has the folder `checkpoints_M8/` in the experiment's folder. The M tasks of a run are the first M tasks of every run
+that has more tasks. Prompts, initial weights and new tasks come from the same random streams in all runs. So differences between runs are
+due to M.
 """
 
 import contextlib
@@ -106,7 +107,7 @@ def require_same_settings(runs: list[ExperimentRun], base: Path) -> None:
 
 @contextlib.contextmanager
 def lock_experiment(base: Path) -> Iterator[None]:
-    """Lock an experiment for this process. The operating system unlocks it when the process ends, for whatever reason.
+    """Lock an experiment for this process while the context is open. If the process dies, the system releases the lock.
 
     Raises:
         RunError: If another process holds the lock.

@@ -1,7 +1,7 @@
 """The numbers of a task-diversity experiment as one tidy table, and the experiment's figure.
 
-Each row has one number and its standard error, for one number of tasks M, one step and one distribution of prompts. The column
-`quantity` says what the number is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a baseline,
+Each row has one measured value and its standard error, for one number of tasks M, one step and one distribution of prompts. The column
+`quantity` says what the value is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a baseline,
 it is the baseline's name, such as `ridge`. Baselines do not depend on the step, but their rows are repeated at every step, so that
 a selection by M and step includes them.
 """
@@ -73,8 +73,8 @@ def evaluate_seeds(
         all_steps: See `evaluate_experiment`.
 
     Returns:
-        The table, with the name of the experiment in the column `run`, and the reason why each missing run could not be evaluated. The keys
-        of the reasons are pairs of the experiment's name and M as a string.
+        Two values. The first is the table, with the name of the experiment in the column `run`. The second is a dict with the
+        reason why each missing run could not be evaluated. Its keys are pairs of the experiment's name and M as a string.
     """
     tables: list[pd.DataFrame] = []
     problems: dict[tuple[str, str], str] = {}

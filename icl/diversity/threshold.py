@@ -16,7 +16,7 @@ ridge again (`icl analyse --what behaviour`). Raventos et al. (2023, arXiv 2306.
 comparison of runs with different batch sizes. Models with M = inf are left out, because dMMSE is the same as ridge for M = inf.
 
 A seed's threshold has the verdict `ok` if r is significantly positive at one or more M, and significantly negative at one or more M. Among
-these M, it must change its sign only once. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds,
+these M, r must change its sign only once. Significant means more than `SIGN_ERRORS` standard errors from zero. With at least three seeds,
 we average the log2 of the threshold over seeds, and give its 95 % interval (`icl.analysis.seeds`). With fewer seeds there is no interval;
 look at the thresholds of the single seeds.
 """
@@ -39,7 +39,7 @@ SIGN_ERRORS = 2.0
 MIN_SIZES = 3
 """Minimum number of different finite M. With fewer, no threshold is computed."""
 COLUMNS = ("run", "threshold", "stderr_log2", "lower", "upper", "num_seeds", "verdict", "reasons")
-"""Columns of `thresholds`."""
+"""Columns of the table that `thresholds` returns."""
 ALL = "all seeds"
 """Value of the column `run` in the row for all seeds together."""
 
@@ -55,7 +55,7 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
         A table with the columns `COLUMNS`. `threshold` is a number of tasks, or NaN if there is none. `stderr_log2` is the standard error
         of log2 of the threshold. In a seed's row, this is the standard error over prompts, and `lower` and `upper` are the neighbouring
         trained M. In the row for all seeds, it is the standard error over seeds, and `lower` and `upper` are the limits of the 95 %
-        interval. The table is empty if there are fewer than `MIN_SIZES` finite M.
+        interval, or NaN if fewer than three seeds have a threshold. The table is empty if there are fewer than `MIN_SIZES` finite M.
     """
     table = table.assign(num_tasks=table["num_tasks"].astype(str))
     table = table[(table["distribution"] == "true") & (table["position"] == "mean") & (table["num_tasks"] != "inf")]

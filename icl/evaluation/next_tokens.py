@@ -4,7 +4,9 @@ A prompt file is text (.txt), which the run's tokenizer splits into tokens, or J
 (BOS) is put before the prompt. If the prompt is longer than the context, only its last tokens are used.
 """
 
+import csv
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,8 @@ def predict_next(model: LanguageModel, config: RunConfig, path: Path, *, count: 
     """Return the most likely next tokens after the prompt in a file, most likely first.
 
     Raises:
-        PromptError: If the file is neither text nor tokens of the model's vocabulary.
+        PromptError: If the file cannot be read, is neither text nor a list of tokens, or has a token outside the
+            model's vocabulary.
         ConfigError: If the file contains text and the run has no tokenizer.
     """
     text = config.language
@@ -75,9 +78,14 @@ def is_tokens(path: Path) -> bool:
 def write_next(path: Path, predictions: list[NextToken]) -> Path:
     """Write the next tokens as JSON or CSV, depending on the file's suffix."""
     rows = [prediction._asdict() for prediction in predictions]
-    text = json.dumps(rows, indent=1) + "\n"
-    if table_format(path) == "csv":
-        text = "token,probability\n" + "".join(f"{row['token']},{row['probability']}\n" for row in rows)
+    if table_format(path) == "json":
+        text = json.dumps(rows, indent=1) + "\n"
+    else:
+        table = StringIO(newline="")
+        writer = csv.DictWriter(table, NextToken._fields, lineterminator="\n")  # it quotes tokens that contain a comma
+        writer.writeheader()
+        writer.writerows(rows)
+        text = table.getvalue()
     write_atomically(path, text.encode())
     return path
 

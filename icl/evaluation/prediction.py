@@ -21,7 +21,7 @@ from icl.model.transformer import Transformer
 
 
 class PromptError(UserError, ValueError):
-    """A prompt that cannot be used. The message says what was expected."""
+    """Error for a prompt that cannot be used. The message says what was expected."""
 
 
 class PromptFile(NamedTuple):

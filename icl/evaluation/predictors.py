@@ -25,8 +25,8 @@ from icl.tasks.prompts import Prompts
 from icl.tasks.rows import TokenRows
 
 Predict: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
-"""Function of stacked parameters, xs and ys that returns numbers (N, B, K). For regression these are predictions, as from
-`partial(stacked.apply, model)`. For language models they are the losses of the predicted tokens."""
+"""Function of stacked parameters, xs and ys that returns numbers (N, B, K). For regression these are predictions, such
+as those of `partial(stacked.apply, model)`. For language models they are the losses of the predicted tokens."""
 PROMPTS_ON_CPU = 256
 """Size of a full batch: the number of prompts for which the activations of one member fit into a CPU's caches."""
 _PROMPTS_ON_GPU = 2**14  # number of prompts of all members together

@@ -1,7 +1,7 @@
 """Numbers of a population on fixed prompts: losses, gaps to baselines and scores, each with a standard error over prompts.
 
-`evaluate` is an ordinary function of parameters and prompts. Training calls it at intervals. `icl evaluate` calls it for many
-checkpoints at once. The module `icl.metrics` computes the numbers:
+`evaluate` is an ordinary function of parameters and prompts. `icl evaluate` calls it for many checkpoints at once. At intervals, training
+calls `summarise`, which returns some of the numbers. The module `icl.metrics` computes them:
 
 - `loss`: the mean squared error per target, not divided by D.
 - `bayes_excess`: the model's loss minus the loss of the Bayes predictor, on the same prompts (a paired difference). On `pretrain` with
@@ -22,7 +22,7 @@ checkpoints at once. The module `icl.metrics` computes the numbers:
 - `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge (with Gaussian noise) and
   dMMSE (`icl.evidence`). If the prior or the noise is not Gaussian, there is also the Bayes predictor for new tasks (`icl.bayes`). The
   expected difference is at least 0 on the prompts for which the predictor is optimal. These are `pretrain` for dMMSE, and `true` for
-  `bayes` (for ridge, if there is no `bayes`). If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the
+  `bayes`, or for ridge if there is no `bayes`. If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the
   mean squared standard error of this NLL.
 - `prior_zero`, `prior_task_mean`: prior-task scores, which are the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
@@ -81,7 +81,7 @@ def evaluate_predictions(
 ) -> list[list[Row]]:
     """Return loss, excess, gaps, prior-task scores and ICL scores on one set, as one list of rows for each of N predictors.
 
-    If the negative log-likelihoods of the targets are given (`nll`), the rows of `nll` and of `nll_over_ridge` and so on are included.
+    If the negative log-likelihoods of the targets are given (`nll`), the rows of `nll`, `nll_over_ridge` and so on are included.
     """
     errors = set_losses(predictions, prompt_set)  # N B K
     numbers = _position_numbers(prompt_set, "loss", errors)
@@ -134,7 +134,7 @@ def evaluate_baselines(sets: Sequence[EvaluationSet]) -> list[Row]:
 def headlines(numbers: "pd.DataFrame") -> "pd.DataFrame":
     """Return the main rows of a table from `evaluate`: the means over positions.
 
-    If a shift changes only the query, the main rows are the numbers at the query.
+    For a shift that is evaluated only at the query, the main rows are the numbers at the query.
     """
     has_mean = numbers["distribution"].isin(numbers.loc[numbers["position"] == "mean", "distribution"])
     return numbers[(numbers["position"] == "mean") | ~has_mean]
@@ -237,7 +237,10 @@ class _Numbers(NamedTuple):
 
 
 def _position_numbers(prompt_set: EvaluationSet, quantity: str, values: Float[Tensor, "N B K"]) -> list[_Numbers]:
-    """Return a quantity at every position and its mean over positions, or only at the query if only the query is shifted."""
+    """Return a quantity at every position and its mean over positions.
+
+    For a shift that is evaluated only at the query, return only the value at the query.
+    """
     names = [str(k + 1) for k in range(values.shape[-1])]
     if prompt_set.is_about_query:
         return [_Numbers(quantity, names[-1:], metrics.position_mean(values[..., -1:]))]

@@ -1,10 +1,10 @@
 """Fixed sets of prompts for evaluation, with the predictions of the baselines for them.
 
 The sets are `pretrain` (the run's M tasks), `true` (new tasks from the prior, usually N(0, I)) and the shifts of `icl.tasks.shifts`. If the
-pool of tasks changes during training, `pretrain` uses the pool of the last update before the evaluated step. Each set exists twice, with
-different prompts. Training evaluates on the prompts of `MONITOR`, so these prompts decide when early stopping ends the run. Everything
-after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that were used to choose it. Versions up to
-0.1.0 used the prompts of `MONITOR` for both purposes.
+pool of tasks changes during training, `pretrain` uses the pool of the last update before the evaluated step. Each set exists in two
+versions with different prompts, `MONITOR` and `REPORT`. Training evaluates on the prompts of `MONITOR`, so these prompts decide when early
+stopping ends the run. Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that were used
+to choose it. Versions up to 0.1.0 used the prompts of `MONITOR` for both purposes.
 
 A language run has one set, `test`, with rows that no training step sees. Its baselines `unigram` and `bigram` are stored as losses. They
 predict the tokens from the frequencies of tokens, or of pairs of tokens, in a sample of the training text (`icl.evaluation.frequencies`).
@@ -43,7 +43,8 @@ class EvaluationSet(NamedTuple):
     prompts: Prompts | TokenRows
     baselines: dict[str, Tensor]
     is_about_query: bool
-    """Whether the shift changes only the last position, the query. If so, only the numbers at the query are computed."""
+    """Whether the shift changes how the query (the last position) relates to the examples. If so, only the numbers at
+    the query are computed."""
     nll: Mapping[str, Tensor] = MappingProxyType({})
     """Negative log-likelihoods (B, K) of `ridge`, `dmmse` and `bayes`. Empty if the model has no predictive distribution or there is no noise."""
     variances: Mapping[str, Tensor] = MappingProxyType({})
@@ -95,7 +96,7 @@ def evaluation_set(
         num_prompts: Number of prompts.
         step: `MONITOR` for the prompts of evaluations during training, `REPORT` for the prompts of everything after it.
         model_step: Training step of the evaluated model. It is needed for `pretrain` if the pool of tasks changes during training.
-        with_bayes: Whether to compute the Bayes predictor for new tasks, which can take minutes.
+        with_bayes: Whether to compute the Bayes predictor for new tasks. The computation can take minutes.
         device: Device of the prompts.
     """
     if config.model.is_language:

@@ -117,7 +117,12 @@ def is_table(rows: Any) -> bool:
 
 
 def is_beyond_floats(text: str, number: float) -> bool:
-    """Return whether a float is too small or too large to represent a number in text, such as 1e400 or 1e-400."""
+    """Return whether a number in text, such as 1e400 or 1e-400, is too large or too small for a float.
+
+    Args:
+        text: The number as text.
+        number: Python's float for this text.
+    """
     mantissa = re.split("[eE]", text)[0]
     return bool(re.search(r"[1-9]", mantissa)) and (math.isinf(number) or number == 0)
 

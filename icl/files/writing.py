@@ -126,7 +126,7 @@ def plain_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
 def temporary_path(path: Path) -> Path:
     """Return a new path in the folder of `path`, for a file that gets its final name once it is complete.
 
-    Listings of a folder do not show temporary files.
+    Stores do not list temporary files (`icl.store.base`).
     """
     return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
 

@@ -37,7 +37,7 @@ class Format(NamedTuple):
     tasks_seed: int | None
     """The seed of the tasks if the code always uses the same seed, else None."""
     is_first_pattern: bool = False
-    """Whether only files of the first pattern that matches any file are used."""
+    """Whether only one pattern is used: the first pattern that matches at least one file."""
 
 
 def _nothing(path: Path) -> dict[str, Any]:

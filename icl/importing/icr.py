@@ -137,7 +137,8 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     generator = torch.Generator().manual_seed(config.seeds.tasks)
     needed = -(-count * size // _ROUND) * _ROUND
     is_prefix = needed <= rows * size - _ROUND or rows * size % _ROUND == 0
-    # Except for its last 16 numbers, a table does not depend on its size. So we draw only the first M tasks, even if max_M is 2^25.
+    # Except for the last 16, the numbers in a table do not depend on the table's size. So we usually draw only the numbers of the
+    # first M tasks: `max_M` can be 2^25.
     drawn = torch.randn(max(needed, _ROUND) if is_prefix else rows * size, generator=generator)
     return drawn[: count * size].unflatten(0, (count, size)).clone()
 

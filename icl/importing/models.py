@@ -92,18 +92,20 @@ def find_files(path: Path, source: Format) -> list[Path]:
         inner = next(
             (folder for folder in sorted(path.glob("**/")) if folder != path and _matches(folder, source)), None
         )
-        hint = f"; {inner} has some" if inner else ""
+        hint = f"; some are in {inner}" if inner else ""
         if any(path.glob("**/.zarray")) or any(path.glob("**/ocdbt.process_*")):
             hint = (
-                ". Orbax saved its arrays in many files, which `icl` does not read: in the environment of the older code, restore them and "
-                "save them in one file with flax.serialization.to_bytes"
+                ". Orbax saved the arrays in many files, which `icl` cannot read. In the environment of the older code, restore the arrays "
+                "and save them in one file with flax.serialization.to_bytes"
             )
-        raise OlderFileError(f"{path} has no files {' or '.join(source.patterns)} of {source.about}{hint}.")
+        raise OlderFileError(
+            f"{path} contains no checkpoint of {source.about}. Names of such files match {' or '.join(source.patterns)}{hint}."
+        )
     return files
 
 
 def number_files(files: list[Path], source: Format, step: int | None) -> list[tuple[int, Path]]:
-    """Return files with their steps, in order. A file is read only if its name does not contain its step.
+    """Return the step and the path of each file, in order of steps. A file is read only if its name does not contain its step.
 
     Args:
         files: The files.
@@ -187,7 +189,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
 
 
 def _needed(known: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the settings that must be known, each with a description. For a language model this is at most the activation of its MLPs."""
+    """Return the settings that must be known, each with a description. A language model needs only the activation of its MLPs, if it has any."""
     if known.get("model.family") != "language":
         return _NEEDED
     return {"model.activation": "relu, gelu or gelu_tanh"} if known["model.mlp_size"] else {}
@@ -202,7 +204,9 @@ def convert(step: OlderStep, source: Format, config: RunConfig) -> Params:
     try:
         params = dict(sorted(same_type(source.params(step.tree, config)).items()))
     except ContentError as error:
-        raise OlderFileError(f"{step.file} cannot be imported: {error}.") from None
+        raise OlderFileError(
+            f"{step.file} cannot be imported: {error}. Check that it is a complete checkpoint of {source.about}."
+        ) from None
     if not all(tensor.isfinite().all() for tensor in params.values()):
         raise OlderFileError(
             f"{step.file} contains weights that are not finite, because its training diverged; leave this file out."
@@ -220,8 +224,8 @@ def require_one_model(step: OlderStep, first: OlderStep, source: Format) -> None
     for key in sorted({*facts, *others} - {"optim.lr"}):
         if facts.get(key) != others.get(key):
             raise OlderFileError(
-                f"{step.file} and {first.file} belong to different runs: `{key}` is {others.get(key)} and {facts.get(key)}. Import "
-                "each run from a separate folder."
+                f"{step.file} and {first.file} belong to different runs: `{key}` is {others.get(key)} in the first file and {facts.get(key)} in "
+                "the second. Import each run from a separate folder."
             )
 
 
@@ -230,7 +234,9 @@ def _facts(step: OlderStep, source: Format) -> dict[str, Any]:
     try:
         found = source.facts(step.tree)
     except ContentError as error:
-        raise OlderFileError(f"{step.file} cannot be imported: {error}.") from None
+        raise OlderFileError(
+            f"{step.file} cannot be imported: {error}. Check that it is a complete checkpoint of {source.about}."
+        ) from None
     beside = source.folder_facts(step.file)
     for key, value in beside.items():
         if key in found and read_value(key, found[key]) != read_value(key, value):

@@ -70,7 +70,7 @@ def parse_msgpack(data: bytes) -> Any:
     reader = _Reader(data)
     value = reader.value(0)
     if reader.position != len(data):
-        raise ContentError("it has bytes after its end, so it is not msgpack of Flax")
+        raise ContentError("it has bytes after the end of its content, so it is not msgpack of Flax")
     return _joined(value)
 
 
@@ -172,7 +172,7 @@ def _shaped(numbers: np.ndarray, shape: list[Any]) -> np.ndarray:
     """Return the numbers in the shape that the file claims, after checking this shape."""
     is_plain = all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**40 for size in shape)
     if not is_plain or len(shape) > _MAX_AXES or math.prod(size or 1 for size in shape) >= 2**40:
-        raise ContentError("it contains an array with an impossible shape")
+        raise ContentError(f"it contains an array with the impossible shape {str(shape)[:60]}")
     if math.prod(shape) != numbers.size:
         raise ContentError(
             f"it contains an array of shape {tuple(shape)}, which needs {math.prod(shape):,} numbers but has {numbers.size:,}"
@@ -181,7 +181,7 @@ def _shaped(numbers: np.ndarray, shape: list[Any]) -> np.ndarray:
 
 
 def _joined(value: Any) -> Any:
-    """Return a value in which arrays that were saved in chunks are joined."""
+    """Return a value, after joining the chunks of each array that was saved in chunks."""
     if not isinstance(value, dict):
         return [_joined(part) for part in value] if isinstance(value, list) else value
     if _CHUNKED not in value:

@@ -26,7 +26,7 @@ CONFIG_CLASSES = ("ICRegConfig",)
 MAX_FILE = 2**34
 """Largest size of a file in bytes."""
 _MAX_NAMES = 20
-"""Largest number of config classes in one file."""
+"""A file with this number of config classes, or more, is refused."""
 
 
 class OlderFileError(UserError, ValueError):
@@ -104,9 +104,11 @@ def read_pickle(path: Path) -> Any:
     try:
         data = read_bytes(path, limit=MAX_FILE)
     except ContentError as error:
-        raise OlderFileError(f"{path} cannot be imported: {error}.") from None
+        raise OlderFileError(
+            f"{path} cannot be imported: {error}. Give a regular file that contains only the weights, the step and the config."
+        ) from None
     except OSError as error:
-        raise OlderFileError(f"{path} cannot be read: {error.strerror}.") from None
+        raise OlderFileError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     _require_uncompressed(path, data)
     stand_ins = dict(_STAND_INS)
     for _ in range(_MAX_NAMES):
@@ -119,7 +121,7 @@ def read_pickle(path: Path) -> Any:
             _refuse(path, failure, name)
         stand_ins[name] = SavedConfig
     raise OlderFileError(
-        f"{path} contains more than {_MAX_NAMES} classes of configs, so the file is not read. Save the file again with "
+        f"{path} contains {_MAX_NAMES} or more classes of configs, so the file is not read. Save the file again with "
         "its config as a dict, and import the new file."
     )
 
@@ -156,13 +158,13 @@ def _require_uncompressed(path: Path, data: bytes) -> None:
 
 
 def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-    """Return the content of a file and None. If PyTorch cannot read the file, return None and the error."""
+    """Return the content of a file and None. If PyTorch cannot read the file, return None and the exception."""
     try:
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(value, name) for name, value in stand_ins.items()]),
         ):
-            warnings.simplefilter("ignore")  # warnings about pickle protocols that are refused below
+            warnings.simplefilter("ignore")  # PyTorch warns about every pickle protocol other than 2
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), None
     except Exception as error:  # damaged files make torch raise a dozen kinds of errors
         return None, error
@@ -199,7 +201,9 @@ def _require_plain_tensors(tree: Any, path: Path, size: int) -> None:
                 f"{path} contains a sparse, nested or quantized tensor; save the file again with dense tensors."
             )
         if tensor.numel() * tensor.element_size() > size:
-            raise OlderFileError(f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} is larger than the file.")
+            raise OlderFileError(
+                f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} is larger than the file. Copy the file again."
+            )
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

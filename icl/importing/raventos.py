@@ -59,7 +59,7 @@ def read(path: Path) -> Any:
     except ContentError as error:
         raise OlderFileError(f"{path} cannot be imported: {error}. Copy the file again.") from None
     except OSError as error:
-        raise OlderFileError(f"{path} cannot be read: {error.strerror}.") from None
+        raise OlderFileError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
 
 
 def is_mine(tree: Any) -> bool:
@@ -87,7 +87,7 @@ def folder_facts(path: Path) -> dict[str, Any]:
     try:
         tree = parse_json(read_bytes(file), limit=1000)
     except (ContentError, OSError) as error:
-        raise OlderFileError(f"{file} cannot be read: {error}.") from None
+        raise OlderFileError(f"{file} cannot be read: {error}. Copy the file again.") from None
     sections = tree if isinstance(tree, Mapping) else {}
     flat = {
         f"{section}.{key}": value
@@ -104,7 +104,9 @@ def folder_facts(path: Path) -> dict[str, Any]:
     if found.get("task.num_tasks") == 0:
         found["task.num_tasks"] = "inf"
     if isinstance(scale := flat.get("task.noise_scale"), (int, float)):
-        found["task.noise_variance"] = float(scale) * float(scale)  # `**` would raise an error for a huge number
+        found["task.noise_variance"] = float(scale) * float(
+            scale
+        )  # for a huge number, `**` would raise an OverflowError
     if flat.get("training.schedule") == "triangle":
         found["optim.schedule"] = "triangle"
         if is_count(warmup := flat.get("training.warmup_steps")):
@@ -207,7 +209,7 @@ def _tensor(name: str, value: Any) -> Tensor:
             "flax.serialization.to_bytes"
         )
     if not isinstance(value, np.ndarray):
-        raise ContentError(f"{name} is not an array")
+        raise ContentError(f"its entry {name} must be an array, got {type(value).__name__}")
     return torch.from_numpy(value)
 
 

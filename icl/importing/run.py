@@ -72,7 +72,7 @@ def import_run(
     Raises:
         OlderFileError: If a file cannot be read safely, comes from another code base, or belongs to a different run.
         ConfigError: If a setting is missing or contradicts the files.
-        RunError: If the folder already contains a run.
+        RunError: If the folder already contains a run or checkpoints.
         StorageError: If the folder cannot be written.
     """
     form, run = format_of(source), RunFolder(out)
@@ -140,7 +140,8 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
 
     Args:
         path: The file.
-        shape: Configuration for settings that the file does not contain, such as the number of heads.
+        shape: Configuration for settings that the file does not contain, such as the number of heads. None assumes M = inf and a
+            noise variance of 0, if the file does not contain them.
 
     Raises:
         OlderFileError: If the file cannot be read, or if the model needs a setting that neither the file nor `shape` contains.
@@ -164,7 +165,9 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
     try:
         known = form.facts(tree)
     except ContentError as error:
-        raise OlderFileError(f"{path} cannot be loaded: {error}.") from None
+        raise OlderFileError(
+            f"{path} cannot be loaded: {error}. Check that it is a complete checkpoint of {form.about}."
+        ) from None
     try:
         settings = settings_of(step, form, {key: value for key, value in given.items() if key not in known})
     except ConfigError as error:

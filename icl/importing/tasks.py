@@ -66,7 +66,10 @@ def choose_tasks(
                 "`--tasks recompute` needs the seed of the older run's tasks; give it as --seeds.tasks N."
             )
         if source.tasks_seed is not None and config.seeds.tasks != source.tasks_seed:
-            raise ConfigError(f"{source.about} draws its tasks with seed {source.tasks_seed}; leave `seeds.tasks` out.")
+            raise ConfigError(
+                f"`seeds.tasks` is {config.seeds.tasks}, but {source.about} always draws its tasks with seed {source.tasks_seed}; "
+                "leave out `seeds.tasks`."
+            )
         table = source.draw_tasks(tree, config)
         return table, f"drawn again with seed {config.seeds.tasks}, as in {source.about}"
     if choice is None:
@@ -91,16 +94,21 @@ def _read_table(path: Path) -> Any:
                 f"`--tasks` must be recompute, unknown, or a .npy, .pt or .safetensors file, got {str(path)!r}."
             )
     except OSError as error:
-        raise OlderFileError(f"The tasks {path} cannot be read: {error.strerror or error}.") from None
+        raise OlderFileError(
+            f"The file of tasks {path} cannot be read: {error.strerror or error}. Give a readable file with --tasks."
+        ) from None
     except (SafetensorError, ContentError, ValueError, TypeError, EOFError) as error:
         if isinstance(error, (ConfigError, OlderFileError)):
             raise
-        raise OlderFileError(f"The tasks {path} cannot be read ({first_line(error)}).") from None
+        raise OlderFileError(
+            f"The file of tasks {path} cannot be read ({first_line(error)}). Copy or save it again."
+        ) from None
     if isinstance(tree, Mapping):
         named = [tree[key] for key in _KEYS if key in tree] or list(tree.values())
         if len(named) != 1:
             raise OlderFileError(
-                f"{path} must contain one table, or a table with the name `tasks`; it contains {len(named):,} tables."
+                f"{path} must contain one table, or a table with the name `tasks`; it contains {len(named):,} tables. "
+                "Save the table of tasks in a separate file."
             )
         return named[0]
     return tree
@@ -122,7 +130,8 @@ def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
     """Return the first M rows of a table in float32, as (M, D). The table may also have the shape (M, D, 1)."""
     count, size = int(config.task.num_tasks), config.task.task_size
     if not isinstance(table, Tensor) or not table.is_floating_point():
-        raise OlderFileError(f"{name} must be a table of {count:,} tasks with D = {size} real numbers each.")
+        got = table.dtype if isinstance(table, Tensor) else type(table).__name__
+        raise OlderFileError(f"{name} must be a table of {count:,} tasks with D = {size} real numbers each, got {got}.")
     table = table.squeeze(-1) if table.ndim == 3 and table.shape[-1] == 1 else table
     if table.ndim != 2 or table.shape[1] != size or len(table) < count:
         raise OlderFileError(
@@ -130,5 +139,5 @@ def _fitting(table: Any, config: RunConfig, name: str) -> Float[Tensor, "M D"]:
         )
     table = table[:count].float().contiguous()
     if not table.isfinite().all():
-        raise OlderFileError(f"{name} contains numbers that are not finite in 32 bits.")
+        raise OlderFileError(f"{name} contains numbers that are not finite in 32 bits. Give a table of finite numbers.")
     return table

@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
-# Coefficients of erfinv(x) in single precision, for w = -log(1 - x^2) below 5 and for larger w (Giles 2010, "Approximating the erfinv
-# function").
+# Coefficients of erfinv(x) in single precision: `_CENTRE` if w = -log(1 - x^2) is below 5, and `_TAIL` otherwise (Giles 2010,
+# "Approximating the erfinv function").
 _CENTRE: tuple[float, ...] = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087)
 _CENTRE += (-0.00125372503, -0.00417768164, 0.246640727, 1.50140941)
 _TAIL: tuple[float, ...] = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773)

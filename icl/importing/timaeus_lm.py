@@ -1,4 +1,4 @@
-"""Files of Timaeus's language models on the Hugging Face Hub, in two formats. These include the models of Hoogland et al. (2024).
+"""Files of Timaeus's language models on the Hugging Face Hub, in two formats. The models include those of Hoogland et al. (2024).
 
 - Format A (`georgeyw/L2W256-3m-rr`): `checkpoints/checkpoint_{step:07d}.pth`, each a dict with the keys `model_state_dict` and
   `optimizer_state_dict`. There is no file of settings. The code saves after the update, so file 0 contains the state after one update. We
@@ -33,7 +33,7 @@ from icl.model.stacked import Params
 NAME = "timaeus-lm"
 PRESET = "L2W256"
 PATTERNS = ("checkpoints/checkpoint_*.pth", "checkpoint_*.pth", "checkpoints/*.safetensors", "model.safetensors")
-"""Patterns of the paths of files. Only files of the first pattern that matches any file are used."""
+"""Patterns of the paths of files. Only one pattern is used: the first pattern that matches at least one file."""
 _SETTINGS = ("config.json", "model.yaml")
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 """Activation functions: the names in TransformerLens, each with the name in `icl`."""
@@ -51,9 +51,11 @@ def read(path: Path) -> Any:
     try:
         return safetensors.torch.load(read_bytes(path, limit=MAX_FILE))
     except OSError as error:
-        raise OlderFileError(f"{path} cannot be read: {error.strerror}.") from None
+        raise OlderFileError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     except (ContentError, SafetensorError, ValueError, TypeError) as error:
-        raise OlderFileError(f"{path} is damaged, or is not a file of safetensors ({first_line(error)}).") from None
+        raise OlderFileError(
+            f"{path} is damaged, or is not a file of safetensors ({first_line(error)}). Copy the file again."
+        ) from None
 
 
 def is_mine(tree: Any) -> bool:

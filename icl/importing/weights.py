@@ -22,7 +22,9 @@ class Weights:
         self._left: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise ContentError("its state dict must contain only tensors, keyed by name")
+                raise ContentError(
+                    f"its state dict must contain only tensors, keyed by name, got {type(tensor).__name__} for {str(name)[:60]!r}"
+                )
             if (plain := _without_wrappers(name)) in self._left:
                 raise ContentError(f"it contains the tensor {plain} twice")
             self._left[plain] = tensor
@@ -34,7 +36,7 @@ class Weights:
         """Return the shape of a tensor, which must have `num_axes` axes.
 
         Raises:
-            ContentError: If the tensor is missing or has another number of axes.
+            ContentError: If the tensor is missing, has another number of axes, or has an axis of size 0.
         """
         if name not in self._left:
             raise ContentError(f"it contains no tensor {name}")
@@ -62,7 +64,7 @@ class Weights:
         return tensor.detach().to(tensor.dtype if is_kept else torch.float32).contiguous()
 
     def drop(self, name: str, *shape: int) -> None:
-        """Remove a tensor that is not a parameter, such as a mask. The tensor may be missing."""
+        """Remove a tensor of this shape that is not a parameter, such as a mask. The tensor may be missing."""
         if name in self._left and self.shape(name, len(shape)) == shape:
             del self._left[name]
 

@@ -1,1 +1,1 @@
-"""The transformer: its definition, the fast form for many members, parameters as rows, attention on CPUs."""
+"""The models: their definitions, a fast form for many models at once, flat parameters, losses, and attention on CPUs."""

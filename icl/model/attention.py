@@ -2,10 +2,11 @@
 
 In each head of c channels, attention is softmax(q k^T / sqrt(c)) v (Vaswani et al. 2017, equation 1), where a token attends to itself and
 to the tokens before it. A prompt has so few tokens (15 for K = 8) that PyTorch's operations spend more time on calls, copies and masks than
-on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, so that its data stay in the fastest cache.
+on arithmetic. The kernel in `attention.cpp` computes one head of one prompt at a time, so that the data of this head stay in the fastest
+cache.
 
-The kernel is compiled when `icl` is installed. Without a compiler, on devices other than CPUs, and in precisions other than float32,
-`attention_by_formula` computes the same result with PyTorch's operations, up to rounding. `attention` and
+The kernel is compiled when `icl` is installed. `attention_by_formula` computes the same result, up to rounding, with PyTorch's operations.
+It is used if the kernel could not be compiled, on devices other than CPUs, and in precisions other than float32. `attention` and
 `attention_by_formula` can both be differentiated twice in reverse mode, and mapped by `torch.vmap`.
 """
 
@@ -51,7 +52,7 @@ def attention(
 
 
 def has_kernel_for(tensor: Tensor) -> bool:
-    """Return whether the kernel can compute attention for tensors of this device and precision."""
+    """Return whether the kernel can compute attention for tensors with the device and the dtype of `tensor`."""
     is_float32 = tensor.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return HAS_KERNEL and tensor.device.type == "cpu" and is_float32
 
@@ -109,7 +110,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """Gradient of the kernel. Its derivative comes from the formula, because the kernel has no second derivatives."""
+    """Gradient of the kernel. The derivative of this gradient comes from the formula, because the kernel computes no second derivatives."""
 
     setup_context = staticmethod(_save_inputs)
 
@@ -144,7 +145,8 @@ def _fold_mapped_axis(size: int, in_dims: tuple[int | None, ...], inputs: tuple[
 def _compiled_kernel() -> ctypes.CDLL | None:
     """Load the library of the kernel.
 
-    Return None if the library is missing, was compiled from another source, or does not find PyTorch's OpenMP runtime.
+    Return None if the library is missing, was compiled from another version of `attention.cpp`, or does not find
+    PyTorch's OpenMP runtime.
     """
     spec = find_spec("icl.model._attention")
     if spec is None or spec.origin is None:
@@ -155,7 +157,7 @@ def _compiled_kernel() -> ctypes.CDLL | None:
         digest = library.attention_source().decode()
     except OSError:
         return None
-    except AttributeError:  # libraries that older versions compiled have no digest
+    except AttributeError:  # libraries compiled by older versions have no digest
         digest = "none"
     if _SOURCE.exists() and sha256(_SOURCE.read_bytes()).hexdigest() != digest:
         warnings.warn(
@@ -175,7 +177,7 @@ def _register(kernel: ctypes.CDLL) -> torch.library.Library:
     """Register the kernel as two PyTorch operations, which compiled graphs can call.
 
     `torch.library.custom_op` would be shorter, but its checks cost 8 us more per call: 35 us instead of 27 us for 4 prompts
-    of 15 tokens (torch 2.13, one CPU thread). A step of two layers makes four such calls.
+    of 15 tokens (torch 2.13, one CPU thread). A training step of a model with two layers makes four such calls.
     """
 
     def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, stride: int) -> Tensor:
@@ -205,7 +207,10 @@ def _empty_gradients(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, num_head
 
 
 def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num_heads: int, stride: int) -> None:
-    """Call a function of the kernel, after a check of the tensors' shapes. The check is needed because the kernel reads raw memory."""
+    """Check the dtypes and shapes of the tensors, and call a function of the kernel.
+
+    Without the check, the kernel could read beyond a tensor's memory.
+    """
     *others, q, k, v = inputs  # the gradient, if any, has the shape of q
     (num_prompts, num_queries, width), num_tokens = q.shape, k.shape[1]
     if not (
@@ -223,7 +228,7 @@ def _run(function: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], num
             f"Query i belongs to token i * stride, which must be below T. Got {num_heads} heads, stride {stride} and {given}."
         )
     contiguous = [tensor.contiguous() for tensor in inputs]  # keep the copies alive until the kernel has returned
-    # In a new thread, PyTorch tells OpenMP its number of threads only when `get_num_threads` is called.
+    # In a new thread, PyTorch passes the number of threads to OpenMP only when `get_num_threads` is called.
     torch.get_num_threads()
     pointers = [tensor.data_ptr() for tensor in (*outputs, *contiguous)]
     function(*pointers, num_prompts, num_heads, num_queries, num_tokens, width // num_heads, stride, _LANES)
@@ -236,4 +241,5 @@ _LANES = 0 if _KERNEL is None else _KERNEL.attention_lanes()
 """Number of float32 numbers in the longest vector register of this processor: 16, 8 or 4. It is 0 without the kernel."""
 _OPERATIONS = None if _KERNEL is None else _register(_KERNEL)  # the operations exist as long as this object does
 ON_CPUS = f"kernel, {_LANES} lanes" if HAS_KERNEL else "PyTorch's operations"
-"""Description of how this installation computes attention on CPUs. Other ways of computing attention round differently."""
+"""Description of how this installation computes attention on CPUs. It is saved with a run, because each method has different rounding
+errors."""

@@ -1,8 +1,8 @@
-"""Flat parameters: a matrix with one row per member of a population, which contains all entries that are updated.
+"""Flat parameters: a matrix in which each row contains the updated entries of one member of a population.
 
-Adam and SGLD treat every parameter alike. So we copy the entries of a member that are updated (the moving entries) into one row. An update
-is then a dozen operations on an (N, P) matrix, whatever the number of layers. Gradients are rows of the same layout. Entries that are not
-updated (the fixed entries) are not in the matrix, so no update can change them.
+Adam and SGLD treat every parameter alike. So we copy the updated entries of each member (the moving entries) into one row. An update is
+then a dozen operations on one matrix, whatever the number of layers. Rows of gradients have the same layout. Entries that are not updated
+(the fixed entries) are not in the matrix, so no update can change them.
 """
 
 import fnmatch
@@ -21,15 +21,15 @@ from icl.model.stacked import Params
 _ALIGNMENT = 16
 """The width of a row is a multiple of this number, which is 64 bytes in float32.
 
-Every row then starts at the beginning of a cache line. PyTorch's order of summation can depend on the address of the data. Without
-this alignment, a member's rounding errors would depend on its row.
+Every row then starts at the beginning of a cache line. PyTorch's order of summation can depend on the address of the data. Without this
+alignment, a member's rounding errors would depend on the position of its row in the matrix.
 """
 Restriction: TypeAlias = Iterable[str] | Mapping[str, Tensor] | None
 """Names or globs of the parameters that may move, or Boolean masks of their elements. None means that all parameters move."""
 
 
 class Slot(NamedTuple):
-    """The columns of a row that belong to one parameter."""
+    """The columns that belong to one parameter."""
 
     name: str
     shape: torch.Size
@@ -38,7 +38,8 @@ class Slot(NamedTuple):
     elements: Tensor | None
     """Indices of the moving elements in the flattened parameter, or None if all move."""
     dtype: torch.dtype | None = None
-    """Type of the parameter, if the member's parameters have several types; otherwise None. With several types, rows have the widest type."""
+    """Dtype of the parameter if a member's parameters have different dtypes, otherwise None. If the dtypes differ, rows have the widest
+    one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ class Layout:
         return self.join(self.split(rows), fixed)
 
     def split(self, rows: Float[Tensor, "*N width"]) -> tuple[Tensor, ...]:
-        """Return the columns of each parameter, and last the padding, as views of the rows."""
+        """Return the columns of each parameter, followed by the padding, as views of the rows."""
         # Compiled graphs trace this method. They cannot trace `cached_property`, which uses a lock up to Python 3.11.
         return rows.split([*(slot.size for slot in self.slots), self.width - self.size], dim=-1)
 
@@ -107,7 +108,7 @@ class Layout:
         return params
 
     def fixed(self, params: Mapping[str, Tensor]) -> Params:
-        """Return the parameters of which at least some elements do not move."""
+        """Return the parameters that have at least one fixed entry."""
         whole = {slot.name for slot in self.slots if slot.elements is None}
         return {name: tensor for name, tensor in params.items() if name not in whole}
 
@@ -146,7 +147,7 @@ def restricted_layout(params: Mapping[str, Tensor], restrict: Restriction = None
     """Return the layout of the parameters that `restrict` allows to move. `params` belong to one member (no leading axis).
 
     Raises:
-        ConfigError: If `restrict` names no parameter, a mask does not fit, or no parameter is left to move.
+        ConfigError: If a name or glob matches no parameter, a mask does not fit its parameter, or no parameter is left to move.
     """
     layout = make_layout(params, None if restrict is None else _masks(params, restrict))
     if not layout.slots:

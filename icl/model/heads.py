@@ -10,7 +10,8 @@ The setting `model.output` chooses the head, and with it the loss that training 
   -log sum_j w_j N(y; m_j, exp(s_j)), in nats.
 
 The function 10 tanh(o / 10) bounds the log-variances, so variances lie between 4.5e-5 and 22,000. Without a lower bound, a component could
-shrink onto one target, and its likelihood would be infinite. The negative log-likelihoods include the constant log(2 pi) / 2.
+shrink onto one target, and the likelihood of this target would be infinite. The negative log-likelihoods include the constant
+log(2 pi) / 2.
 
 For `gaussian` and `mixture`, the prediction is the mean of the predictive distribution, sum_j w_j m_j. All code that compares predictions
 uses this mean. The definition of the model (`icl.model.transformer`) and its fast form (`icl.model.stacked`) both use the functions of this

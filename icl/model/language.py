@@ -11,9 +11,9 @@ positions (Press, Smith and Lewis 2021), x begins as W_E[t] and u = LN1(x) + p. 
 are not part of the values and so never enter the residual stream. The logits are LN(x) W_U + b_U. The model of Hoogland et al. (2024)
 has two such blocks without MLPs, with 3,355,016 parameters in total.
 
-`LanguageModel` defines the model. `apply_language` computes the same function for many parameter sets on a leading axis N, with the linear
-maps, layer norms and attention of `icl.model.stacked`. Tests compare both with each other, with a loop over positions, and with
-TransformerLens.
+`LanguageModel` defines the model. `apply_language` computes the same function for many parameter sets (members) on a leading axis N, with
+the linear maps, layer norms and attention of `icl.model.stacked`. Tests compare these two implementations with each other, with a loop over
+positions, and with TransformerLens.
 
 Memory: `next_token_losses` needs the logits of its rows, which are V numbers for each token. `rows_at_once` returns the number of rows for
 which autograd saves at most `MAX_NUMBERS` numbers. Callers pass at most this number of rows at a time (`icl.model.losses`).
@@ -39,7 +39,7 @@ INIT_STD = 0.05
 MAX_NUMBERS = 2**27
 """Largest count of numbers that autograd saves for the rows that are computed at once: 512 MiB in float32. A single row may need more."""
 _MAX_TINY = 160
-"""Largest number of tokens for which attention uses the kernel for short prompts. For longer rows, PyTorch's fused attention is faster."""
+"""Largest number of tokens in a row for which we use `icl.model.attention`. For longer rows, PyTorch's fused attention is faster."""
 
 
 class LanguageModel(nn.Module):
@@ -146,12 +146,12 @@ class _LayerNorm(nn.Module):
 
 
 def _table(**shapes: tuple[int, ...]) -> nn.ParameterDict:
-    """Return parameters of these shapes, keyed by name, whose values are undefined."""
+    """Return uninitialised parameters of these shapes, keyed by name."""
     return nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
 
 
 def initialise_language(model: LanguageModel, generator: torch.Generator) -> None:
-    """Draw every parameter in place, in the order of `named_parameters`: matrices from N(0, 0.05^2), biases 0, gains 1."""
+    """Set every parameter in place, in the order of `named_parameters`. Matrices are drawn from N(0, 0.05^2), biases are 0, and gains are 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             leaf = name.rpartition(".")[2]
@@ -173,7 +173,7 @@ def apply_language(config: ModelConfig, params: Params, tokens: Int64[Tensor, "*
 
 
 def last_residual(config: ModelConfig, params: Params, tokens: Int64[Tensor, "*N B T"]) -> Float[Tensor, "N B T C"]:
-    """Return the residual stream after the last block, from which `logits_of` can compute logits at a few positions only."""
+    """Return the residual stream after the last block. To compute logits at a few positions, pass only these positions to `logits_of`."""
     *_, (x, _, _) = _stream(config, params, tokens)
     return x
 
@@ -187,7 +187,7 @@ def logits_of(params: Params, x: Float[Tensor, "N B T C"]) -> Float[Tensor, "N B
 def attention_patterns(
     config: ModelConfig, params: Params, tokens: Int64[Tensor, "*N B T"], queries: Int64[Tensor, "*N B Q"]
 ) -> Float[Tensor, "N B L H Q T"]:
-    """Return the attention of every head of every block, from the given positions of each row to all positions."""
+    """Return the attention weights of every head of every block, from the positions `queries` of each row to all positions."""
     layers = []
     for _, q, k in _stream(config, params, tokens):
         wanted = queries.expand(len(q), *queries.shape[-2:])[..., None].expand(-1, -1, -1, q.shape[-1])  # N B Q Hc
@@ -212,10 +212,10 @@ def next_token_losses(
 def rows_at_once(config: ModelConfig, params: Params, num_tokens: int, *, max_numbers: int = MAX_NUMBERS) -> int:
     """Return how many rows of each member are computed at once, at least 1.
 
-    For each token, autograd saves at most two rows of logits. In each block it saves at most 8 numbers per channel of the
-    residual stream, 6 per channel of the heads and 4 per channel of the MLP. If attention is not fused, it also saves two rows of
-    attention weights per head. Outside the blocks it saves 4 numbers per channel. The number of rows depends only on settings, so
-    a resumed run splits its batches in the same way.
+    For each token, autograd saves at most 2 V numbers for the logits. In each block it saves at most 8 numbers per channel of the residual
+    stream, 6 per channel of the heads and 4 per channel of the MLP. If attention is not fused, it also saves 2 T numbers per head for the
+    attention weights. Outside the blocks it saves 4 numbers per channel. The number of rows depends only on settings, so a resumed run
+    splits its batches in the same way.
     """
     width = 8 * config.embed_size + 6 * config.heads_width + 4 * config.mlp_size + 2 * config.num_heads * num_tokens
     vocab_size = params["unembed.b_U"].shape[-1]

@@ -1,4 +1,4 @@
-"""The training loss of every family of models, at each position, for many members at once.
+"""The training loss of every family of models, at each position, for many members of a population at once.
 
 Only this module decides how a loss is computed for each family of models. Training, sampling and evaluation get their losses here:
 
@@ -6,8 +6,9 @@ Only this module decides how a loss is computed for each family of models. Train
   prompts xs (N, B, K, D) and ys (N, B, K);
 - language: -log P(next token) in nats, for tokens xs (N, B, T) and the tokens after them, ys (N, B, T).
 
-Language rows can be long, so their gradients are summed over parts of a batch. The memory for activations is then bounded by
-`icl.model.language.rows_at_once`, whatever the size of the batch. Regression prompts are short, so their batches are not split.
+Language rows can be long, so a batch of them is split into parts, and the gradients of the parts are summed. The size of a part comes from
+`icl.model.language.rows_at_once`, so the memory for activations does not grow with the size of the batch. Regression prompts are short, so
+their batches are not split.
 """
 
 from collections.abc import Callable
@@ -54,14 +55,14 @@ def grads_in_parts(
     leaves: Tensor,
     batch: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Apply `grad_and_aux` to a loss that is a mean over the rows of a batch, one part of the batch after the other.
+    """Apply `grad_and_aux` to a loss that is a mean over the rows of a batch. Long batches are processed in parts, one after the other.
 
     Args:
         model: The architecture.
         to_params: Function from `leaves` to stacked parameters.
         combine: Function from losses (N, B, K) to two results: the number whose gradient is computed, and the tensor to return. Both must
             be means over rows of the batch.
-        leaves: Rows of parameters, with respect to which the gradient is computed.
+        leaves: Flat parameters (`icl.model.flat`), with respect to which the gradient is computed.
         batch: The inputs and targets of every member.
     """
 

@@ -1,7 +1,7 @@
 """Populations: many parameter sets of one architecture, stacked on a leading axis N and applied at once.
 
 The runs of a sweep over seeds or over M, the chains of an LLC estimate and the checkpoints of a run are all populations. A single
-run is a population of one. A parameter set is a dict of tensors with the names of the state dict of
+run is a population of one. Each parameter set is a member of the population: a dict of tensors with the names of the state dict of
 `icl.model.transformer.Transformer`. This module stacks and unstacks parameter sets, and applies those of regression models.
 `icl.model.language` applies those of language models.
 
@@ -11,7 +11,7 @@ run is a population of one. A parameter set is a dict of tensors with the names 
 - A linear map of all members is one batched matrix product. A single member uses PyTorch's fused operations.
 - With pre-norm, compiled code computes the first block's queries, keys and values directly from the D + 1 token coordinates
   (`_heads_of_tokens`). This is cheaper than starting from the C channels of the embeddings.
-- After the last attention only x-tokens are computed, because predictions are read out only at these tokens.
+- After the last attention, only the x-tokens are processed, because predictions are read out only at these tokens.
 - Attention has its own kernel on CPUs (`icl.model.attention`).
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
 - The functions use neither `torch.func.vmap` nor Python state, so `torch.compile` sees one plain function.
@@ -49,7 +49,7 @@ def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
     """Stack parameter sets on a new leading axis.
 
     Raises:
-        ValueError: If there are no members, or their names or shapes differ.
+        ValueError: If there are no members, or the names or shapes of their parameters differ.
     """
     if not members:
         raise ValueError("A population needs at least one member.")

@@ -1,1 +1,1 @@
-"""Figures, with one module for each kind of figure. Functions draw them from tables."""
+"""Functions that draw figures from tables, with one module for each kind of figure."""

@@ -1,4 +1,4 @@
-"""The figure of the behaviour: losses, scores and gaps over training; scaled inputs and tasks; task vectors."""
+"""The figure of a run's behaviour: losses, scores and gaps over training; scaled inputs and tasks; task vectors."""
 
 import math
 from typing import Any
@@ -140,7 +140,7 @@ def _draw_scaled(figure: Figure, panels: tuple[Axes, ...], model: pd.DataFrame, 
 
 
 def _means(table: pd.DataFrame, quantity: str, distribution: str, position: str = "mean") -> pd.DataFrame:
-    """Return one quantity on one distribution: its mean over positions, or the value at a position."""
+    """Return the rows of one quantity on one distribution: by default the means over positions, otherwise the values at one position."""
     return select(table, quantity=quantity, distribution=distribution, position=position)
 
 

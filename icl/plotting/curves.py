@@ -1,8 +1,8 @@
 """The figure of losses against the step for one or several runs, during or after training.
 
-Each run is a line. If there are few runs, their names are at the ends of the lines; otherwise they are in a legend. On the
-logarithmic axis, step 0 lies far to the left of the next step. The loss at step 0 is therefore a dot that is not joined
-to the line.
+Each run is a line. If there are few runs with short names, the names are at the ends of the lines. Otherwise they are in a
+legend. There are no names if there are more than `MAX_LABELS` runs. On the logarithmic axis, step 0 lies far to the left of
+the next step. The loss at step 0 is therefore a dot that is not joined to the line.
 """
 
 import math
@@ -148,7 +148,7 @@ def _label_ends(axes: Axes, losses: Mapping[str, pd.DataFrame], key: str) -> Non
 def _spread(heights: Sequence[float]) -> list[float]:
     """Move sorted heights in [0, 1] apart, so that neighbours differ by at least `_LABEL_HEIGHT`.
 
-    One pass goes upwards, and a second pass goes downwards.
+    A first pass moves heights up. A second pass moves heights down, so that none is above 1.
     """
     spread: list[float] = []
     for height in heights:

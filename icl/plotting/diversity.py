@@ -102,7 +102,10 @@ def _describe_bars(last: pd.DataFrame) -> str:
 
 
 def _share_scale(panels: list[Axes], values: pd.Series) -> None:
-    """Give all panels the same y scale. If any value is positive, the scale is logarithmic, and error bars are cut at zero."""
+    """Give all panels the same y scale, which is logarithmic if any value is positive.
+
+    On the logarithmic scale, error bars that reach zero end at the lower edge.
+    """
     for axes in panels[1:]:
         axes.sharey(panels[0])
     if not ((values > 0) & (values < math.inf)).any():

@@ -73,7 +73,7 @@ def _draw_norms(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _draw_small_weights(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw the share of weights whose absolute value is below the threshold."""
+    """Draw the share of weights whose absolute value is below the threshold in the table."""
     paths = _norm_paths(table)
     for path, colour in zip(paths, ordered_colours(len(paths)), strict=True):
         share = _curve(table, "share_small", f"{path}.weight")
@@ -101,7 +101,7 @@ def _draw_unembedding(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _components(table: pd.DataFrame, quantity: str, part: str) -> pd.DataFrame:
-    """Return a row for each step and a column for each component."""
+    """Return the values of one quantity, with a row for each step and a column for each component."""
     rows = select(table, quantity=quantity, part=part)
     return rows.pivot(index="step", columns="component", values="value").sort_index()
 

@@ -31,7 +31,7 @@ _STATES = {
     "second_moment": "Adam's second moment",
 }
 _MAX_NAMED = 6
-"""Largest number of runs, and of references, that a legend names."""
+"""A legend names at most this many runs, and at most this many references. The references are ridge and dMMSE."""
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
@@ -101,7 +101,8 @@ def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 def _draw_references(axes: Axes, table: pd.DataFrame, plane: list[str], *, named: bool) -> None:
     """Draw the projections of ridge and dMMSE.
 
-    The legend shows how much of each predictor's squared distance to the mean lies within the principal components.
+    The legend shows how much of each predictor's squared distance to the mean of all states lies within the principal
+    components.
     """
     captured = select(table, quantity="reference_captured").set_index("run")["value"]
     for number, (name, rows) in enumerate(select(table, quantity="reference_score").groupby("run", sort=False)):
@@ -201,7 +202,7 @@ def _by_item(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def _scores_and_path(run: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the scores of a run and their smoothed path, each as a table of steps and components.
+    """Return two tables: the scores of a run, and their smoothed path. Each has a row for each step and a column for each component.
 
     If there is no smoothed path, the scores take its place.
     """

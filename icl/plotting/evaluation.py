@@ -17,7 +17,7 @@ _GAPS = (
 
 
 def plot_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:
-    """Plot gaps over steps on training tasks and on new tasks, and the loss divided by ridge's loss under every shift.
+    """Plot gaps over training on training tasks and on new tasks, and loss / ridge's loss at the last step for every distribution.
 
     Args:
         numbers: A run's `results/evaluation.csv`.

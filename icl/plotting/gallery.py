@@ -6,8 +6,8 @@ A notebook opens a gallery, reads tables from it, and saves figures to it:
     table = gallery.table("known-answers")
     gallery.save(llc_studies.plot_known_answers(table, title="Known answers"), "known-answers", "Estimates and exact values.")
 
-A line above every figure names the source of its data. The caption adds the date, versions, hardware and commands. Drawing a figure
-again from the same tables gives identical files.
+A line above every figure names the source of its data and their date. The caption adds the tables, versions, hardware and commands.
+Drawing a figure again from the same tables gives identical files.
 """
 
 import json
@@ -28,7 +28,8 @@ FOLDER_VARIABLE = "ICL_FIGURES"
 _TEXT_COLUMNS = {"num_tasks": str, "position": str, "settings": str}
 _PAGE_HEAD = (
     "# Figures\n\nThe notebooks draw these figures from the tables in `data/`. `make figures` draws them again and writes this page. "
-    "Bands and bars are two standard errors. Losses are squared errors per target, not divided by D.\n\n"
+    "Each figure names the function that draws it. Unless a caption says otherwise, bands and bars are two standard errors. Losses are "
+    "squared errors per target, not divided by D.\n\n"
 )
 
 
@@ -78,7 +79,7 @@ class Gallery:
         return table[table["run"] == run].reset_index(drop=True)
 
     def model(self, run: str, step: int) -> Path:
-        """Return the file of a shipped model of a run, at the saved step nearest to `step`.
+        """Return the file of the run's shipped model that is nearest to `step`.
 
         Raises:
             ConfigError: If no model of this run is shipped.
@@ -98,7 +99,8 @@ class Gallery:
         png = render_figure(figure, "png", origin=origin)
         write_atomically(self.figures / f"{name}.png", png)
         write_atomically(self.figures / f"{name}.pdf", render_figure(figure, "pdf", origin=origin))
-        text = f"{' '.join(caption.split())}\n\n{source}\nDrawn by notebooks/{self.notebook}.ipynb.\n"
+        drawn = f"Drawn by `{figure.get_label()}` in notebooks/{self.notebook}.ipynb."
+        text = f"{' '.join(caption.split())}\n\n{source}\n{drawn}\n"
         write_atomically(self.figures / f"{name}.txt", text.encode())
         return Saved(png, text)
 
@@ -132,11 +134,12 @@ def write_index(figures: str | Path) -> Path:
     for file in sorted(folder.glob("*.txt")):
         name = file.stem
         caption, _, source = file.read_text(encoding="utf-8").partition("\n\n")
-        notebook = re.search(r"^Drawn by (.*)\.$", source, re.MULTILINE)
-        links = f"[PDF]({name}.pdf) · [caption and commands]({name}.txt)"
+        drawn = re.search(r"^Drawn by `(.*)` in (.*)\.$", source, re.MULTILINE)
+        function, notebook = drawn.groups() if drawn else ("", "")
+        links = f"drawn by `{function}` · [PDF]({name}.pdf) · [caption and commands]({name}.txt)"
         summary = source.partition("\n")[0]
         entry = f"### {name}\n\n![{name}]({name}.png)\n\n{caption}\n\n{links}  \n<sub>{summary}</sub>\n"
-        by_notebook.setdefault(notebook[1] if notebook else "", []).append(entry)
+        by_notebook.setdefault(notebook, []).append(entry)
     parts = [f"## {notebook}\n\n" + "\n".join(entries) for notebook, entries in sorted(by_notebook.items())]
     path = folder / "README.md"
     write_atomically(path, (_PAGE_HEAD + "\n".join(parts)).encode())

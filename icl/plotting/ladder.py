@@ -112,7 +112,8 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
     """Plot all runs of a ladder in the first components of one joint PCA, with the projections of ridge and of each dMMSE.
 
     Args:
-        dynamics: Rows of `essential-dynamics.csv` for runs that were analysed together. The column `member` is `num_tasks=<M>`.
+        dynamics: Rows of `essential-dynamics.csv` for runs that were analysed together. The column `member` names a run
+            (`num_tasks=<M>`) or a predictor (`ridge` or `dMMSE M=<M>`).
         title: Title of the figure.
     """
     figure, panels = new_figure(2, width=6.2, height=5.0, title=title)

@@ -80,8 +80,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates whose traces are drawn: first with the chosen settings, then with failed settings. The keys are the numbers of the
-            settings in the column `corner`. Without estimates, the figure has no panels for traces.
+        traces: Estimates whose traces are drawn: first with the chosen settings, then with failed settings. The keys are values
+            of the column `corner`, the index of the settings. Without estimates, the figure has no panels for traces.
         title: Title of the figure.
     """
     figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)
@@ -112,7 +112,10 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
 
 def read_stages(folder: RunFolder) -> list[float]:
-    """Return the steps at which stages end, from the run's `results/stages.csv`, without the end of the last stage."""
+    """Return the steps at which stages end, from the run's `results/stages.csv`, without the end of the last stage.
+
+    If the table is missing or damaged, return an empty list.
+    """
     try:
         table = read_table(folder.results / "stages.csv")
     except (OSError, ContentError):
@@ -130,6 +133,7 @@ def draw_by_verdict(
         x: Horizontal positions of the rows.
         rows: Rows with `llc`, `stderr` and `verdict`.
         limits: Range of LLCs that is shown. LLCs outside are drawn at the nearer limit, without a bar. NaNs are drawn at the upper limit.
+            If it is None, all LLCs are drawn where they are.
         named: Whether the legend names the verdicts.
     """
     for verdict, style in VERDICTS.items():

@@ -15,8 +15,8 @@ def plot_components(table: pd.DataFrame, susceptibilities: pd.DataFrame, *, titl
     """Plot the refined LLC of each component against the step, and susceptibilities at the last step against the position.
 
     Args:
-        table: Rows of `llc-components.csv` that share their settings. If all rows have the same step, the x axis shows the
-            components.
+        table: Rows of `llc-components.csv` that share their settings. If all rows have the same step, the x axis of the
+            first panel shows the components.
         susceptibilities: Rows of `llc-susceptibilities.csv` for the same estimates.
         title: Title of the figure.
     """

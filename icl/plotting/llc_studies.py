@@ -24,10 +24,10 @@ _SAME_RATIO = 0.1
 
 
 def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
-    """Plot estimates divided by the exact value, for losses whose local learning coefficient is known.
+    """Plot LLC estimates divided by the known answer.
 
-    If the exact value at the nbeta of the estimate is known (column `finite`), we divide by it. Otherwise we divide by the
-    learning coefficient, which is the limit for infinite nbeta (column `asymptotic`).
+    If the exact value at the nbeta of the estimate is known (column `finite`), this value is the answer. Otherwise the
+    answer is the learning coefficient, which is the limit for infinite nbeta (column `asymptotic`).
     """
     figure, (axes,) = new_figure(1, width=7.8, height=4.6)
     truth = table["finite"].fillna(table["asymptotic"])
@@ -53,8 +53,8 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
 def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
     """Plot in three panels what the LLC estimates of two samplers measure.
 
-    The panels show the LLC against the checkpoint's loss, the sampled loss against the step, and the rise of the sampled loss towards the
-    loss of predicting zero.
+    The sampled loss is the mean loss along the chains. The panels show the LLC against the checkpoint's loss, the sampled loss against the
+    step, and the rise of the sampled loss towards the loss of predicting zero.
     """
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
@@ -152,7 +152,11 @@ def plot_over_stages(
 
 
 def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw estimates with 95 % intervals and marks for their verdicts, and diamonds at the LLC plus `drop_at_mean`."""
+    """Draw estimates with 95 % intervals and marks for their verdicts.
+
+    If the drop at the mean of the draws is significant and the estimate is not invalid, a diamond shows the LLC plus
+    `drop_at_mean`.
+    """
     axes.plot(rows["step"], rows["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
     # The interval of an invalid estimate means nothing, and can be too wide for the panel.
     has_no_interval = (rows["verdict"] == "invalid") | rows["interval_low"].isna()
@@ -178,8 +182,8 @@ def plot_localization(
 ) -> Figure:
     """Plot LLCs with a fixed localization, and LLCs whose localization falls as the weights grow, for several runs.
 
-    If the weights grow by a factor, a localization divided by the square of this factor lets chains move as far in relation to the weights.
-    So the product of localization and squared norm of the weights is then the same at each step.
+    Suppose that the weights grow by a factor c. If the localization is divided by c², chains can move c times as far. The product of the
+    localization and the squared norm of the weights is then the same at each step.
 
     Args:
         llc: Rows of `llc.csv`, without those of the published sampler.
@@ -222,8 +226,8 @@ def plot_localization(
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
     """Plot the LLC of the loss at each position, with a panel for each set of sampler settings and a line for each step.
 
-    If some settings were used at several steps, settings that were used at a single step (controls) have no panel. The legend names some of
-    the steps.
+    If some settings were used at several steps, settings that were used at a single step (controls) have no panel. The legend names at most
+    eight of the steps.
     """
     num_steps = llc.sort_values("nbeta").groupby("settings", sort=False)["step"].nunique()
     hashes = list(num_steps[(num_steps > 1) | (num_steps.max() == 1)].index)
@@ -281,7 +285,10 @@ def _draw_chains(axes: Axes, traces: pd.DataFrame, estimate: pd.Series) -> None:
 
 
 def plot_run(llc: pd.DataFrame, *, title: str) -> Figure:
-    """Draw the figure of `icl.plotting.llc.plot_llc` from the shipped table of one run, with one set of sampler settings."""
+    """Draw the figure of `icl.plotting.llc.plot_llc` for one run and one set of sampler settings in a shipped table.
+
+    Estimates for rescaled weights are left out.
+    """
     rows = select(llc, rescale=1)
     return plot_llc(rows, float(rows["trivial_loss"].iloc[0]), title=title)
 

@@ -1,4 +1,7 @@
-"""The figures of mixtures of dMMSE and ridge: weights, log odds and residuals of one run, and transitions over a ladder of M."""
+"""The figures of mixtures of dMMSE and ridge: weights, log odds and residuals of one run, and transitions over a ladder of M.
+
+`icl.analysis.mixture` defines the two mixtures: `fixed` has the same weight of dMMSE for all prompts, and `bayes` has prior odds of dMMSE.
+"""
 
 from typing import Any
 
@@ -15,7 +18,7 @@ _SETS = {"pretrain": ("training tasks", BLUE, "-"), "true": ("new tasks", ORANGE
 _MIXTURES = {"fixed": ("fixed weight", GREEN), "bayes": ("prior odds", PURPLE)}
 _PARAMETERS = {"weight": "weight of dMMSE, p", "log_odds": "prior log odds of dMMSE, ln(π / (1 − π))"}
 _SUSPECT_SHARE, _INVALID_SHARE = 0.1, 1.0
-"""Residual shares above which a mixture is suspect and invalid, as in `icl.analysis.mixture.judging`."""
+"""Residual shares above which a mixture is suspect or invalid, as in `icl.analysis.mixture.judging`."""
 _MAX_LOG_ODDS = 21.5
 """Largest log odds in a figure: slightly more than the limit of the search in `icl.analysis.mixture.fits`."""
 _FIRST_STEP = 100
@@ -175,7 +178,7 @@ def _limit_odds(axes: Axes) -> None:
 
 
 def _set_log(axes: Axes) -> None:
-    """Use a logarithmic y axis that includes the limits of the verdicts."""
+    """Use a logarithmic y axis that includes the thresholds of the verdicts."""
     axes.set_yscale("log", nonpositive="clip")
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 1e-6), max(high, 3 * _INVALID_SHARE))

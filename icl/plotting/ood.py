@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from icl.evaluation.scores import headlines
 from icl.plotting.colours import BLUE, GREEN, ORANGE, PREDICTORS, PURPLE, ordered_colours
-from icl.plotting.figures import Stages, mark_stages
+from icl.plotting.development import Stages, mark_stages
 from icl.plotting.style import draw_band, label_plainly, new_figure, select
 
 _MARKS = (("o", BLUE), ("s", ORANGE), ("D", GREEN), ("v", PURPLE))

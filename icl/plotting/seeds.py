@@ -60,7 +60,10 @@ def draw_curves(
 
 
 def _bars(means: pd.DataFrame, *, over_prompts: pd.Series) -> np.ndarray:
-    """Return the lengths of the bars below and above each mean; NaN for two seeds."""
+    """Return the lengths of the bars below and above each mean; NaN for two seeds.
+
+    `over_prompts` is the length of the bar of a single seed.
+    """
     has_interval = means["num_seeds"] >= MIN_FOR_INTERVAL
     is_single = means["num_seeds"] == 1
     below = (means["value"] - means["low"]).where(has_interval, over_prompts.where(is_single))

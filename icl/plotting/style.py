@@ -1,6 +1,7 @@
-"""Common style of all figures: empty axes, axes of training steps, lines with bands, rows of tables, and saving."""
+"""Common style of all figures: empty axes, axes of training steps, lines with bands, selection of rows, and saving."""
 
 import io
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,7 @@ _MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
 def new_figure(
     num_columns: int = 1, *, num_rows: int = 1, width: float = 5.2, height: float = 3.8, title: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with empty axes, listed row by row.
+    """Create a figure with empty axes, listed row by row. The figure's label is the full name of the function that calls this one.
 
     Args:
         num_columns: Number of columns of axes.
@@ -58,6 +59,8 @@ def new_figure(
         axes = figure.subplots(num_rows, num_columns, squeeze=False)
     if title:
         figure.suptitle(title, fontsize=11)
+    caller = sys._getframe(1)
+    figure.set_label(f"{caller.f_globals['__name__']}.{caller.f_code.co_name}")
     return figure, list(axes.flat)
 
 

@@ -72,7 +72,7 @@ def lay_out(figure: Figure) -> None:
 def drawn_points(line: Line2D) -> Float[np.ndarray, "P 2"]:
     """Return points along a drawn line in pixel coordinates, a few pixels apart.
 
-    The line is interrupted at points that are not finite.
+    The line is interrupted at points that are not finite. If only marks are drawn, the points are the marks.
     """
     vertices = line.get_transform().transform(_vertices(line))
     finite = vertices[np.isfinite(vertices).all(axis=1)]
@@ -99,7 +99,7 @@ def name_outside(figure: Figure, panels: Sequence[Axes], *, loc: str, ncols: int
 
 
 def has_data(artist: Artist | Container | None) -> bool:
-    """Return whether any part of an artist can be seen in its axes. This is true for an artist marked as `KEY`."""
+    """Return whether any part of an artist can be seen in its axes. An artist with the `gid` `KEY` always counts as visible."""
     if isinstance(artist, ErrorbarContainer):
         return artist.lines[0] is None or has_data(artist.lines[0])
     if isinstance(artist, BarContainer):
@@ -138,7 +138,10 @@ def _mark_isolated_points(line: Line2D) -> None:
 
 
 def _correct_legend(axes: Axes) -> bool:
-    """Redraw a legend if the data of some entries are invisible, or if it covers a curve; return whether it was redrawn."""
+    """Redraw a legend if it covers a curve or if some entries have no visible data; return whether the legend was changed.
+
+    If no entry has visible data, the legend is removed.
+    """
     legend = axes.get_legend()
     if legend is None or not axes.get_visible():
         return False
@@ -204,7 +207,7 @@ def _legend_box(location: str, frame: BboxBase, width: float, height: float) -> 
 
 
 def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
-    """Yield the points of each curve, group of marks and text that lie inside these axes, in pixels.
+    """Yield points in pixels: of each curve and each group of marks inside these axes, and the corners of each text.
 
     Points of other axes that overlap these axes, such as twin axes, are included.
     """
@@ -227,7 +230,7 @@ def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
 
 
 def _is_reference(line: Line2D) -> bool:
-    """Return whether a line is straight from edge to edge of the axes. A legend may cover a part of such a line."""
+    """Return whether a line spans the axes from edge to edge, such as the line of `axhline`. A legend may cover a part of such a line."""
     return len(_vertices(line)) == 2 and line.axes is not None and line.get_transform() != line.axes.transData
 
 

@@ -44,15 +44,15 @@ class DrawnRun(NamedTuple):
     losses: pd.DataFrame
     """Losses on the training tasks, or on the test rows of a language run.
 
-    There is a row for each position and a row for the mean over positions. There is a column for each predictor, and two columns for the
-    excess over the optimum and its standard error.
+    There is a row for each position and a row for the mean over positions. There is a column for each predictor. Two more
+    columns are the model's excess loss over `optimum`, and the standard error of this excess.
     """
     figure: Path
     """Path of the figure."""
     optimum: str
-    """Predictor to which the excess refers: the Bayes predictor for the training tasks, or `bigram` for a language run.
+    """Name of the predictor to which the excess refers: the Bayes predictor for the training tasks, or `bigram` for a language run.
 
-    The Bayes predictor is `ridge` or `bayes` for M = inf, else `dmmse`.
+    The Bayes predictor is `dmmse` for a finite M, otherwise `ridge` or `bayes`. The name is empty if `bayes` is needed but was not computed.
     """
 
 
@@ -119,7 +119,7 @@ def _title(folder: RunFolder, config: RunConfig, step: int) -> str:
 def drawn_losses(folder: RunFolder) -> pd.DataFrame | None:
     """Return the losses that `draw_run` wrote for the training tasks or, for a language run, the test rows.
 
-    Return None if the table or the figure is missing.
+    Return None if the figure is missing, or if the table is missing or damaged.
     """
     if not (folder.figures / _FIGURE).is_file():
         return None
@@ -199,7 +199,7 @@ def _draw_curves(
 
 
 def _draw_evaluated(axes: Axes, losses: pd.Series, label: str, line: str, face: str) -> None:
-    """Draw losses on fixed prompts. On the step axis, 0 lies far left of the next step, so it is drawn as a separate dot."""
+    """Draw losses on fixed prompts. Step 0 lies far to the left of the next step, so the loss at step 0 is a separate dot."""
     start, later = losses[losses.index == 0], losses[losses.index != 0]
     num_known = later.notna().sum()
     dot: dict[str, Any] = {"marker": "o", "markersize": 4, "markerfacecolor": face}

@@ -39,7 +39,7 @@ def plot_transience(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_critical_step(axes: Axes, table: pd.DataFrame) -> None:
-    """Shade the interval of the step with the smallest loss, and write the rise of the loss after this step."""
+    """Shade the 95 % interval of the step with the smallest loss, and write the rise of the loss after this step."""
     for row in select(table, quantity="critical_step").to_dict("records"):
         axes.axvspan(row["low"], row["high"], color="0.5", alpha=0.15, linewidth=0)
     for row in select(table, quantity="rise").to_dict("records"):

@@ -23,7 +23,7 @@ from icl.report.tables import MISSING, Cell, Table, number_cell, show, table_of,
 from icl.run_names import MEMBER_SEEDS, varying_names
 
 _MAX_NAME_LENGTH = 60
-"""Largest length of a run's name that is made of settings. If a name would be longer, all runs keep the names of their folders."""
+"""Largest length of a name that is made from a run's settings. If any name would be longer, all runs keep the names of their folders."""
 MAX_SETTINGS = 8
 """Largest number of settings that have a column in the table."""
 

@@ -1,4 +1,4 @@
-"""Read a run's folder for a page: all files that can be read, and a message for each file that cannot be read."""
+"""Read the files of a run's folder that the page uses, and collect a message for each file that cannot be read."""
 
 import shlex
 from dataclasses import dataclass

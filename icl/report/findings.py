@@ -36,7 +36,7 @@ def state_of(facts: RunFacts) -> str:
 
 
 def state_sentence(facts: RunFacts) -> str:
-    """Return sentences about the progress of a run and the time of its last report."""
+    """Return sentences about the progress of a run and the time of its last status."""
     status = facts.status
     if status is None:
         return "The state of this run is unknown."
@@ -45,7 +45,7 @@ def state_sentence(facts: RunFacts) -> str:
     if status.state in ("running", "waiting"):
         text = f"In progress. {progress} at {when}. This page shows the run at that time."
         if time.time() - status.updated > STALE_SECONDS:
-            text += " It has not reported since then, so it may have been killed. To resume it, run icl train with the same settings."
+            text += " The run has not reported since then, so it may have been killed. To resume it, run icl train with the same settings."
         return text
     reason = f": {status.reason}" if status.reason else ""
     return f"{progress}, {state_of(facts)} at {when}{reason}."
@@ -97,8 +97,8 @@ def training_loss(facts: RunFacts) -> float | None:
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
     """Return the transformer's loss divided by the loss of each optimal predictor. The keys are names such as "ridge's".
 
-    The optimal predictor for new tasks is ridge, or `bayes` if the prior or the noise is not Gaussian. On the training tasks, dMMSE is
-    optimal too, and the result has both ratios.
+    The optimal predictor for new tasks is ridge, or `bayes` if the prior or the noise is not Gaussian. For the training tasks of a finite M,
+    dMMSE is optimal. The result on these tasks has both ratios.
     """
     for_new_tasks = "bayes" if losses.get("bayes", math.nan) > 0 else "ridge"
     names = (for_new_tasks, "dmmse") if distribution == "pretrain" else (for_new_tasks,)
@@ -147,7 +147,10 @@ def describe_run(facts: RunFacts) -> str:
 
 
 def changed_settings(facts: RunFacts) -> dict[str, tuple[object, object]]:
-    """Return the settings that differ from the preset, as pairs of the run's value and the preset's value."""
+    """Return the settings that differ from the preset, as pairs of the run's value and the preset's value.
+
+    The result is empty if the settings or the preset are unknown.
+    """
     if facts.config is None:
         return {}
     try:
@@ -163,7 +166,7 @@ def changed_settings(facts: RunFacts) -> dict[str, tuple[object, object]]:
 
 
 def show_setting(value: object) -> str:
-    """Return a setting as it is written in `config.yaml`."""
+    """Return a setting as it is written on the command line: `none` for None, and `true` or `false` for a bool."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

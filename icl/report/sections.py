@@ -9,6 +9,7 @@ import pandas as pd
 from icl.evaluation.scores import EXCESS, headlines
 from icl.plotting.curves import plot_curves
 from icl.plotting.style import select
+from icl.presets import PRESETS
 from icl.report.facts import SUBJECTS, RunFacts, Subject, subject_of
 from icl.report.findings import PREDICTORS, changed_settings, show_setting
 from icl.report.pictures import Picture, draw
@@ -49,7 +50,7 @@ _EXPLANATIONS = {
     "learning curves use different prompts. So early stopping does not make the losses in the tables too low. "
     "Reports of version 0.1.0 used the same prompts for both, and their tables do not have the last column.",
     "evaluation": "The numbers are from the last step, ± one standard error. They are means over positions. For "
-    "shifts that change only the query, the numbers are for the last position. "
+    "shifts that are about the query, the numbers are for the last position. "
     "delta ridge and delta dmmse are the gaps to ridge and dMMSE: "
     "the mean squared difference between the predictions of the transformer and of ridge or dMMSE. bayes excess is the transformer's loss "
     "minus the loss of the Bayes predictor on the same prompts. The Bayes predictor is dMMSE on the training tasks if "
@@ -101,6 +102,10 @@ def _settings_section(facts: RunFacts, prefix: str) -> Section:
         return Section(id=name, title="Settings", text="The settings are unknown, because config.yaml cannot be read.")
     preset, changed = facts.config.preset, changed_settings(facts)
     tables, text = [], f"All settings are from the preset {preset}."
+    if preset not in PRESETS:
+        text = (
+            f"This version does not know the preset {preset}, so its settings cannot be compared with those of the run."
+        )
     if changed:
         text = f"The settings are from the preset {preset}, with the changes below."
         rows = [[key, show_setting(value), show_setting(default)] for key, (value, default) in changed.items()]
@@ -183,7 +188,10 @@ def _explanation(facts: RunFacts, subject: Subject) -> str:
 
 
 def _summary(facts: RunFacts, name: str, table: pd.DataFrame) -> list[Table]:
-    """Return the summary of a table; an empty list if another summary includes it."""
+    """Return the summary of a table, or an empty list for a table without a summary.
+
+    The section then shows the numbers of this table in another form, or only in the whole table.
+    """
     if name == "evaluation" and {"step", "distribution", "quantity", "position", "value", "stderr"} <= set(table):
         return [_evaluation_table(table, facts.tables.get("baselines"))]
     if name in ("baselines", "losses", "llc-positions"):
@@ -194,7 +202,7 @@ def _summary(facts: RunFacts, name: str, table: pd.DataFrame) -> list[Table]:
 
 
 def _evaluation_table(numbers: pd.DataFrame, baselines: pd.DataFrame | None) -> Table:
-    """Return the numbers of the last step: a row for each distribution, with the loss first."""
+    """Return a table of the last step, with a row for each distribution and a column for each quantity; the loss comes first."""
     last = headlines(select(numbers, step=numbers["step"].max()))
     ridge: dict[str, float] = {}
     if baselines is not None and {"distribution", "quantity", "position", "value"} <= set(baselines):
@@ -229,7 +237,7 @@ def _missing_section(facts: RunFacts, prefix: str) -> Section:
         commands.append(("All analyses at once", facts.command("icl analyse RUN --what all")))
     if commands:
         commands.append(("This page, updated with the new results", facts.command("icl report RUN")))
-    text = "These results have not been computed for this run. Each line shows the command that computes the result."
+    text = "These results have not been computed for this run. Each line shows the command that computes one of them."
     if not facts.saved_steps:
         text += " The commands need checkpoints, but there are none in the folder. To fetch them from a store, run icl checkpoints RUN pull."
     return Section(id=f"{prefix}missing", title="Missing results", text=text, commands=commands)

@@ -1,8 +1,9 @@
 """Tables of a page: short summaries, and long tables that a reader can open. Verdicts are shown in colour and in words.
 
-In a tidy result table, each row has a step, a quantity and its settings, and a value with its standard error and verdict.
-The summary of a tidy table has a row for each quantity and a column for each of a few steps. Any other table is
-shown whole if it has at most `MAX_SHORT` rows. Otherwise its summary has `MAX_SUMMARY` rows at about equal distances.
+In a tidy result table, each row has a step, a value with its standard error and verdict, and key columns, which say what the value
+is: a quantity and, for example, a distribution. The summary of a tidy table has a row for each combination of keys, and a
+column for each of a few steps. Any other table is shown whole if it has at most `MAX_SHORT` rows. Otherwise its summary has
+`MAX_SUMMARY` rows at about equal distances.
 """
 
 import math

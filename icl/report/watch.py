@@ -24,7 +24,7 @@ _SHARE = 2.0
 """Shortest interval between two versions, as a multiple of the time that was needed to write the last version."""
 _LONGEST_SECONDS = 60.0
 """Longest interval, in seconds, between two versions while a run has not ended. Even if no file changes, a new version can say that a
-run has not reported for a long time and may have been killed."""
+run has not updated its status for a long time and may have been killed."""
 _QUIET_SECONDS = 120.0
 """Time without a change, in seconds, after which we stop watching a folder in which all runs have ended. A sweep may begin its next
 run within this time."""
@@ -45,9 +45,9 @@ def watch(
     again at intervals.
 
     Args:
-        paths: Folders of runs, or folders in which runs are or will be.
+        paths: Folders of runs, or folders that contain runs now or later.
         out: The file, as in `write_report`.
-        seconds: Shortest interval between two versions.
+        seconds: Shortest interval between two versions, in seconds.
         quiet_seconds: Time without a change, in seconds, after which to stop watching folders in which all runs have ended.
         say: Function that receives a line for each event.
 

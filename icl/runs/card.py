@@ -1,7 +1,8 @@
 """The model card of a repository on the Hugging Face Hub: `README.md`, with a section for each run.
 
-A section shows the run's settings, its checkpoints, a table of losses, and one figure (of training, or else of the evaluation). Each
-section begins and ends with an HTML comment. Text outside these comments belongs to the user and is not changed.
+A section shows the run's settings, its checkpoints, a table of losses, and one figure. This is the figure of the training, or that of the
+evaluation if there is no figure of the training. Each section begins and ends with an HTML comment. Text outside the sections belongs to
+the user and is not changed.
 """
 
 import csv
@@ -31,12 +32,12 @@ _FIGURES = ("figures/training.png", "figures/evaluation.png")
 
 
 def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
-    """Return the card with the section of a run. A new section replaces the run's old section, or is added at the end.
+    """Return the card with a new section for a run. It replaces the run's old section. If there is no old section, it is added at the end.
 
     Args:
         old: The present card; empty if there is no card yet.
         run: The run's folder.
-        name: The run's folder in the store.
+        name: Path of the run's folder in the store.
         store: The store's address.
 
     Raises:
@@ -95,7 +96,10 @@ def _settings(config: RunConfig) -> str:
 
 
 def _losses(run: RunFolder) -> str:
-    """Return `results/losses.csv` as a Markdown table, or an empty string if the file cannot be read."""
+    """Return `results/losses.csv` as a Markdown table.
+
+    Return an empty string if the file cannot be read, has no rows or too many, or has rows of different lengths.
+    """
     try:
         text = read_bytes(run.results / "losses.csv").decode("utf-8")
         rows = list(csv.reader(io.StringIO(text)))
@@ -109,7 +113,7 @@ def _losses(run: RunFolder) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return the content of a cell: a number with four significant digits, or a string without characters that have a meaning in Markdown."""
+    """Return the content of a cell: a number with four significant digits, or text without special characters such as `|` and `*`."""
     try:
         return f"{float(text):.4g}"
     except ValueError:

@@ -8,8 +8,9 @@ size. We also compare the shapes of the tensors with the shapes that the saved c
 quickly and with little memory. Each file also contains a digest of its weights, and a digest of its step and configuration. A file
 that was cut short, altered or made by another program does not match these digests and is refused.
 
-If `checkpoints.moments` is true, Adam's moments are saved in the subfolder `moments/`, in a file with the same name and format. So
-the moments are not read when the weights are loaded. The tensors of the moments are named `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
+If `checkpoints.moments` is true, Adam's moments are saved in the subfolder `moments/`. Their file has the name and format of the
+checkpoint's file. So the moments are not read when the weights are loaded. The tensors of the moments are named
+`exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
 import hashlib
@@ -188,7 +189,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     """Return the checkpoint files at a path, sorted by step.
 
     Args:
-        path: A checkpoint file, a run's folder, or a run's folder `checkpoints`.
+        path: A checkpoint file, a run's folder, or the folder `checkpoints` in a run's folder.
 
     Raises:
         CheckpointError: If there are no checkpoints.
@@ -206,7 +207,13 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 def _read_about(file: io.BufferedIOBase, name: str) -> Checkpoint:
-    """Return a checkpoint without its weights. Check in the header that the file has the tensors that its configuration implies."""
+    """Return a checkpoint without its weights. Only the header is read.
+
+    The tensors in the header are compared with those that the configuration implies.
+
+    Raises:
+        CheckpointError: If the header is damaged, or the tensors differ.
+    """
     try:
         tensors, texts = _read_header(file)
         metadata = parse_json(texts.get(_ENTRY, "null"))
@@ -265,7 +272,7 @@ def _seal(about: Mapping[str, Any]) -> str:
 
 
 def _read_header(file: io.BufferedIOBase) -> tuple[dict[str, _TensorEntry], dict[str, Any]]:
-    """Return the entries of the tensors and the metadata from the header of an open file, or of bytes in memory.
+    """Return two parts of the header of an open file or `io.BytesIO`: the entries of the tensors by name, and the metadata.
 
     Raises:
         ContentError: If there is no header, or the header does not match the file's size.

@@ -43,7 +43,7 @@ def claim(here: Store, there: Store, config: RunConfig) -> None:
         owner = offered
     owner = owner or read_or_none(there, "run-id") or b""
     if owner != offered:
-        # The copy has no config.yaml if its run has just begun, or if the machine of its run was lost early.
+        # The copy has no config.yaml if its run has just begun, or if the machine of that run was lost before config.yaml arrived.
         is_begun = read_or_none(there, "config.yaml") is None
         if not is_begun or kept is not None or not _is_of(there, owner, config):
             raise RunError(_describe_owner(there, is_begun))

@@ -17,13 +17,15 @@ _MAX_STEPS = 8
 
 
 def expected_steps(config: RunConfig, step: int, status: Status | None = None) -> list[int]:
-    """Return the steps that must have a checkpoint. For an imported run, return none, because the older code that trained it chose the steps.
+    """Return the steps that must have a checkpoint.
+
+    For an imported run, return an empty list, because the older code that trained the run chose the steps.
 
     Args:
         config: The run's settings.
         step: The run's latest step.
-        status: The run's status. If the run has ended, the last step is also expected. With early stopping, the best
-            step is expected too.
+        status: The run's status. If the run has ended, the last step is also expected, and with early stopping the best step too.
+            Without a status, only the scheduled steps are expected.
     """
     grid = config.checkpoints
     if grid.imported_from is not None:

@@ -1,7 +1,8 @@
 """Deliver a run's files to its store: record which files have arrived, and upload files that were made after training.
 
 The file `.delivered` in the run's folder contains the address of the copy and the digests of the files that are known to have
-arrived. So `icl` sends each result and figure only once. If a run has ended and has a complete copy, `icl` does not access the store.
+arrived. So `icl` sends each result and figure only once. If a run has ended and has a complete copy, the command that trains the
+run does not access the store again.
 """
 
 import json
@@ -32,7 +33,10 @@ class UploadError(StorageError):
 
 
 def is_delivered(run: RunFolder, config: RunConfig) -> bool:
-    """Return whether a run has ended and its copy is complete. Only `status.json` is compared, because training sends it last."""
+    """Return whether a run has ended and its copy is complete, according to `.delivered`.
+
+    Only the digest of `status.json` is compared, because training sends this file last.
+    """
     status = run.read_status()
     arrived = _read_note(run, config)
     is_done = status is not None and status.is_done

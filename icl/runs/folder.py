@@ -40,7 +40,10 @@ class RunError(UserError, RuntimeError):
 
 
 def fails_again(run: "RunFolder", status: Status) -> bool:
-    """Return whether a run failed and would fail again with the same settings and the installed versions of packages."""
+    """Return whether a run has failed and would fail again with the same settings.
+
+    Return False if the versions of packages have changed since the run's last start, because the run may then succeed.
+    """
     if status.state != "failed" or FAILS_AGAIN not in (status.reason or ""):
         return False
     try:
@@ -170,7 +173,7 @@ class RunFolder:
                 )
 
     def write_result(self, name: str, text: str) -> Path:
-        """Replace a file of `results/`.
+        """Write a file in `results/` and return its path. An existing file is replaced.
 
         Raises:
             StorageError: If the file cannot be written, or would lie outside the run's folder.
@@ -193,7 +196,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the run for this process. The system releases the lock when the process ends.
+        """Lock the run for this process while the context is open. If the process dies, the system releases the lock.
 
         Raises:
             RunError: If another process is training the run.

@@ -23,7 +23,10 @@ def run_folders(root: Path) -> list[RunFolder]:
 
 
 def named_runs(paths: Sequence[Path]) -> dict[str, RunFolder]:
-    """Return the runs at some paths, keyed by name. Each path is a run's folder, or a folder with runs below it.
+    """Return the runs at some paths, keyed by name. Runs that have the same name are keyed by path instead.
+
+    Args:
+        paths: Each path is a run's folder, or a folder with runs below it.
 
     Raises:
         RunError: If there is no run at a path or below it.

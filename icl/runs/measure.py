@@ -3,9 +3,9 @@
 `measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes the checkpoints that have no cached result
 to a function, several at a time. The result of each step is stored as one entry, in one or two files below `results/<name>/`:
 
-- `step-000001465.json` contains the rows for the table, the entry's key, and the name, shape and position of each array. The key
-  consists of the hash of the checkpoint, the settings, and the version of the method. If the measurement also uses the previous
-  checkpoint, the key also includes the hash and the step of that checkpoint.
+- `step-000001465.json` contains the step's rows in the table of results, the entry's key, and the name, shape and position of each
+  array. The key consists of the hash of the checkpoint, the settings of the measurement, and the version of the method. If the
+  measurement also uses the previous checkpoint, the key also includes the hash and the step of that checkpoint.
 - `step-000001465.npy` contains the numbers of all arrays, one array after the other. It is missing if there are no arrays. Analyses of
   the whole run, such as a principal component analysis, need these arrays. Each array can be read separately, so the arrays of all
   checkpoints need not fit in memory.
@@ -59,8 +59,8 @@ class Batch(NamedTuple):
 
 
 Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
-"""Function that measures a list of checkpoints. The second argument is 1 if the list begins with a checkpoint that is not
-measured, namely the predecessor of the first checkpoint to measure, and 0 otherwise."""
+"""Function that measures a list of checkpoints. The list may begin with the predecessor of the first checkpoint to measure. If it does,
+the second argument is 1, and the predecessor is not measured. Otherwise the second argument is 0."""
 
 
 class Cache:
@@ -90,7 +90,7 @@ class Cache:
             return None
 
     def write(self, entry: Entry, key: Mapping[str, Any]) -> None:
-        """Store an entry under its key.
+        """Store an entry together with its key.
 
         If the process is killed during the write, the old entry, the new entry or no entry remains, but never a mixture.
 
@@ -111,10 +111,11 @@ class Cache:
         self._file(entry.step).with_suffix(".npz").unlink(missing_ok=True)
 
     def stored_array(self, step: int, name: str) -> StoredArray:
-        """Return a reference to one array in the entry of a step, flattened. The numbers stay in the file until the array is sliced.
+        """Return a reference to one flattened array in the entry of a step. The numbers stay in the file until the array is sliced.
 
         Raises:
-            ContentError: If the entry is missing or damaged.
+            ContentError: If the entry is damaged, or the file with its arrays is missing.
+            OSError: If there is no entry.
             KeyError: If the entry has no array of that name.
         """
         start, stop, _ = self._content(step)["places"][name]
@@ -151,7 +152,7 @@ def require_one_run(files: Sequence[Path]) -> None:
     """
     first: RunConfig | None = None
     for path in files:
-        # A damaged checkpoint is reported when its weights are loaded, after the work on the checkpoints before it.
+        # Skip damaged checkpoints here. Each is reported when its weights are loaded, after the checkpoints before it have been measured.
         with contextlib.suppress(OSError, CheckpointError):
             config = read_config_of(path)
             first = first or config
@@ -240,7 +241,7 @@ def _measure_pending(
     measure: Measure,
     cache: Cache | None,
 ) -> list[Entry]:
-    """Measure checkpoints, and store the results under their keys."""
+    """Measure checkpoints, and store each result together with its key. Return the entries."""
     leads = [] if lead is None else [lead]
     measurements = measure([*leads, *(checkpoint for checkpoint, _ in pending)], len(leads))
     entries = []

@@ -21,7 +21,10 @@ from icl.store.base import sha256
 
 
 def logged_steps(config: RunConfig, step: int) -> set[int]:
-    """Return the steps up to `step` that have a row in `metrics.csv`. If `step` is 0, the set is empty, because row 0 is written again."""
+    """Return the steps up to `step` that have a row in `metrics.csv`.
+
+    If `step` is 0, the set is empty, because a run that resumes at step 0 writes the row of step 0 again.
+    """
     if step == 0:
         return set()
     evaluations = range(0, step + 1, config.evaluation.every) if config.evaluation.every is not None else ()
@@ -192,7 +195,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _is_row(cells: Sequence[str]) -> bool:
-    """Return whether the first cell of a row is a step and the others are numbers or empty. A number that was not logged is empty."""
+    """Return whether the first cell of a row is a step and the others are numbers or empty. A cell is empty if its number was not logged."""
     return bool(re.fullmatch(r"[0-9]{1,18}", cells[0])) and all(not cell or is_number(cell) for cell in cells[1:])
 
 

@@ -82,7 +82,8 @@ def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mi
         run: The run's folder.
         url: The address of the store.
         name: The run's name in the store.
-        make: Whether to make the store if the store is a folder that does not exist. If False, the copy is only read.
+        make: Whether to make the store if it is a folder that does not exist. If False, a missing folder raises a `StorageError`. False
+            is for commands that only read the copy.
 
     Raises:
         ConfigError: If the copy would be the run's own folder, or inside it.

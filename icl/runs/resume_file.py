@@ -33,7 +33,7 @@ class Resume(NamedTuple):
     step: int
     config: RunConfig
     member: dict[str, Any]
-    """The state of the run, as `Member.state_dict` returned it."""
+    """The state of the run, as `icl.training.members.Member.state_dict` returned it."""
     data: bytes
     """The whole file."""
 

@@ -79,7 +79,10 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """Return a copy with its settings, resume file and status. Those that cannot be read are None, and are reported later."""
+    """Return a copy with its settings, resume file and status. If one of these cannot be read, it is None and is reported later.
+
+    Files named in `others` should exist too, so their names are included.
+    """
     config = resume = status = None
     with contextlib.suppress(UserError):
         config = parse_config(store.read("config.yaml", limit=size_limit("config.yaml")), str(store))

@@ -2,15 +2,15 @@
 
 **Control variates** (`Variates`). A chain at w uses the gradient g_B(w) on minibatch B. At the checkpoint w0, the same minibatch gives
 g_B(w0). Let gbar be the mean of g_B(w0) over the pool of minibatches, and c_B = g_B(w0) - gbar. Near the checkpoint, the noise of g_B(w) is
-mostly c_B, so we use
+mostly c_B. So chains of the kernel `baoab` use
 
     gradient:  g_B(w) - c_B                                  (Johnson and Zhang 2013, "SVRG"; Baker et al. 2019)
     excess:    L_B(w) - L_B(w0) - c_B . (w - w0)
 
 The mean of c_B over the pool is zero. So if every minibatch of the pool is equally likely, the control variates cause no bias. The
 control variate of the excess is used only if minibatches are drawn with replacement. If chains go through a list in passes instead, the
-average of c_B over each pass is zero anyway. Without a fixed pool, we use no control variates: gbar could only be estimated, and its error
-would distort the sampled density.
+average of c_B over each pass is zero anyway. Without a fixed pool, we use no control variates: gbar could only be estimated, and the error
+of the estimate would distort the sampled density.
 
 The gradients at w0 are computed once, before the chains start. These gradients are used only if they fit into `MEMORY`
 bytes, and if the number of minibatches in the pool is at most half the total number of moves of a checkpoint's chains.
@@ -18,7 +18,7 @@ bytes, and if the number of minibatches in the pool is at most half the total nu
 **One step down the gradient** (`GradientStep`). On one half of the batches, we compute the mean gradient g and the curvature along g (by a
 finite difference of gradients). The localised Newton step is g times nbeta / (nbeta |curvature| + localization). On the same half of the
 batches, we choose the best of four multiples (`STEPS`) of this step. On the other half, we measure how much the chosen step lowers the
-loss, with the standard error. The LLC is underestimated by at least nbeta times this decrease.
+loss, with the standard error. The LLC is underestimated by at least nbeta times this decrease of the loss.
 
 **The loss at the mean of the draws** (`DropsAtMean`). If a checkpoint is not at its minimum, its LLC is too small by nbeta times the height
 of its loss above the minimum. Chains also find the minimum along directions of small curvature, where a step down the gradient has little
@@ -31,6 +31,8 @@ difference the drop. `icl.sampling.convergence` describes its standard error.
   convex loss, the average is never larger.
 - We measure the loss on a finite set of batches. The minimum of the loss on these batches is slightly lower than the minimum on all data,
   and lies at a slightly different point. So the standard error of the drop includes the spread between batches.
+
+A member is one chain of one checkpoint (`icl.sampling.estimate`).
 """
 
 from collections.abc import Callable, Sequence
@@ -56,11 +58,11 @@ NUM_STEP_BATCHES = 32
 _MIN_DROP_BATCHES = 32
 """Minimum number of batches for the drop at the mean."""
 _NUDGE = 1e-3
-"""Length of the finite difference, relative to (1 + |w0|) / sqrt(P)."""
+"""Length of the finite difference, relative to (1 + |w0|) / sqrt(P), where P is the number of moving parameters."""
 
 
 class Variates(NamedTuple):
-    """The checkpoints' gradients and losses on every minibatch of the pool."""
+    """Control variates and losses of C checkpoints, on each of the M minibatches of the pool."""
 
     source: ChainBatches
     deviations: Float[Tensor, "C M P"]
@@ -70,14 +72,14 @@ class Variates(NamedTuple):
     """Whether minibatches are drawn with replacement. If so, the excess has a control variate too."""
 
     def of_members(self, checkpoints: Sequence[int], chains: Sequence[int], move: int) -> tuple[Tensor, Tensor]:
-        """Return the control variates c_B (N, P) and the losses L_B(w0) of the checkpoints (N, *T) for N members.
+        """Return the control variates c_B and the checkpoints' losses L_B(w0), with a row for each of N members.
 
-        Each member is one chain that starts at one checkpoint w0. B is the minibatch that this chain uses in one move.
+        Each member is one chain that starts at one checkpoint w0. B is the minibatch that this chain uses in the given move.
 
         Args:
-            checkpoints: The number of each member's checkpoint.
-            chains: The number of each member's chain.
-            move: The number of the move.
+            checkpoints: Index of the checkpoint of each member.
+            chains: Index of the chain of each member.
+            move: Index of the move, counted from 0 and including burn-in.
         """
         assert self.source.pool is not None
         numbers = {chain: self.source.pool.number_of(chain, move) for chain in dict.fromkeys(chains)}
@@ -97,14 +99,14 @@ class AnchorLosses:
     def of_members(
         self, checkpoints: Sequence[int], chains: Sequence[int], move: int, compute: Callable[[], Float[Tensor, "N *T"]]
     ) -> Float[Tensor, "N *T"]:
-        """Return the losses L_B(w0) of the checkpoints (N, *T) for N members.
+        """Return the checkpoints' losses L_B(w0), with a row for each of N members.
 
-        Each member is one chain that starts at one checkpoint w0. B is the minibatch that this chain uses in one move.
+        Each member is one chain that starts at one checkpoint w0. B is the minibatch that this chain uses in the given move.
 
         Args:
-            checkpoints: The number of each member's checkpoint.
-            chains: The number of each member's chain.
-            move: The number of the move.
+            checkpoints: Index of the checkpoint of each member.
+            chains: Index of the chain of each member.
+            move: Index of the move, counted from 0 and including burn-in.
             compute: Function that computes the losses of all N members. The function is called only if one of these
                 losses is not known yet. Without a pool, no loss is kept, so the function is always called.
         """
@@ -135,7 +137,7 @@ def make_variates(
         checkpoints: Parameters, stacked on a leading axis C.
         source: Minibatches of the chains.
         settings: The settings of the chains.
-        layout: How the parameters that the chains may change are arranged in one row of a matrix.
+        layout: How the moving parameters are arranged in one row of a matrix.
         chunk_size: Largest number of gradients to compute at once.
     """
     rows, fixed, pool = layout.to_rows(checkpoints), layout.fixed(checkpoints), source.pool
@@ -185,11 +187,11 @@ def at_checkpoints(
         chunks: Stacked checkpoints, in chunks that fit into memory.
         batches: Batches for the checkpoint's own loss.
         settings_grid: Settings of the chains. Only nbeta and localization are used.
-        layout: How the parameters that the chains may change are arranged in one row of a matrix.
+        layout: How the moving parameters are arranged in one row of a matrix.
     """
     losses = target.losses_on_shared_batch
     gradient = target.checkpoint_gradient(next(iter(chunks[0].values())).device)
-    # Settings are often rounded, so ratios that should be equal may differ in the last digits. Rounding makes them equal.
+    # Because settings are often rounded, ratios that should be equal may differ in the last digits. We drop these digits.
     ratios = [float(f"{settings.localization / settings.inverse_temperature:.6g}") for settings in settings_grid]
     table: list[list[AtCheckpoint]] = [[] for _ in settings_grid]
     for chunk in chunks:
@@ -206,7 +208,7 @@ def at_checkpoints(
 
 
 def losses_by_batch(losses: StackedLosses, params: Params, batches: Sequence[Batch]) -> Float[Tensor, "N I T"]:
-    """Return the losses of every member on every batch, in float64 on the CPU; T = 1 if the loss is a number."""
+    """Return the losses of N stacked parameter sets on each of I batches, in float64 on the CPU; T = 1 if the loss is a number."""
     values = [losses(params, batch) for batch in batches]
     return torch.stack([v if v.ndim > 1 else v[:, None] for v in values], dim=1).double().cpu()
 
@@ -215,11 +217,11 @@ class GradientStep:
     """A step down the gradient from each of C stacked checkpoints. Only the method `decrease` depends on the settings of the chains.
 
     Args:
-        gradient: The gradient of stacked parameters.
-        losses: The losses of stacked parameters, all on the same batch.
+        gradient: Function that computes the gradients of stacked parameters.
+        losses: Function that computes the losses of stacked parameters, all on the same batch.
         checkpoints: Parameters, stacked on a leading axis C.
         batches: Every second batch is used to find the step, the others to measure its effect. A single batch is used for both.
-        layout: How the parameters that the chains may change are arranged in one row of a matrix.
+        layout: How the moving parameters are arranged in one row of a matrix.
     """
 
     def __init__(
@@ -274,7 +276,7 @@ def num_drop_batches(num_moves: int, num_chains: int) -> int:
 
 
 class DropsAtMean:
-    """Collects the members' mean positions, in the order of the members. Measures a checkpoint's drop once all its chains are complete."""
+    """Collects the mean positions of the members, in their order. Measures a checkpoint's drop once all its chains are complete."""
 
     def __init__(
         self,
@@ -292,7 +294,10 @@ class DropsAtMean:
         self.drops: list[Drop] = []
 
     def add(self, means: Float[Tensor, "N P"], alive: Bool[Tensor, " N"]) -> None:
-        """Add the next N members. The means of a complete checkpoint are then freed."""
+        """Add the mean positions of the next N members. Then measure the drop of each checkpoint whose chains are all added.
+
+        `alive` marks the members that are not masked. Positions that are no longer needed are freed.
+        """
         self.means, self.alive = torch.cat([self.means, means]), torch.cat([self.alive, alive])
         num = self.num_chains
         while len(self.alive) >= num:

@@ -31,7 +31,7 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""The minibatches of different chains are compared at this many moves, counted from the first, and at up to twice as many later moves."""
+"""Number of early moves at which we compare the minibatches of different chains. We also compare them at up to twice as many later moves."""
 SHORT_LIST = 32
 """Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
 moves is clearly correlated."""
@@ -43,9 +43,9 @@ class Pool(NamedTuple):
 
     size: int
     number_of: Callable[[int, int], int]
-    """Function from (chain, draw) to the number of the minibatch."""
+    """Function from (chain, draw) to the index of the minibatch in the pool."""
     get: Callable[[int], Batch]
-    """Function from a number below `size` to the minibatch."""
+    """Function from an index below `size` to the minibatch."""
     is_uniform: bool
     """Whether the minibatches are drawn uniformly and independently. If not, the chains go through the pool in passes."""
 
@@ -229,13 +229,13 @@ def _empty_error() -> ConfigError:
 
 
 def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
-    """Stack the tensors, arrays and numbers of batches on a new leading axis N.
+    """Stack the tensors and arrays of batches, and the numbers that differ between batches, on a new leading axis N.
 
-    If all batches are the same object, this object is expanded without a copy. Values of other types must be equal in all batches, and stay
-    as they are.
+    All other values must be equal in all batches, and stay as they are. If all batches are the same object, its tensors are expanded without
+    a copy.
 
     Raises:
-        ConfigError: If the batches differ in structure or shape.
+        ConfigError: If the batches differ in structure or shape, or in a value that cannot be stacked.
     """
     first, spec = pytree.tree_flatten(batches[0])
     if all(batch is batches[0] for batch in batches):

@@ -60,9 +60,9 @@ class Calibration:
     """The result of a run's calibration: all trials and the chosen settings."""
 
     table: pd.DataFrame
-    """A row for each trial and checkpoint."""
+    """A row for each trial and checkpoint. The column `corner` contains the index of the trial."""
     traces: dict[int, Record]
-    """Estimates at the last checkpoint, keyed by the number of the trial. The chosen trial comes first, then failed trials."""
+    """Estimates at the last checkpoint, keyed by the index of the trial. The chosen trial comes first, then up to three failed trials."""
     chosen: SamplerConfig | None
     """The chosen settings; None if no settings were accepted."""
     summary: str
@@ -170,7 +170,7 @@ class _Work:
         return self._estimate(checkpoints, samplers, self.target)
 
     def confirm(self, chosen: SamplerConfig, target: Target) -> list[LLCResult]:
-        """Estimate the LLC of all checkpoints with the chosen settings, on minibatches and with noise that did not influence the choice."""
+        """Estimate the LLC of all checkpoints with the chosen settings, on new minibatches and with new noise."""
         self.bar.set_description(CONFIRMATION)
         set_remaining(self.bar, len(self.checkpoints) * _num_moves(chosen))
         return self._estimate(self.checkpoints, [_next_seed(chosen)], target)[0]
@@ -205,7 +205,7 @@ def _next_seed(sampler: SamplerConfig) -> SamplerConfig:
 def _seconds_per_move(
     checkpoints: Sequence[Checkpoint], samplers: Sequence[SamplerConfig], target: Target, device: torch.device
 ) -> float:
-    """Measure how many seconds one move of one chain takes in this population.
+    """Measure how many seconds one move of one chain takes if all these checkpoints and settings run together.
 
     The first moves are not counted, because they may compile a gradient.
     """

@@ -5,10 +5,10 @@ key, chain) and used outside `vmap`. So the noise of a member does not depend on
 
 Draw j is the state after `num_burnin_steps + j * thinning` moves. (So without burn-in, draw 0 is the checkpoint.) We measure the draw's
 loss on the minibatch of the next move, before the chain moves. At each draw we also record the excess: the loss minus the checkpoint's loss
-on the same minibatch. The excess needs one more forward pass for each new minibatch, but most of the minibatch noise cancels in it.
-`icl.sampling.traces` lists the other recorded numbers. At a few draws of a chain (`NUM_TESTS` is the upper limit) we compute the
-probability that a Metropolis test would accept the next move. For this test, the losses at both ends of the move are measured on the draw's
-minibatch.
+on the same minibatch. The excess needs one more forward pass for each new minibatch, but most of the minibatch noise cancels in the
+difference. `icl.sampling.traces` lists the other recorded numbers. At a few draws of a chain (`NUM_TESTS` is the upper limit) we compute
+the probability that a Metropolis test would accept the next move. For this test, the losses at both ends of the move are measured on the
+draw's minibatch.
 """
 
 import time
@@ -39,7 +39,8 @@ Advance: TypeAlias = Callable[[int], None]
 """Function that is called with the number of moves just made. A move of one chain counts as one. If chains stop early, the moves that they
 skip are counted too."""
 Watch: TypeAlias = Callable[[Sequence[int], Sequence[int], Float[Tensor, "N S"]], None]
-"""Function that is called while chains run, with each member's checkpoint number, chain number and excess so far, in nats."""
+"""Function that is called while chains run. Its arguments are the index of each member's checkpoint, the index of its chain, and its excess
+at all draws so far, in nats."""
 WATCH_SECONDS = 10.0
 """Minimum number of seconds between two calls of a `Watch` function."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
@@ -245,7 +246,7 @@ class _Group:
     def _noise(self, seeds: Sequence[int]) -> Iterator[Tensor]:
         """Yield standard normals for each move, in one buffer that is reused. Each row comes from its member's own generator."""
         buffer = torch.zeros_like(self.state.position)
-        rows = buffer[:, : self.recorder.num_params].unbind()  # the padding columns stay zero, so they do not move
+        rows = buffer[:, : self.recorder.num_params].unbind()  # the padding columns get no noise, so they stay zero
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
         while True:
             for row, generator in zip(rows, generators, strict=True):

@@ -28,7 +28,7 @@ from torch import Tensor
 MANY_CHAINS = 16
 """Minimum number of chains for a reliable standard error from the spread between chains alone."""
 NUM_BATCHES = 4
-"""Number of batches (sets of consecutive draws) into which a chain is divided, for the standard error of chains that stop at a target."""
+"""Number of batches (sets of consecutive draws) into which a chain is divided, for `standard_error_at_stop`."""
 
 
 class Drop(NamedTuple):
@@ -85,7 +85,10 @@ def ess(draws: Float[ndarray, "K S"]) -> float:
 
 
 def standard_error(draws: Float[ndarray, "K S"]) -> float:
-    """Return the standard error of the mean over all draws of all chains; NaN for one chain with fewer than four draws."""
+    """Return the standard error of the mean over all draws of all chains.
+
+    The result is NaN without chains, and for a single chain with fewer than four draws.
+    """
     if not len(draws):
         return math.nan
     within = math.sqrt(draws.var(ddof=1) / ess(draws)) if draws.shape[1] >= 4 else math.nan
@@ -94,9 +97,9 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
 
 
 def standard_error_at_stop(draws: Float[ndarray, "K S"]) -> float:
-    """Return the standard error of the mean for chains that stop when this error is small enough. It allows for its own uncertainty.
+    """Return the standard error of the mean for chains that stop once this error is small enough, enlarged to allow for its uncertainty.
 
-    A standard error is sometimes too small by chance, and chains are most likely to stop when it is. So this function takes the larger of
+    An estimated standard error is sometimes too small by chance, and then chains are most likely to stop. So we take the larger of
     two estimates. One is `standard_error`. For the other, each chain is divided into `NUM_BATCHES` batches of consecutive draws, and the
     estimate comes from the spread of the batches' means.
 
@@ -115,8 +118,8 @@ def standard_error_at_stop(draws: Float[ndarray, "K S"]) -> float:
 def drift(draws: Float[ndarray, "K S"]) -> tuple[float, float]:
     """Return the mean of the second half of the draws minus the mean of the first half, and its standard error (after Geweke 1992).
 
-    With at least `MANY_CHAINS` chains, the error is computed from the spread of the chains' own differences. This assumes nothing
-    about the draws within a chain.
+    With at least `MANY_CHAINS` chains, the standard error is computed from the spread of the chains' own differences. This assumes nothing
+    about the draws within a chain. Both results are NaN for chains of fewer than eight draws.
     """
     half = draws.shape[1] // 2
     if not len(draws) or half < 4:
@@ -214,7 +217,7 @@ def _autocovariance(draws: Float[ndarray, "K S"]) -> Float[ndarray, "K S"]:
 def _with_error(
     by_batch: Float[Tensor, " I"], by_chain: Float[Tensor, " K"], factor: float, are_all: bool, rounding: float
 ) -> Drop:
-    """Return the mean over batches with its error. The chains contribute `factor` times their variance to the squared error."""
+    """Return the mean over batches with its standard error. The square of this error includes `factor` times the variance over chains."""
     num_chains, num_batches = len(by_chain), len(by_batch)
     chain_variance = factor * float(by_chain.var()) if num_chains > 1 else 0.0
     batch_variance = float(by_batch.var()) / num_batches if num_batches > 1 and not are_all else 0.0

@@ -68,7 +68,7 @@ def estimate(
         layout: The parameters that may move, as a layout; None for all.
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
         observables: Functions of the parameters whose values are recorded at every draw.
-        memory: Memory in bytes for the chains that run at once.
+        memory: Memory in bytes for the chains that run at once; None for the default (`MEMORY`).
         advance: Function that is called after every move, with the number of chains that made this move.
         watch: Function that is called about every `WATCH_SECONDS` seconds, with the excess at all draws so far.
 
@@ -150,12 +150,12 @@ def run_chains(
         checkpoints: Parameters, stacked on a leading axis C.
         source: Minibatches of the chains.
         settings: The settings of each checkpoint, which differ in lr, nbeta and localization only.
-        layout: How the parameters that the chains may change are arranged in one row of a matrix.
+        layout: How the moving parameters are arranged in one row of a matrix.
         keys: A string for each checkpoint, which is part of the seed for the noise of its chains.
         chunk_size: Largest number of members that run at once.
         sample_losses: Function from parameters to the losses of fixed samples. The variance of these losses is recorded.
         observables: Functions of the parameters whose values are recorded at every draw.
-        losses_at_mean: Function from stacked parameters to their losses on I batches, for the loss at the mean of the draws.
+        losses_at_mean: Function from stacked parameters to their losses on I batches. Without it, the drop at the mean is not measured.
         are_all_losses: Whether the I batches are all the data.
         variates: Control variates for the gradients and the excess.
         advance: See `estimate`.

@@ -7,8 +7,8 @@ on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
 
 - `sgld` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
 - `rmsprop` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected running mean of
-  squared minibatch gradients of L. Our decay is their alpha, and our damping is their lambda. In our version, a move uses V without its own
-  gradient.
+  squared minibatch gradients of L. Our decay is their alpha, and our damping is their lambda. In our version, the V of a
+  move does not include the gradient of this move.
 
 Li et al. and devinterp 1.3.2 keep adapting G, and neglect the correction term Gamma_i = sum_j dG_ij/dw_j of preconditioned Langevin
 dynamics. We adapt G only during burn-in and then keep it fixed. After burn-in, G therefore does not depend on w, so this term is exactly
@@ -55,7 +55,7 @@ from icl.config import ChainsConfig
 NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
 """Largest number of draws at which a chain's acceptance probability is computed, keyed by kernel.
 
-At each of these draws, one additional gradient is needed. `baoab` needs a second one if the source has more than one batch. For chains that
+At each of these draws, one additional gradient is needed. `baoab` needs a second one if there is more than one minibatch. For chains that
 may stop early, this is the largest number in every `icl.sampling.chains.FIRST_CHECK` draws.
 """
 DECAY = 0.99
@@ -144,7 +144,7 @@ def sgld_step(
     """
     position, g = state.position, state.preconditioner
     gradient = potential_gradient(position, state.anchor, grad, nbeta=nbeta, localization=localization)
-    # The new positions replace this gradient in memory. For large models, new memory would take longer than the arithmetic.
+    # The new positions replace this gradient in memory. For large models, allocating memory takes longer than the arithmetic.
     if g is None:
         moved = torch.add(position, gradient, alpha=-lr / 2, out=gradient).add_(noise, alpha=lr**0.5)
     else:
@@ -189,7 +189,7 @@ def log_mala_acceptance(
         potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
         for w, grad in ((before, grads[0]), (after, grads[1]))
     )
-    # -2 lr log q, for the move and for the reverse move. The normalisation is left out: it cancels, because G is the same.
+    # -2 lr log q, for the move and for the reverse move. We leave out the normalisation: it cancels, because both have the same G.
     forth = (after - before + lr / 2 * g * gradient).square() / g
     back = (before - after + lr / 2 * g * gradient_after).square() / g
     prior = localization / 2 * ((before - anchor).square() - (after - anchor).square())

@@ -140,7 +140,7 @@ def localized_reduced_rank_llc(inputs: int, hidden: int, outputs: int, *, nbeta:
 def deep_linear(widths: Sequence[int], rank: int) -> LearningCoefficient:
     """Return lambda and m of a deep linear network with layer widths H_0, ..., H_L and a true map of rank `rank` (Aoyagi 2024).
 
-    Only the smallest of the excess widths H_i - rank appear in the formula.
+    Only the smallest excess widths H_i - rank appear in the formula.
 
     Raises:
         ValueError: If there are fewer than two layers, or no product of matrices with these widths has rank `rank`.

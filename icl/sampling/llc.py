@@ -162,12 +162,13 @@ def estimate_llc(
         num_chains: Number of chains.
         num_draws: Number of draws of each chain.
         num_burnin_steps: Number of moves before the first draw.
-        seed: Seed for the chains' noise.
+        seed: Seed for the chains' noise, and for the order of a shuffling DataLoader.
         restrict: Which parameters may move: names, globs, or a dict of Boolean masks; None for all.
         kernel: `sgld`, `rmsprop` or `baoab`.
         friction: Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps; by default 0.5. Despite its
             name, a larger value means less friction.
-        target_stderr: Standard error at which the chains stop; `num_draws` is then the largest number of draws.
+        target_stderr: Standard error at which the chains stop; `num_draws` is then the largest number of draws. By default, every chain
+            makes `num_draws` draws.
         num_samples: The sample size n.
         num_init_batches: Number of distinct batches for `init_loss`: the first that the chains get, or all batches if there are fewer.
         trivial_loss: Loss of a trivial predictor, for example one that predicts zero. Without it, the verdict does not check whether the

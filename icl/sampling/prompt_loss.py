@@ -2,16 +2,16 @@
 
 The loss is the one that training minimised. For regression, it is the mean squared error per target, not divided by D, or the negative
 log-likelihood in nats per target if `model.output` is `gaussian` or `mixture`. For language, it is -log P(next token) in nats. The
-target is a vector with one component for each of the K positions; the mean of the components is the loss. The column `loss_name` of the
+sampler gets a vector with one component for each of the K positions; the mean of the components is the loss. The column `loss_name` of the
 results says which loss was used: `mse`, `nll` or `cross_entropy`, or `subsequence`, `subsequence_nll` or `subsequence_cross_entropy`.
 
 The `subsequence` loss (Hoogland et al. 2024, calibration) is the mean error of the first K' targets, with K' uniform on 1, ..., K. We use
 the expectation of this loss over K', which weights position k by the sum over K' >= k of 1 / (K K'). The authors' code draws one K' for
 each prompt, which adds noise but no information.
 
-Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n prompts. The set consists of the first n
-prompts of the stream `llc`, so a larger set contains every smaller one. For each (seed, chain, draw), a block is drawn uniformly. `fresh`
-minibatches are new prompts for each (seed, chain, draw); then n is used only in nbeta = n / ln n.
+Prompts follow the run's training distribution. `fixed` minibatches are blocks of one set of n = `num_samples` prompts. The set consists of
+the first n prompts of the stream `llc`, so a larger set contains every smaller one. For each (seed, chain, draw), a block is drawn
+uniformly. `fresh` minibatches are new prompts for each (seed, chain, draw); then n is used only in nbeta = n / ln n.
 """
 
 import math
@@ -52,9 +52,10 @@ NUM_PART_PROMPTS = 256
 _PROMPTS_AHEAD = 2**15
 """Number of prompts that are generated at once, for all chains together."""
 _NUMBERS_AHEAD = 2**10
-"""Number of moves of a chain for which the minibatch numbers are drawn at once."""
+"""Number of moves of a chain for which the indices of the minibatches are drawn at once."""
 _CUDA_NORMALS_AHEAD = 2**24
-"""Number of random numbers that are generated at once on a GPU, where drawing a few numbers takes as long as drawing many."""
+"""Number of random numbers that are generated at once on a GPU, where drawing a few numbers takes as long as drawing many. For language, it
+applies on every device."""
 
 
 def prompt_target(
@@ -289,7 +290,7 @@ class _Ahead:
         self.make = make
         self.num_draws = max(1, num_prompts // (sampler.batch_size * sampler.num_chains))
         self.pool: Pool | None = None
-        self.blocks: dict[int, tuple[int, Batch]] = {}  # the latest block of draws of each chain
+        self.blocks: dict[int, tuple[int, Batch]] = {}  # index and minibatches of each chain's latest block of draws
 
     def __call__(self, chain: int, draw: int) -> Batch:
         block, index = divmod(draw, self.num_draws)

@@ -77,7 +77,8 @@ class Record(NamedTuple):
     """Excess nbeta (L(w) - L(w0)) on the draw's minibatch, in nats, at draws that are `stride` moves apart (K, S). Empty for estimates of
     older versions, which did not store the excess."""
     susceptibilities: np.ndarray
-    """A component's susceptibilities to `prompt_loss.losses_by_part` and their standard errors (2, 2K); empty for the whole model."""
+    """A component's susceptibilities to the Q losses of `prompt_loss.losses_by_part`, and their standard errors (2, Q). Empty for the whole
+    model."""
 
     @property
     def measurement(self) -> Measurement:

@@ -5,8 +5,8 @@ In each block, one linear map is multiplied by a factor c and the next map by 1/
 - With a ReLU MLP, (W1, b1) is multiplied by c and W2 by 1/c, because relu(c z) = c relu(z).
 - With another activation, the attention's values are multiplied by c and its output projection by 1/c, because attention is linear
   in its values.
-- If the model has neither a ReLU MLP nor an output projection, the scale and shift of a layer norm are multiplied by c, and the linear map
-  after the norm by 1/c.
+- If the model has neither a ReLU MLP nor an output projection, the scale and shift of the layer norm before the MLP are multiplied by c,
+  and the MLP's first linear map by 1/c.
 
 The rescaling is a change of coordinates of the weights, so the learning coefficient stays the same. But the
 localization and the step size act differently in the new coordinates. If an estimate depends on c, it measures the size
@@ -46,9 +46,9 @@ def describe_pair(model: ModelConfig) -> str:
     if model.activation == "relu":
         return "the two maps of each ReLU MLP"
     return (
-        "values and output projection of each attention"
+        "values and output projection of each attention layer"
         if model.attention_output
-        else "each layer norm and the linear map after it"
+        else "the layer norm before each MLP and the linear map after it"
     )
 
 

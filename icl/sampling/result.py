@@ -30,7 +30,7 @@ _SETTINGS = ("lr", "nbeta", "localization", "num_chains", "num_draws", "num_burn
 
 
 class CheckpointId(NamedTuple):
-    """Step and hash of an estimate's checkpoint. The noise of a chain depends only on the seed, the hash and the chain's number."""
+    """Step and hash of an estimate's checkpoint. The noise of a chain depends only on the seed, the hash and the chain's index."""
 
     step: int | None = None
     checkpoint_hash: str | None = None
@@ -53,7 +53,7 @@ class Fluctuation:
 class LLCResult(Evidence):
     """An LLC estimate of one checkpoint: the evidence, the traces and the verdict.
 
-    Masked chains are NaN in `llc_per_chain` and are left out of all averages.
+    Chains that diverged or became non-finite are masked: they are NaN in `llc_per_chain` and are left out of all averages.
     """
 
     llc_per_chain: Float[Tensor, " K"]

@@ -1,7 +1,7 @@
 """LLCs of a run at all or some of its saved steps, for the run's own training loss. Finished estimates are stored and reused.
 
-The chains of many checkpoints run as one population. On a CPU the checkpoints run one after the other, because the chains of a single
-checkpoint fill the caches. If the program is killed, the same call continues after the last stored checkpoint.
+On a GPU, the chains of several checkpoints run as one population. On a CPU the checkpoints run one after the other, because the chains of a
+single checkpoint fill the caches. If the program is killed, the same call continues after the last stored checkpoint.
 """
 
 from collections.abc import Sequence
@@ -169,7 +169,7 @@ class _RunningTrace:
 def _measurer(
     settings: EstimateSettings, target: Target, device: torch.device, run: RunFolder | None, bar: tqdm
 ) -> Measure:
-    """Return a function that estimates the LLCs of checkpoints that are not stored yet."""
+    """Return a function that estimates the LLCs of the checkpoints that have no stored estimate yet."""
 
     def measure(checkpoints: list[Checkpoint], lead: int) -> list[Measurement]:
         watch = None if run is None else _RunningTrace(settings.cache(run).folder / "running.csv", checkpoints, bar)

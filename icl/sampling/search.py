@@ -10,9 +10,9 @@ lr (nbeta h_max + localization) is below 4, where h_max is the largest curvature
 - lr, in units of the stability limit.
 
 Chains must be long enough to reach equilibrium in flat directions, where only the localization limits their spread. In a flat direction,
-the variance after t moves is 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in units of h_max
-and a stable lr, equilibrium takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and every lr. So
-equal estimates at different nbeta or lr do not show that chains are long enough.
+the variance after t moves is a fraction 1 - exp(-lr localization t) of its final value, and no direction is slower. With the ratio in
+units of h_max and a stable lr, equilibrium takes about 1 / ratio moves. Shorter chains give an LLC that is too small, at every nbeta and
+every lr. So equal estimates at different nbeta or lr do not show that chains are long enough.
 """
 
 import dataclasses
@@ -67,7 +67,8 @@ loss). At each nbeta we try localization / nbeta = {", ".join(f"{x:g}" for x in 
 2. Plateau in nbeta: the estimate must agree with the estimate at the next smaller or larger nbeta and the same localization / nbeta
    (within {AGREEMENT[0]:g} standard errors or {AGREEMENT[1]:.0%}).
 3. Among the settings that pass steps 1 and 2, we choose those with the largest number of healthy checkpoints. If several settings have
-   the same number, we choose the smallest localization / nbeta (so that most directions count), then the smallest nbeta (least noise).
+   the same number, we choose the smallest localization / nbeta (so that as many directions as possible count), then the
+   smallest nbeta (least noise).
 4. Plateau in lr, at the last checkpoint: the bias of the step size must be small. With a third of lr and chains three times as long,
    the estimate may change by at most the standard error of the difference plus {PLATEAU:.0%}. Otherwise this third of lr becomes the
    new lr and is tested in the same way.
@@ -133,7 +134,7 @@ Estimate = Callable[[Sequence[SearchPoint]], list[list[LLCResult]]]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """All trials and the choice."""
+    """All trials of a search, and the choice."""
 
     trials: list[Trial]
     reason: str
@@ -271,7 +272,7 @@ def extrapolated(first: LLCResult, slower: LLCResult) -> tuple[float, float]:
 
 def burnin(result: LLCResult) -> int:
     """Return 1.5 times the number of moves until the chains' mean loss is within two standard deviations of its later level."""
-    # Draws are `thinning` moves apart, so the trace has one entry for this number of moves.
+    # Draws are `thinning` moves apart, so the trace has one entry for every `thinning` moves.
     trace = (
         torch.cat([result.burnin_trace[:, :: result.settings.thinning], result.loss_trace], dim=1).nanmean(0).numpy()
     )

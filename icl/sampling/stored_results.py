@@ -1,7 +1,8 @@
 """Complete results of estimates, stored so that an interrupted calibration continues after its last finished settings.
 
 The records of `icl.sampling.records` are made for users. A search needs more: all the evidence and the unthinned traces. Each result is an
-entry (`icl.runs.measure`) in `results/llc-calibration/<settings>/`, with the same key as the record of these chains.
+entry (`icl.runs.measure`) in `results/llc-calibration/<settings>/`. Its key consists of the hash of the checkpoint, the settings, and the
+versions of the estimation method and of the verdict's rules.
 """
 
 import dataclasses

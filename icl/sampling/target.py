@@ -1,8 +1,9 @@
 """The target of the chains: a loss with its minibatches, and the loss's gradients and values for many members at once.
 
 A loss is any `loss(params, batch) -> Tensor`. It returns a number, or a vector of components (per position, say) whose mean is the
-loss. A `Gradient` takes the moving parameters as rows (one row for each member), the other parameters stacked, and a stacked batch. It
-returns the gradients as rows, and the losses. For a known architecture, a faster gradient can replace the default gradient.
+loss. A member is one chain of one checkpoint (`icl.sampling.estimate`). A `Gradient` takes the moving parameters as rows (one row for each
+member), the other parameters stacked, and a stacked batch. It returns the gradients as rows, and the losses. For a known architecture, a
+faster gradient can replace the default gradient.
 
 A loss must not draw from torch's global generators, because then `seed` would not determine the estimate. If it does, we restore the
 generators and raise an error.
@@ -101,10 +102,10 @@ class Target:
         return self.own_losses or stacked_losses(self.loss, own_batches=True, vectorize=self._is_mapped)
 
     def require_dependence(self, layout: Layout, checkpoint: Params, batch: Batch) -> None:
-        """Refuse a loss that is the same for all parameters, because chains would then sample the localization alone.
+        """Refuse a loss that does not depend on the moving parameters, because chains would then sample only the Gaussian prior.
 
         Args:
-            layout: How the parameters that the chains may change are arranged in one row of a matrix.
+            layout: How the moving parameters are arranged in one row of a matrix.
             checkpoint: Stacked parameters of one member.
             batch: Any batch.
 

@@ -23,7 +23,7 @@ from icl.sampling.kernels import BAOABState, State
 DIVERGED = 10.0
 """A chain has diverged, and is masked, if the absolute value of its mean excess is above this many nats per sampled dimension.
 
-The limit is our choice: 20 times d/2. The largest possible LLC at a minimum is d/2, which is reached at a nondegenerate minimum (Watanabe 2009).
+The limit is our choice. In d dimensions it is 20 times d/2, and d/2 is the largest possible LLC at a minimum (Watanabe 2009).
 """
 
 
@@ -36,7 +36,7 @@ class Draw:
     """The gradient that moves the chains: the gradient of L, minus its control variate if there is one (`icl.sampling.at_checkpoint`)."""
     settings: ChainsConfig
     shift: Float[Tensor, " N"] | float = 0.0
-    """Control variate of the loss, if one was subtracted from `grad` but not from the excess; otherwise 0."""
+    """Control variate of the loss, if `grad` has a control variate but the excess has none; otherwise 0."""
     noise: Float[Tensor, " N"] | float = 0.0
     """Variance of `grad` over minibatches, summed over the parameters; 0 if it was not measured."""
 
@@ -63,9 +63,9 @@ def spread(draw: Draw) -> Float[Tensor, " N"]:
 
 
 def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
-    """Half of the amount that step size and minibatch noise add to pull + spread, in nats, without the part due to the localization alone.
+    """Half of the amount that step size and minibatch noise add to `pull` + `spread`, without the part due to the localization; in nats.
 
-    `icl.sampling.verdict.chains` derives it.
+    `icl.sampling.verdict.chains` derives this bound.
     """
     settings = draw.settings
     if isinstance(draw.state, BAOABState):

@@ -228,7 +228,7 @@ def require_key(key: str, store: object) -> None:
         store: The key's store, for the message.
 
     Raises:
-        StorageError: If the key could lead out of the store, or is not a valid name on some file system.
+        StorageError: If the key could lead out of the store, or is not a valid name on all file systems.
     """
     is_plain = not _NOT_PLAIN.search(key) and all(part not in ("", ".", "..") for part in key.split("/"))
     if not is_plain:

@@ -4,8 +4,8 @@ The package `huggingface_hub` sends all requests. It also finds the token (`HF_T
 reads the token, so it is never logged or saved. The server is `HF_ENDPOINT`, or huggingface.co.
 
 Every change is a commit, and the Hub limits commits to 128 per hour. So `write_many` puts up to `FILES_PER_COMMIT` files into one
-commit, which arrives completely or not at all. A commit names its parent commit. If another program has committed since then, the
-Hub refuses our commit, and we try again on top of the newest commit. But if the other program changed the folder of this store, we
+commit, which arrives completely or not at all. A commit names its parent commit. If another program has committed after this parent,
+the Hub refuses our commit, and we try again on top of the newest commit. But if the other program changed the folder of this store, we
 raise an error.
 """
 

@@ -114,7 +114,10 @@ _BY_NAME = {name: advice for advice, names in _BY_FAILURE.items() for name in na
 
 
 def error_code(error: Any) -> str:
-    """Return the code of a server's error, or `unknown` if the code is not a plain word."""
+    """Return the code of a server's error, or the HTTP status if the error has no code.
+
+    Return `unknown` if there is neither, or if the code is not a plain word.
+    """
     code = str(error.response.get("Error", {}).get("Code") or error_status(error) or "")
     return code if re.fullmatch(r"[A-Za-z0-9._-]{1,60}", code) else "unknown"
 

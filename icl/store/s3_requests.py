@@ -37,7 +37,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""Features that each server lacks, as far as this process has noticed. The keys are the servers."""
+"""Features that each server lacks, as far as this process has noticed. The keys have the form `server/bucket`."""
 
 Result = TypeVar("Result")
 

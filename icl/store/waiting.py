@@ -29,7 +29,7 @@ class StalledError(Exception):
 
 
 class _Progress:
-    """Time of the last progress."""
+    """Time of the last progress, the number of bytes since then, and whether the notice was printed since then."""
 
     def __init__(self) -> None:
         self.at = time.monotonic()

@@ -1,4 +1,4 @@
-"""Attempts to run a point of a sweep: numbered files in the run's folder that show which worker runs the point.
+"""Record each attempt at a sweep's point as a numbered file in the run's folder. The file shows which worker runs the point.
 
 A point is one combination of the sweep's settings. A worker is a process of `icl sweep`, which starts a program for a point.
 
@@ -36,7 +36,7 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """Seconds without a refresh after which an attempt on another machine counts as dead."""
 _PAUSE_SECONDS = 5.0
-"""Longest pause, in seconds, between two attempts of one session (`session_start`). Engines pause only for milliseconds between two
+"""Longest pause, in seconds, between two attempts of one session (`session_start`). A worker pauses only for milliseconds between two
 attempts, but the clocks of different machines may differ by seconds."""
 
 
@@ -74,7 +74,7 @@ class Claim:
         return not next_file(self.path).exists()
 
     def finish(self, outcome: Outcome, *, exit_status: int | None = None, reason: str | None = None) -> None:
-        """Record in the attempt's file how the attempt ended, and release the lock. Others can then claim the point.
+        """Record in the attempt's file how the attempt ended, and release the lock. Other workers can then claim the point.
 
         Raises:
             StorageError: If the file cannot be written.
@@ -126,7 +126,7 @@ def last_attempt(folder: Path, job: str | None = None) -> Attempt | None:
 
 
 def is_alive(folder: Path, attempt: Attempt) -> bool:
-    """Return whether the worker of an attempt is still working."""
+    """Return whether the worker of an attempt is still working on it."""
     if attempt.outcome != "running":
         return False
     path = _file(folder, attempt.number)

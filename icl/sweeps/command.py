@@ -41,7 +41,7 @@ _SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 def refuse_unused_macros(command: Sequence[str]) -> None:
     """Check that every macro of a command will be replaced.
 
-    W&B drops a word that looks like an unknown macro, and passes on any other macro unchanged.
+    W&B drops a word that looks like an unknown macro. It passes on unchanged a macro that is only a part of a word.
 
     Raises:
         ConfigError: If a macro would not be replaced. The message says what to write instead.

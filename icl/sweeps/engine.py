@@ -2,7 +2,7 @@
 
 A point is one combination of the sweep's settings. The whole state of a sweep is in the folders of its runs. So the same command
 continues a sweep after any interruption. Any number of engines, on any machines that share these folders, can work on one sweep
-without running a point twice.
+without running a point twice. Each process of `icl sweep` has one engine, and is called a worker (`icl.sweeps.attempts`).
 
 A point that fails does not stop the other points. The next `icl sweep` command tries the point again, unless the same settings
 would fail again. An engine that starts while other engines work on the sweep joins their session (`attempts.session_start`): it
@@ -10,7 +10,7 @@ does not repeat points that have failed since the session began. If the engine r
 exit.
 
 In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. It does
-not wait for points that run in other jobs, because its own job would occupy a machine without work.
+not wait for points that run in other jobs, because its own job would occupy a machine while it waits.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class SweepResult(NamedTuple):
     """The state of a sweep when `run_sweep` returns."""
 
     states: dict[int, PointState]
-    """The state of each point, by its number."""
+    """The state of each point, keyed by `Point.number`."""
     received: signal.Signals | None = None
     """The signal that stopped the engine, or None if no signal stopped it."""
     has_progressed: bool = False
@@ -175,7 +175,7 @@ class _Engine:
             self._stop()
 
     def _bear_lost_storage(self) -> None:
-        """Record that no program could reach the folder of the runs. If the sweep is being stopped, forget the programs that have ended."""
+        """Record that every program has lost access to the folder of the runs. If the sweep is being stopped, forget the programs that have ended."""
         for program in self.programs:
             program.has_lost_storage = True
         if self._stopping is not None:
@@ -184,7 +184,7 @@ class _Engine:
     def _count_earlier_attempts(self) -> dict[int, int]:
         """Return, for each point, the number of the last attempt before this session; 0 if there was no such attempt.
 
-        The keys of the dict are the numbers of the points. If a point has failed in an attempt of this session, the
+        The keys of the dict are the points' `number`. If a point has failed in an attempt of this session, the
         engine does not try the point again. If other engines are at work, this engine joins their session. So the
         engine does not try points that have failed since that session began. In jobs of Slurm, the session begins when
         the jobs are submitted.
@@ -291,7 +291,7 @@ class _Engine:
         self._report(f"{word:8s} {point.name}: {state.reason}, {program.seconds:.0f} s{log}")
 
     def _refresh_claims(self) -> None:
-        """Show other engines that the programs are alive. Stop a program if another worker has taken over one of its points."""
+        """Show other workers that this worker is alive. Stop a program if another worker has taken over one of its points."""
         if time.monotonic() < self._next_beat:
             return
         self._next_beat = time.monotonic() + min(attempts.BEAT_SECONDS, attempts.STALE_SECONDS / 4)

@@ -43,7 +43,8 @@ class Point:
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""
     job: str
-    """Hash of the command and of the settings that affect the result. Attempts with a different hash are ignored."""
+    """Hash of the command and of the settings that affect the result. Attempts with a different hash do not show
+    whether the point is done or has failed."""
     trains: bool
     """Whether the program is `icl train`. In this case, the status of the run says whether the point is done."""
 

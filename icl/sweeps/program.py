@@ -1,6 +1,7 @@
 """The program of one point, or of several points packed together: its process, its log, and the outcome of each point.
 
-A point is one combination of a sweep's settings. A packed program trains several points as one population.
+A point is one combination of a sweep's settings. A packed program trains several points as one population. A worker is a process of
+`icl sweep`, which starts and watches such programs. Before a worker starts a program, it claims the points (`icl.sweeps.attempts`).
 """
 
 import ctypes
@@ -82,7 +83,7 @@ class Program:
         Another worker can then claim the point, unless the point is done.
 
         Args:
-            stopping: The reason why the engine stops all its programs; None if the engine does not stop them.
+            stopping: Why the sweep is stopping all programs, or None if it is not.
 
         Raises:
             StorageError: If the outcome cannot be written.
@@ -146,7 +147,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
     """Start the program of one or several points.
 
     The folder of the first point gets `point.json`, with the settings of all points, and `sweep.log`, with the output.
-    The logs of the other points refer to `sweep.log`.
+    The `sweep.log` of every other point refers to this log.
     """
     point, claim = work[0]
     point_file, log = claim.folder / "point.json", claim.folder / "sweep.log"
@@ -172,7 +173,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=child_environment(point_file, root, num_workers=num_workers),
-                start_new_session=True,  # Ctrl-C then reaches only the engine, which signals the program once
+                start_new_session=True,  # Ctrl-C then reaches only `icl sweep`, which signals the program once
                 pass_fds=[claim.descriptor for _, claim in work],  # the claim stays locked as long as the program runs
                 preexec_fn=_end_with_engine if sys.platform == "linux" else None,  # noqa: PLW1509 (one thread only)
             )
@@ -192,5 +193,5 @@ def _amount(point: Point, folder: Path) -> int:
 
 
 def _end_with_engine() -> None:
-    """Ask Linux to send this new process a SIGTERM when the engine dies, so that no program outlives a killed engine."""
+    """Ask Linux to send this new process a SIGTERM when `icl sweep` dies, so that no program continues without it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

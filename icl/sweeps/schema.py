@@ -47,7 +47,7 @@ class SweepFile:
     """Words of the command that starts a run; macros are not replaced yet."""
     program: str | None = None
     run_cap: int | None = None
-    """Largest number of points."""
+    """Largest number of points to run; None if the file sets no limit."""
     stops_early: bool = False
     """Whether the file has `early_terminate`. W&B stops bad runs of such a sweep, but `icl sweep` does not."""
     warnings: tuple[str, ...] = ()

@@ -1,1 +1,1 @@
-"""Tasks: priors of task vectors, prompts, and out-of-distribution shifts of prompts."""
+"""Data of a run: priors of task vectors, prompts, out-of-distribution shifts of prompts, and rows of tokens."""

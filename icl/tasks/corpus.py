@@ -1,8 +1,9 @@
 """Text on disk or on the Hugging Face Hub as rows of tokens: arrays (.npy), text files, JSONL, and datasets.
 
-An array is either a table of rows (R, T) with at least `context_size` columns, or one long text (L,). The rows of a table are used as they
-are. A long text, and every text that is tokenised here, is cut into rows: the token BOS, then the next `context_size` - 1 tokens. Documents
-are joined by the token BOS too (Hoogland et al. 2024). Tokens after the last whole row are left out.
+An array is either a table of rows (R, T) with at least `context_size` columns, or one long text (L,). Of each row of a table, only the
+first `context_size` tokens are used. A long text, and every text that is tokenised here, is cut into rows. Each of these rows consists of
+the token BOS and the next `context_size` - 1 tokens of the text. Documents are joined by the token BOS too (Hoogland et al. 2024). Tokens
+after the last whole row are left out.
 
 The packages `tokenizers` and `datasets` are optional (`pip install icl[language]`), and are imported only where they are used.
 """
@@ -25,7 +26,7 @@ HUB = "hf://"
 _TEXT, _RECORDS, _ARRAY = ".txt", (".jsonl", ".json"), ".npy"
 _EXTRA = "Install it with `pip install icl[language]`."
 _CHECKED = 2**20
-"""Number of tokens, counted from the start of an array, that are checked against the vocabulary size when the array is opened."""
+"""When an array is opened, about this many tokens at its start are checked: they must be in the vocabulary."""
 
 
 class Corpus(NamedTuple):
@@ -49,7 +50,7 @@ class Corpus(NamedTuple):
         return len(self.tokens) // self.language.num_predictions
 
     def rows(self, numbers: Int64[Tensor, "..."]) -> Int64[Tensor, "... T"]:
-        """Return the rows with these row numbers.
+        """Return the rows at these positions of the corpus, counted from 0.
 
         Raises:
             ConfigError: If a token is not in the vocabulary.
@@ -97,7 +98,7 @@ def tokenise(documents: Iterator[str], language: LanguageConfig, *, beside: Path
         beside: Folder or file of the text. A `tokenizer.json` in this folder is used if `language.tokenizer` is not set.
 
     Raises:
-        ConfigError: If there is no usable tokenizer, or it has more tokens than the vocabulary.
+        ConfigError: If there is no usable tokenizer, or a token of the documents is not in the vocabulary.
     """
     tokenizer = load_tokenizer(language, beside=beside)
     parts = [np.asarray([*tokenizer.encode(text, add_special_tokens=False).ids, language.bos]) for text in documents]
@@ -136,8 +137,8 @@ def read_vocabulary(name: str) -> list[str]:
     """Return the entries of a vocabulary as strings, in order.
 
     Args:
-        name: A list of strings (.json, or .txt with one string per line), a file tokenizer.json, or hf://USER/NAME. Entries of a tokenizer
-            that are not a complete string, such as parts of a character, are left out.
+        name: File with a list of strings (.json, or .txt with one string per line), a file tokenizer.json, or hf://USER/NAME. Entries of a
+            tokenizer that are not a complete string, such as parts of a character, are left out.
 
     Raises:
         ConfigError: If the vocabulary cannot be read, or has no entries.
@@ -219,7 +220,7 @@ def _open_array(path: Path, language: LanguageConfig) -> np.ndarray:
 
 
 def _documents(file: Path, column: str) -> Iterator[str]:
-    """Yield the documents of a file: the whole file as one document, or the field `column` of each record."""
+    """Yield the documents of a file: the whole of a .txt file as one document, or the field `column` of each JSON record."""
     try:
         if file.suffix == _TEXT:
             yield file.read_text(encoding="utf-8")

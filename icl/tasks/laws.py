@@ -60,7 +60,7 @@ class TaskLaw(NamedTuple):
     between: float | None = None
     """Variance b of the components' means, for each coordinate."""
     seed: int = 0
-    """Seed of the subspace, or of the components."""
+    """Seed for the subspace of `low_rank` tasks, or for the component means of the `mixture`."""
 
     @property
     def coordinates(self) -> Law | None:
@@ -140,11 +140,9 @@ def correlate(normals: Float[Tensor, "*S K D"], correlation: float) -> Float[Ten
 
 
 def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float) -> Tensor:
-    """Return, for each residual r, the c for which the noise density at r is proportional to exp(-c / (2 sigma^2)).
+    """Return, for each residual r, the number c for which the noise density at r is exp(-c / (2 sigma^2)) times the density at 0.
 
     For Gaussian noise, c is the squared residual.
-
-    The result may share memory with the residuals.
     """
     if law.name == "gaussian":
         return residuals.square()

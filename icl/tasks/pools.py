@@ -4,7 +4,7 @@ Task m of a pool is a pure function of (seed, m, step). So pools are nested at e
 
 - `fixed`: the tasks do not change.
 - `resampled`: all tasks are new every n steps. During steps 0 to n - 1 the pool is the same as with `fixed`.
-- `walk`: every coordinate of every task is an independent stationary Gaussian process in the step, with mean 0 and
+- `walk`: every coordinate of every task is an independent stationary Gaussian process over the steps, with mean 0 and
   Cov(w(s), w(t)) = exp(-|s - t| / n). This is the Ornstein-Uhlenbeck process at whole steps, which is the AR(1) process
   w(t + 1) = rho w(t) + sqrt(1 - rho^2) z with rho = exp(-1 / n). At every step the tasks are N(0, I). At step 0 the pool is the same as
   with `fixed`.
@@ -14,9 +14,9 @@ The first interval lies between two neighbouring multiples of 2^L. The number of
 which 2^L is at least 40 n, where n is the correlation time in steps. The values at multiples of 2^L are drawn independently.
 In the exact process, their correlation is at most e^-40, which is smaller than the rounding errors. The value at the middle
 of an interval is drawn given the values at both ends. If both halves have length h, let r = exp(-h / n). The value at the middle is then
-normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2), because the process is Markov. Every
-step is the middle of only one interval, or a multiple of 2^L, so the random number for step t has the counter t. A pool
-at one step needs L + 2 normals per coordinate, whatever the step.
+normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2), because the process is Markov. Every step t is a multiple
+of 2^L or the middle of exactly one interval, so t itself can be the counter of the random numbers for step t. A pool at one step needs
+L + 2 normals per coordinate, whatever the step.
 """
 
 import math
@@ -40,7 +40,8 @@ class PoolSchedule(NamedTuple):
 
     name: Literal["fixed", "resampled", "walk"] = "fixed"
     steps: int | None = None
-    """Number n of training steps: from one pool to the next (`resampled`), or the correlation time (`walk`)."""
+    """Number n of training steps from one pool to the next (`resampled`), or the correlation time n in training steps
+    (`walk`)."""
 
 
 FIXED = PoolSchedule()
@@ -55,7 +56,7 @@ def tasks_at(
     law: TaskLaw = GAUSSIAN_TASKS,
     schedule: PoolSchedule = FIXED,
 ) -> Float[Tensor, "S B D"]:
-    """Return the tasks with the numbers `indices` at each of the training steps `times`.
+    """Return the tasks at the positions `indices` of the sequence, for each of the training steps `times`.
 
     `law` is the distribution of the tasks. The schedule `walk` ignores `law`: its tasks are N(0, I).
     """

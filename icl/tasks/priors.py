@@ -68,7 +68,7 @@ def sample_tasks(
 ) -> Float[Tensor, "N S B D"]:
     """Draw one task for each prior, step and index.
 
-    Pools of one sequence are drawn in one call. So are priors of new tasks with one law.
+    All pools of the same sequence are drawn in one call, and so are all priors of new tasks with the same law.
     """
     sequences = [prior._replace(num_tasks=1) if isinstance(prior, Discrete) else prior for prior in priors]
     drawn: dict[int, Tensor] = {}
@@ -126,7 +126,7 @@ def task_pool(
         num_tasks: Number M of tasks.
         task_size: Dimension D.
         seed: Seed of the sequence, or digest of an imported table.
-        law: Law from which each task is drawn, by default N(0, I_D). Imported tables ignore it, and also `schedule` and `time`.
+        law: Law from which each task is drawn, by default N(0, I_D). For an imported table, `law`, `schedule` and `time` have no effect.
         schedule: How the pool changes over the training steps. By default it does not change.
         time: Training step whose pool is returned.
         device: Device of the result.

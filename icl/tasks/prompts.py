@@ -5,8 +5,8 @@ the task of Raventos et al. (2023), section 2. The config section `task` can cho
 (`icl.tasks.laws`).
 
 For one configuration, a prompt is a pure function of (seed, stream, step, index). The stream `train` uses `seeds.data` and
-`seeds.noise`; every other stream uses `seeds.evaluation`. The index is the row in the batch, so each of several processes can draw its own
-slice of the batch.
+`seeds.noise`; every other stream uses `seeds.evaluation`. The index is the position of the prompt in the batch, so each of several
+processes can draw its own slice of the batch.
 
 Tokens have D + 1 coordinates, as in Raventos et al. (2023) and Hoogland et al. (2024): an x-token is (0, x), a y-token is
 (y, 0, ..., 0). No prediction depends on the last y-token, so a prompt of K examples has 2K - 1 tokens.
@@ -262,7 +262,7 @@ def require_prompt_memory(
         max_examples: Number of examples in each prompt.
         task_size: Dimension of the inputs.
         device: Device of the prompts.
-        for_ridge: Whether ridge will predict the targets, which needs a matrix in float64 for each prompt.
+        for_ridge: Whether ridge will predict the targets. Ridge needs a matrix in float64 for each prompt.
 
     Raises:
         ConfigError: If the prompts do not fit. The message says how much memory is needed and how much is free.

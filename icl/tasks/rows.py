@@ -1,7 +1,7 @@
 """Rows of tokens for language runs: the synthetic language, or a text on disk or on the Hugging Face Hub.
 
-A row is a pure function of (seed, stream, step, index), as a prompt is. So data do not depend on the number of processes, and a resumed
-run reads the same rows as an uninterrupted run. The stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
+Like a prompt, a row is a pure function of (seed, stream, step, index). So data do not depend on the number of processes, and a resumed run
+reads the same rows as an uninterrupted run. The stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
 
 Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). Let E = `evaluation.num_prompts`. The last 2 E rows of the corpus
 are held out for the stream `test`, and are in no other stream. Step 0 of this stream consists of the last E rows, and step 1 of the E rows before
@@ -11,10 +11,10 @@ which of the two texts a row comes, so resumed training reads the same rows.
 
 Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`. The next token is successor j
 with probability proportional to 1 / j. At each position outside a copy, from the fourth token on, a copy begins with probability
-`copy_rate`. Then an earlier position of the row and a length (from `copy_length` / 2 to `copy_length`) are drawn uniformly, and the next
-tokens repeat the tokens that start at this position. So a model can
-learn three things in turn: the frequencies of tokens, the table of bigrams, and, with an induction head, the continuation of a copy. The
-first tokens of a row do not depend on the length of the row.
+`copy_rate`. For each copy, an earlier position of the row and a length (from `copy_length` / 2 to `copy_length`) are drawn uniformly. The
+next tokens repeat the segment of this length that starts at this position. So a model can learn three things in turn: the frequencies of
+tokens, the table of bigrams, and, with an induction head, the continuation of a copy. The first tokens of a row do not depend on the length
+of the row.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _START, _LENGTH, _FROM, _SUCCESSOR = range(4)
 """Indices of the four random 32-bit words at each position. The words decide whether a copy begins, the length of the copy, the
 position from which it is copied, and the successor."""
 TEST = "test"
-"""Stream of the rows that no training step sees."""
+"""Name of the stream whose rows are not used in any training step."""
 _NUM_TEST_SETS = 2
 """Number of sets of rows that are held out from a text. Each set is one step of the stream `test`."""
 
@@ -70,7 +70,7 @@ class RowSource(NamedTuple):
     def sample(
         self, steps: range, indices: range | Int64[Tensor, " B"], *, device: torch.device | str = "cpu"
     ) -> TokenRows:
-        """Return the rows with these indices of each step: xs and ys (S, B, T)."""
+        """Return the rows with these indices at each step, as xs and ys (S, B, T)."""
         num_rows = indices.stop - indices.start if isinstance(indices, range) else len(indices)
         tokens = f"{len(steps) * num_rows:,} rows of {self.language.context_size:,} tokens"
         require_memory({tokens: 8 * len(steps) * num_rows * self.numbers_per_row}, device)
@@ -128,7 +128,8 @@ def row_source(config: RunConfig, *, stream: str) -> RowSource:
     """Return the source of one stream of a language run.
 
     Raises:
-        ConfigError: If the text cannot be read, or is too short to hold out the rows for evaluation.
+        ConfigError: If a text cannot be read, the text is too short to hold out the rows for evaluation, or the second
+            text has no whole row.
     """
     text, num_held_out = config.language, config.evaluation.num_prompts
     corpus = None if text.is_synthetic else open_corpus(text)

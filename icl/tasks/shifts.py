@@ -1,8 +1,8 @@
-"""Out-of-distribution prompts: families that change the inputs, the tasks, the noise or the query.
+"""Out-of-distribution prompts: shifts of the inputs, the tasks, the noise or the query.
 
 Each shift transforms the prompts of the stream `true` (new tasks from the prior, noise variance sigma^2). So every shifted prompt is paired
-with an unshifted prompt, and differences between shifts have small errors. If a shift needs random numbers, it draws them from its own
-stream. So a shifted prompt is a pure function of (evaluation seed, shift, step, index).
+with an unshifted prompt, and differences between shifts have small standard errors. If a shift needs random numbers, it draws them from its
+own stream. So a shifted prompt is a pure function of (evaluation seed, shift, step, index).
 
 - `input_scale_<g>`: each input x is multiplied by g, so its variance is g^2. `task_scale_<g>`: each task vector w is multiplied by g. The
   targets change accordingly, but the noise does not. The code of Hoogland et al. (2024) uses g = 3, 5, 10, 100, although the paper says
@@ -13,15 +13,15 @@ stream. So a shifted prompt is a pure function of (evaluation seed, shift, step,
   the targets is D + sigma^2, as without the shift.
 - `random_quadrants`: all examples lie in one random orthant. The query may lie in any orthant.
 - `orthogonal_query`: the query is orthogonal to every example.
-- `seen_query`: the query equals the input of one of the examples, and its target has new noise.
+- `seen_query`: the query equals the input of one of the examples. The target of the query has new noise.
 
 Source: the evaluations in the files eval.py and samplers.py of Garg et al. (2022). We differ from their code in four ways:
 
-- We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include this choice.
+- We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include the randomness of the axes.
 - For `label_noise`, we rescale by the variance of the targets' distribution. Garg et al. rescale by the variance in the batch.
 - Our query is the last x of a prompt, and only the prediction at this x is evaluated.
-- The orthogonal query of Garg et al. exists only for k up to D. We keep the query, project the examples onto the orthogonal complement of
-  the query, and rescale the examples.
+- The orthogonal query of Garg et al. exists only after fewer than D examples. We keep the query, project the examples onto the orthogonal
+  complement of the query, and rescale the examples.
 
 All shifts except `input_scale_<g>` keep E|x|^2 = D.
 """
@@ -73,11 +73,12 @@ class Randomness(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Family of out-of-distribution prompts, with the smallest D and K for which it exists."""
+    """Definition of a shift, with the smallest D and K for which the shift exists."""
 
     transform: Callable[[Parts, Randomness], Parts]
     is_about_query: bool = False
-    """Whether the shift changes only the query. If so, only the prediction at the last position counts."""
+    """Whether the shift changes how the query relates to the examples. If so, only the prediction at the query (the
+    last position) counts."""
     min_task_size: int = 1
     min_examples: int = 1
 

@@ -1,7 +1,7 @@
 """Random streams for both families of runs: the prompts of regression runs and the rows of tokens of language runs.
 
-Prompts and rows are pure functions of (seed, stream, step, index), with inputs `xs` and targets `ys`. Training and sampling use this
-module, so their code need not distinguish between the families.
+Prompts and rows are pure functions of (seed, stream, step, index). Both have inputs `xs` and targets `ys`. Because training and sampling
+use this module, their code need not distinguish between the families.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def stream_source(config: RunConfig, *, stream: str) -> Source:
     """Return the source of one stream of a run.
 
     Raises:
-        ConfigError: If the stream of a regression run is not a name, the run's pool of tasks changes and the stream is not `train`,
-            or the text of a language run cannot be used.
+        ConfigError: If the stream of a regression run is not a name, the run's pool of tasks changes and the stream is neither `train` nor
+            `true`, or the text of a language run cannot be used.
     """
     return (row_source if config.model.is_language else prompt_source)(config, stream=stream)
 

@@ -1,7 +1,8 @@
 """Callbacks of training: each callback decides when something happens, and calls a function that does it.
 
-The callbacks run in the order of `trainer.make_callbacks`. All contents of a row or checkpoint are computed before the row or
-checkpoint is written. The resume file is written last, so it never contains a step that the other files lack.
+A member is one of the runs that train together as a population. The callbacks run in the order of `trainer.make_callbacks`. All
+contents of a row or checkpoint are computed before the row or checkpoint is written. The resume file is written after the rows and the
+checkpoints, so it never contains a step that they lack.
 """
 
 import contextlib
@@ -30,9 +31,8 @@ Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
 """Two signals within this number of seconds count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent then
-signals this program again. In a program that a sweep started, all signals count as one. There, Slurm signals the program and also the
-engine that started it (`icl.sweeps.engine`). The engine then signals the program again, perhaps seconds later. To end the program at once,
-the engine uses SIGKILL."""
+signals this program again. If `icl sweep` started this program, all signals count as one. Slurm signals both this program and `icl sweep`,
+and `icl sweep` then signals this program again, perhaps seconds later. To end this program at once, `icl sweep` uses SIGKILL."""
 
 
 class NonFiniteGuard(pl.Callback):
@@ -60,7 +60,7 @@ class Evaluation(pl.Callback):
     """Evaluate on fixed prompts at step 0, then once in `every` steps, and at the last step.
 
     Args:
-        sets_at: Function of a step that returns the evaluation sets of every member.
+        sets_at: Function from a step to the evaluation sets of every member.
         every: Number of steps between evaluations; None means no evaluation.
         max_steps: Last step of training.
     """
@@ -84,7 +84,7 @@ class Evaluation(pl.Callback):
             self._evaluate(trainer, module)
 
     def latest(self, step: int) -> list[Metrics] | None:
-        """Return the metrics of every member, or None if this step was not evaluated."""
+        """Return the metrics of every member at `step`, or None if this step was not evaluated."""
         return self.metrics if self.step == step else None
 
     def _evaluate(self, trainer: pl.Trainer, module: PopulationModule) -> None:
@@ -204,7 +204,7 @@ class MetricsLog(pl.Callback):
 
     @property
     def loss(self) -> float | None:
-        """Mean of the training losses in the last rows of the running members; None if no member has such a row."""
+        """Mean of the running members' latest training losses in `metrics.csv`; None if no running member has one yet."""
         losses = [member.loss for member in self.members if member.is_running and member.loss is not None]
         return sum(losses) / len(losses) if losses else None
 

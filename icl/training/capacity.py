@@ -1,8 +1,9 @@
 """Estimate how many members of a population fit on a device at once, and refuse runs that are too large for the device.
 
-On a GPU all members are updated together. Each member needs memory for seven arrays of the size of its parameters: the
-parameters, their gradient, Adam's two moments and three temporaries. It also needs the activations for its backward pass. To
-estimate these, we run forward passes of a few prompts and measure the size of the tensors that autograd keeps.
+A member is one of the runs that train together as a population. On a GPU all members are updated together. Each member needs
+memory for seven arrays of the size of its parameters: the parameters, their gradient, Adam's two moments, and the new parameters
+and moments. It also needs memory for the activations that its backward pass uses. To estimate the size of the activations, we run
+forward passes of a few prompts and measure the tensors that autograd keeps.
 
 On a CPU at most one member per core is updated at a time, so we count the activations of one member for each core. Each member also
 needs memory for:
@@ -34,7 +35,7 @@ _RESUMED_ROWS = 9
 """Number of arrays per resumed member on a CPU: parameters and two moments. Each of these exists three times: in the member, in the
 data read from the resume file, and in the joined arrays."""
 _DRAWN_BYTES = 128
-"""Number of bytes for each number in a batch of prompts while the batch is drawn from counters (measured)."""
+"""Bytes of memory per number in a batch of prompts, while our counter-based generator draws the batch (measured)."""
 _EVALUATED_ARRAYS = 48
 """Number of arrays that each further member adds to an evaluation (measured). An array has one float32 per target."""
 _NUM_BASELINES = 5

@@ -71,7 +71,7 @@ class PromptStream:
             step = start + self.block
 
     def _sample(self, steps: range) -> Prompts | TokenRows:
-        """Draw the prompts or rows of all members for several steps, with leading axes (S, N)."""
+        """Draw the prompts or rows of all members for several steps. The leading axes are steps and members."""
         drawn = sample_sources(self.sources, steps, self.indices, device=self.device)
         return type(drawn)(*(part.transpose(0, 1) for part in drawn))
 
@@ -85,7 +85,7 @@ class Stretches:
     Args:
         stream: Source of the prompts of each step.
         first_step: Function that returns the first step. It is called when iteration begins.
-        stop: Function of a step that returns the next step at which callbacks must see the model.
+        stop: Function from a step to the next step at which a callback has work to do.
         longest: Largest number of steps in a stretch.
     """
 

@@ -1,8 +1,8 @@
 """Record how a member's training ends, in its status, its log and its W&B run.
 
-If one member of several fails, `isolate_failure` ends that member with the reason, and the others continue. The failure of a
-single run is raised as an error. With several processes, any failure is raised, because the processes could not agree on
-which members remain.
+A member is one of the runs that train together as a population. If one member of several fails, `isolate_failure` ends that
+member with the reason, and the others continue. The failure of a single run is raised as an error. With several processes, any
+failure is raised, because the processes could not agree on which members remain.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
 
 
 def _write_failure(member: Member, status: Status) -> None:
-    """Replace the status and log it. On a full disk, overwrite the status in place, and write no line to the log."""
+    """Replace the status and log it. If the disk is full, overwrite the status in place, and ignore an error of the log."""
     try:
         member.folder.write_status(status)
     except OSError:

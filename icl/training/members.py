@@ -1,4 +1,4 @@
-"""The members of a population: the state of each run during training, except for the step, which all members share.
+"""State of each member of a population during training. A member is one of the runs that train together; all members share the step.
 
 A member trains until it ends, for example because it stops early or its loss is no longer finite. Then its saved files are no longer
 changed. Its slice of the stacked parameters is still updated until the population is rebuilt, but its results are no longer
@@ -73,7 +73,7 @@ class Member:
     """Number of parts into which a compiled step on a CPU splits the prompts; None before the first start. The value is kept when the
     run is resumed, so that its results do not change."""
     rows: dict[str, Any] | None = None
-    """Length and digest of `metrics.csv` at the last save."""
+    """Size in bytes and digest of `metrics.csv` at the last save."""
     lacking: frozenset[int] = frozenset()
     """Steps whose checkpoints were missing when the run was resumed; training continues without them."""
     incomplete: str | None = None

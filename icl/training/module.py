@@ -1,8 +1,9 @@
 """The LightningModule of a population. Each batch contains the prompts of a few optimiser steps (`icl.compute.step`).
 
-A single run is a population of one. The module stores the parameters and Adam's moments of N members as rows of matrices. It
-also records, for every member, the mean loss, the number of clipped steps and the first step with a non-finite loss. These
-records are tensors on the device, so that the host need not wait for the device at every step.
+The members of a population are runs that train together. A single run is a population of one. The module stores the parameters and
+Adam's moments of N members as rows of matrices. A row has P numbers. The module also records, for every member, the mean loss, the
+number of clipped steps and the first step with a non-finite loss. These records are tensors on the device, so that the host need not
+wait for the device at every step.
 """
 
 import sys
@@ -155,7 +156,7 @@ class PopulationModule(pl.LightningModule):
         )
 
     def _report_changes(self) -> None:
-        """Print and log changed conditions. A message that several members share is printed once."""
+        """Print and log the conditions that have changed since the last save. A message that several members share is printed once."""
         printed = set()
         for member, saved in self._saved_conditions.items():
             sentence = describe_changes(saved, self.conditions)
@@ -189,8 +190,9 @@ class PopulationAdam(torch.optim.Optimizer):
     """Adam for N members whose parameters are the rows of one matrix, with the interface of a PyTorch optimiser.
 
     Loss, gradient, clipping and update are one function of tensors (`icl.compute.step`), so that a step can be compiled as one graph.
-    Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`. The parameter group contains the
-    learning rate of the next update. The state contains the moments and the number of updates.
+    Therefore `step` takes prompts instead of gradients. Everything else is as in `torch.optim.Adam`, or as in `torch.optim.AdamW` if
+    there is a weight decay. The parameter group contains the learning rate of the next update. The state contains the moments and the
+    number of updates.
     """
 
     def __init__(self, rows: Tensor, adam: AdamState, function: Step, settings: OptimConfig) -> None:

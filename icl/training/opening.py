@@ -1,4 +1,7 @@
-"""Open the folders of runs for training: lock them, fetch the run from its store if the store is ahead, and find the step to continue from."""
+"""Open a run's folder for training.
+
+We lock the folder, fetch the run from its store if the store has a later step, and find the step from which training continues.
+"""
 
 import contextlib
 
@@ -17,7 +20,7 @@ from icl.training.upload import upload_behind
 
 
 def has_ended(member: Member) -> bool:
-    """Return whether the run has already ended.
+    """Return whether the run has already ended successfully. A run that failed or was pre-empted is trained further.
 
     Raises:
         ConfigError: If the member's folder contains a run with other settings.

@@ -62,7 +62,7 @@ class SrunEnvironment(SLURMEnvironment):
 def join_processes(config: RunConfig) -> RunConfig:
     """Return the settings of a run. If they ask for one process but torchrun started several, use torchrun's number of processes.
 
-    If srun started the processes, copy the rank of this process to the variables that Lightning reads.
+    If srun started the processes, copy the rank of this process to the variables that `is_child_rank` reads.
 
     Raises:
         ConfigError: If the number of processes started differs from the settings.

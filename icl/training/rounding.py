@@ -1,4 +1,4 @@
-"""Conditions that affect the rounding of training. A run that resumes under other conditions reports the changes.
+"""Conditions that affect rounding errors in training. A run that resumes under other conditions reports the changes.
 
 The settings determine what is computed. The device, the number of threads and the libraries determine the order of summation,
 and so the rounding. Under the same conditions, a resumed run is bit-identical to an uninterrupted one.

@@ -3,9 +3,10 @@
 The same call starts a new run, resumes an unfinished run bit-identically, or reports that a run is finished. Every outcome
 (finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
-Runs that differ only in their seeds and tasks can be trained together, as one population. A single run is a population of one. If
-the members are at different steps, those at the lowest step are trained first. When they reach the second-lowest step, both
-groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of the others.
+Runs that differ only in their seeds and tasks can be trained together, as the members of one population. A single run is a
+population of one. If the members are at different steps, those at the lowest step are trained first. When they reach the
+second-lowest step, both groups are trained together. If a member ends before the others, the population is rebuilt from the
+resume files of the others.
 """
 
 import contextlib
@@ -97,7 +98,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
 def train_population(
     configs: Sequence[RunConfig], *, folders: Sequence[str | Path] | None = None, wandb_run: Any = None
 ) -> list[TrainResult]:
-    """Train several runs together, each to its end. The results of each run are the same as if it were trained alone.
+    """Train several runs together, each to its end. Up to rounding, each run has the same results as if it were trained alone.
 
     Unfinished runs are resumed, and finished runs are left as they are. A member fails if its loss becomes non-finite, if
     its folder, settings, resume file or store cannot be used, or if another process trains it. The other members then continue.
@@ -234,7 +235,7 @@ def _fit(
     """Train members from `step` until they reach the step `until`, one of them ends, or a signal arrives.
 
     Returns:
-        The step reached, and the signal that arrived (None if no signal did).
+        The step reached, and the signal that stopped training. The signal is None if none arrived, or if training is complete.
     """
     configs = [member.config for member in members]
     trainer = make_trainer(configs[0], members, max_steps=until)

@@ -55,13 +55,14 @@ class Sender:
         return [name for name in copied_names(self.mirror.here) if self._sent.get(name) != self._signature(name)]
 
     def send(self, is_over: Callable[[], bool], bar: tqdm | None = None) -> bool:
-        """Send new files. Return whether all of them were sent.
+        """Send new files. Return False if the round ended early or a file could not be sent.
 
-        The vouchers (`last.ckpt` and `status.json`) are read before the other files, and sent after them.
+        If nothing must be sent now, for example because the store limits the number of writes, return True. The vouchers (`last.ckpt`
+        and `status.json`) are read before the other files, and sent after them.
 
         Args:
             is_over: Function that is called before each file. If it returns True, no more files are sent.
-            bar: Progress bar at the end of training, when every remaining file is sent.
+            bar: Progress bar, given only at the end of training. All remaining files are then sent, whether or not `last.ckpt` is new.
         """
         if not self.mirror.run.config_file.exists():
             return True  # if the folder was removed, we leave its copy in the store as it is

@@ -1,4 +1,7 @@
-"""Build the parts that train a population: Lightning's Trainer, the callbacks in order, and the evaluation sets."""
+"""Build what training a population needs: Lightning's Trainer, the callbacks in order, and the evaluation sets.
+
+A population consists of runs that train together, which are called its members.
+"""
 
 import logging
 import warnings
@@ -41,7 +44,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
         max_steps: Step at which to stop; None means the last step of the runs.
 
     Raises:
-        ConfigError: If Lightning refuses the devices, the strategy or the precision.
+        ConfigError: If `icl` or Lightning refuses the devices, the strategy or the precision.
     """
     settings = config.trainer
     _quieten_lightning()

@@ -85,7 +85,7 @@ class Uploader:
         self._thread.start()
 
     def abandon(self) -> None:
-        """Stop sending, without waiting for the current file. The process may continue and train again."""
+        """Stop sending, without waiting for the current file. The thread then ends by itself, so the process can train again."""
         self._is_given_up.set()
         self._stop.set()
 

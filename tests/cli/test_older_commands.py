@@ -103,10 +103,10 @@ def test_every_older_setting_is_a_setting_here_and_on_the_page():
         (["wandb", "agent", "x"], "`wandb agent ID`"),
         (
             ["--learning_rate", "1e-3"],
-            "`--learning_rate` follows a command, such as `icl train`. Its new name is `optim.lr`.",
+            "`--learning_rate` must follow a command, such as `icl train`. Its new name is `optim.lr`.",
         ),
         (["--M=64"], "Its new name is `task.num_tasks`."),
-        (["-x"], "`-x` follows a command"),
+        (["-x"], "`-x` must follow a command"),
         (["train", "--learning_rate", "1e-3"], "no setting `learning_rate`. Its new name is `optim.lr`."),
         (["train", "--learning-rate=1e-3"], "Its new name is `optim.lr`."),
         (["train", "--M", "64"], "Its new name is `task.num_tasks`."),

@@ -44,6 +44,7 @@ def test_a_caption_says_where_the_numbers_come_from(gallery, tmp_path):
     text = (tmp_path / "figures" / "line.txt").read_text()
     assert text.startswith("A line from corner to corner.\n\nData: losses.csv of data/small (reduced); 2026-01-02")
     assert all(word in text for word in ("2 CPU cores", "torch 2.13", "abc", "icl train", "notebooks/tour.ipynb"))
+    assert text.endswith(f"Drawn by `{__name__}.drawing` in notebooks/tour.ipynb.\n")
     assert saved.png == (tmp_path / "figures" / "line.png").read_bytes()
     assert (tmp_path / "figures" / "line.pdf").read_bytes().startswith(b"%PDF")
 
@@ -89,6 +90,7 @@ def test_the_page_shows_every_figure_by_notebook(gallery, tmp_path):
     assert page.index("### one") < page.index("### two")
     assert page.count("## notebooks/tour.ipynb") == 1
     assert "![one](one.png)\n\nCaption of one." in page
+    assert page.count(f"drawn by `{__name__}.drawing`") == 2
 
 
 @pytest.mark.parametrize(("top", "expected"), [(5.0, ["2", "3"]), (50.0, ["2", ""]), (5000.0, ["", ""])])

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from icl.plotting import ladder, llc_studies, ood
-from icl.plotting.figures import draw_estimates
+from icl.plotting.development import draw_estimates
 from icl.plotting.style import new_figure
 from icl.plotting.tidying import tidy
 

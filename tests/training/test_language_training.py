@@ -372,7 +372,7 @@ def test_essential_dynamics_are_those_of_the_logits(folder, capsys):
     assert np.linalg.norm(scores, axis=0) == pytest.approx(values[:2], rel=1e-4)
     assert main(["analyse", str(folder.path), "--what", "essential-dynamics", "--state", "gradients"]) != 0
     assert (
-        "is for regression runs only. For a language run, use --distribution true with the state outputs, weights"
+        "is for regression runs only. For a language run, use `--distribution true`, and set `--state` to `outputs`"
         in capsys.readouterr().err
     )
 

@@ -193,7 +193,7 @@ def test_a_rank_that_was_left_in_the_environment_is_named(started, name, capsys)
 def test_a_rank_that_is_no_number_is_one_sentence_before_lightning_meets_it(name, value, monkeypatch, capsys):
     monkeypatch.setenv(name, value)
     assert main(["runs"]) == (2 if value.strip() else 0)
-    assert (f"{name} must be the number of a process" in capsys.readouterr().err) == bool(value.strip())
+    assert (f"{name} must be the rank of a process" in capsys.readouterr().err) == bool(value.strip())
     assert (name in os.environ) == bool(value.strip())
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _HEAD = """\
 # Data
 
-This folder has the small tables from which the figures are drawn. `make data` runs the training, evaluations, LLC estimates and analyses
+This folder contains the tables from which the figures are drawn. `make data` runs the training, evaluations, LLC estimates and analyses
 of `tools/data/small.sh` (an evening on two CPU cores), then writes the tables to `small/`. `make data SIZE=published-run` does the same
 for the whole published run of `L2H4` (a day on two cores), and `make data SIZE=full` for the published sizes of `tools/data/full.sh`. {full}
 If one of these commands was interrupted, run it again to continue. `python -m tools.data small --list` shows which phases are done.
@@ -30,7 +30,8 @@ Conventions:
 
 - A row of a table is one number, or one estimate with its diagnostics. `stderr` is a standard error.
 - Step s is the state after s updates. Losses and squared distances are per target, not divided by D.
-- Numbers have five significant digits, and all digits before the point. Numbers that are not finite are left empty.
+- Numbers are rounded to five significant digits. Numbers of at least 100,000 are rounded to whole
+  numbers. Infinite values and NaN are left empty.
 
 Other files:
 
@@ -39,22 +40,26 @@ Other files:
 - `published.csv` has the released numbers with which ours are compared (`docs/reproduction.md`).
 - `models/` has the weights of a few models (safetensors). The notebooks draw the predictions of these models.
 - `benchmarks/` has the results of `make bench`.
-- `verdict-rates.csv` shows how often the verdicts of turning points and stages are right, on simulated curves
+- `verdict-rates.csv` shows, for simulated curves, how often the verdicts of turning points and stages are right
   (`python -m tools.verdict_rates --runs 200`).
-- `coverage.csv` shows how often the intervals of LLC estimates contain a known truth (`python -m tools.coverage`).
+- `coverage.csv` shows how often the intervals of LLC estimates contain the true LLC, for losses whose LLC is known (`python -m tools.coverage`).
 
 Tables:
 """
 
 
 def make_readme(_: str) -> str:
-    """Return the text of `data/README.md`."""
+    """Return the text of `data/README.md`. The argument, its old text, is not used."""
     sizes = [size for size in LABELS if (ROOT / "data" / size / "provenance.json").is_file()]
     lines = []
     for size in sizes:
         provenance = json.loads((ROOT / "data" / size / "provenance.json").read_text(encoding="utf-8"))
-        lines.append(f"`{size}/` is {provenance['label']}.")
-    full = "These are in `full/`." if "full" in sizes else "The last has not been run yet, because it needs a GPU."
+        lines.append(f"`{size}/`: {provenance['label']}.")
+    full = (
+        "The tables of the published sizes are in `full/`."
+        if "full" in sizes
+        else "`make data SIZE=full` has not been run yet, because it needs a GPU."
+    )
     parts = [_HEAD.format(full=full, about=" ".join(lines))]
     for name, about in TABLES.items():
         rows = ", ".join(f"{size}: {_num_rows(size, name):,} rows" for size in sizes if _num_rows(size, name))

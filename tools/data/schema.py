@@ -33,14 +33,14 @@ class Table(NamedTuple):
     about: str
     columns: dict[str, Column]
     phases: str
-    """A word that occurs in the names of the phases that produce the table."""
+    """Text that occurs in the name of every phase that produces the table. The phases are listed in `phases.csv`."""
     thinned: str = ""
     """Which rows and columns of the runs' own tables are kept, for `data/README.md`; empty if all are kept."""
 
 
-FEW_STEPS = "the first and the last step of each run, and steps between them that are a factor of 1.2 apart"
+FEW_STEPS = "the first and the last step of each run, and steps between them that are at least a factor of 1.2 apart"
 
-_RUN = Column("text", "path of the run's folder within the folder of all runs")
+_RUN = Column("text", "path of the run's folder, relative to the folder of all runs")
 _STEP = Column("integer", "number of updates")
 _VALUE = Column("number", "value of the quantity")
 _STDERR = Column("number", "standard error of the value")
@@ -61,7 +61,7 @@ def _number(meaning: str, *, may_miss: bool = False) -> Column:
 
 TABLES: dict[str, Table] = {
     "runs": Table(
-        "the trained runs",
+        "the trained runs (those in the folder `ladder` differ only in M)",
         {
             "run": _RUN,
             "preset": Column("text", "preset of the run's settings"),
@@ -128,9 +128,9 @@ TABLES: dict[str, Table] = {
             "stderr": _STDERR,
         },
         "evaluate",
-        "values at single positions are kept only for the `loss` on `pretrain`; for shifts, `loss` and `delta_ridge` "
-        "are kept only as means over positions (for shifts of the query: at the query), and only at few steps "
-        f"({FEW_STEPS}; for the ladder only the last step)",
+        "values at single positions are kept only for the `loss` on `pretrain`, and not for the runs of the ladder; for "
+        "shifts, only the means of `loss` and `delta_ridge` over positions are kept (for shifts of the query, the values at "
+        f"the query), and only at a few steps ({FEW_STEPS}; for the runs of the ladder, only the last step)",
     ),
     "baselines": Table(
         "losses of the baselines on the same prompts",
@@ -143,8 +143,8 @@ TABLES: dict[str, Table] = {
             "stderr": _STDERR,
         },
         "evaluate",
-        "values at single positions are kept only for `pretrain`; for shifts, only the losses of ridge and zero are kept, as means "
-        "over positions (for shifts of the query: at the query)",
+        "values at single positions are kept only for `pretrain`; for shifts, only the mean losses of ridge and zero over "
+        "positions are kept (for shifts of the query, the losses at the query)",
     ),
     "llc": Table(
         "local learning coefficients with their diagnostics",
@@ -160,7 +160,9 @@ TABLES: dict[str, Table] = {
             "step": _STEP,
             "llc": _number("estimate, nbeta (E[L] - L(w0))", may_miss=True),
             "stderr": _number("standard error of the estimate, over chains and draws", may_miss=True),
-            "interval_low": _number("lower end of the 95 % interval, which includes the bias bound", may_miss=True),
+            "interval_low": _number(
+                "lower end of the 95 % interval, minus `bias_bound` if it exceeds half of `stderr`", may_miss=True
+            ),
             "interval_high": _number("upper end of the 95 % interval", may_miss=True),
             "init_loss": _number("L(w0), the checkpoint's loss"),
             "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
@@ -179,8 +181,8 @@ TABLES: dict[str, Table] = {
                 "decrease of the LLC if the localization grows by a factor e, in nats", may_miss=True
             ),
             "drop_at_mean": _number(
-                "checkpoint's loss minus the loss at the mean of the draws, in nats; if positive, the LLC is too low by about "
-                "this amount",
+                "nbeta times (the checkpoint's loss minus the loss at the mean of the draws), in nats; if positive, the LLC is "
+                "too low by about this amount",
                 may_miss=True,
             ),
             "drop_at_mean_stderr": _number("standard error of `drop_at_mean`", may_miss=True),
@@ -196,12 +198,16 @@ TABLES: dict[str, Table] = {
         {
             "run": _RUN,
             "settings": _SETTINGS,
-            "component": Column("text", "head or layer; L0H1 is head 1 of layer 0 (`icl/sampling/components.py`)"),
+            "component": Column(
+                "text", "head or layer; L0H1 is the second head of the first layer (`icl/sampling/components.py`)"
+            ),
             "num_params": Column("integer", "number of weights of the component"),
             "step": _STEP,
             "llc": _number("estimate, nbeta (E[L] - L(w0))", may_miss=True),
             "stderr": _number("standard error of the estimate, over chains and draws", may_miss=True),
-            "interval_low": _number("lower end of the 95 % interval, which includes the bias bound", may_miss=True),
+            "interval_low": _number(
+                "lower end of the 95 % interval, minus `bias_bound` if it exceeds half of `stderr`", may_miss=True
+            ),
             "interval_high": _number("upper end of the 95 % interval", may_miss=True),
             "init_loss": _number("L(w0), the checkpoint's loss"),
             "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
@@ -214,7 +220,7 @@ TABLES: dict[str, Table] = {
                 "upper bound on the bias from the step size and minibatch noise, in nats", may_miss=True
             ),
             "drop_at_mean": _number(
-                "checkpoint's loss minus the loss at the mean of the draws, in nats", may_miss=True
+                "nbeta times (the checkpoint's loss minus the loss at the mean of the draws), in nats", may_miss=True
             ),
             "ess": _number("effective sample size: number of independent draws of the same precision", may_miss=True),
             "verdict": _VERDICT,
@@ -257,7 +263,7 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "settings": _SETTINGS,
             "step": _STEP,
-            "chain": Column("integer", "number of the chain, from 0"),
+            "chain": Column("integer", "index of the chain, from 0"),
             "move": Column("integer", "number of moves made so far, including burn-in"),
             "loss": _number("minibatch loss", may_miss=True),
         },
@@ -285,7 +291,7 @@ TABLES: dict[str, Table] = {
         {
             "run": _RUN,
             "corner": Column(
-                "integer", "number of the combination of settings, from 0, in the order in which they were tried"
+                "integer", "index of the combination of settings, from 0, in the order in which they were tried"
             ),
             "stage": Column(
                 "text",
@@ -305,11 +311,14 @@ TABLES: dict[str, Table] = {
             "verdict": _VERDICT,
             "reasons": Column("text", "reasons why the verdict is not `ok`, and notes", may_miss=True),
             "healthy": Column(
-                "text", "`True` if no rule of the verdict is broken, except the rules about short chains"
+                "text",
+                "`True` if the estimate breaks no rule of the verdict, apart from the rules about the length of the "
+                "chains",
             ),
             "plateau_nbeta": Column(
                 "text",
-                "`True` if, at the last step, the estimate with the same ratio and a neighbouring nbeta agrees",
+                "`True` if, at the last step, the estimate agrees with the estimate for the same ratio and a "
+                "neighbouring nbeta",
             ),
             "lr_searched": Column("text", "`True` for the estimates that compare step sizes"),
             "chosen": Column("text", "`True` for the chosen settings"),
@@ -322,7 +331,7 @@ TABLES: dict[str, Table] = {
             "run": _RUN,
             "step": Column("integer", "number of updates; empty for numbers about the whole run", may_miss=True),
             "quantity": Column("text", "see `icl/analysis/essential_dynamics/`"),
-            "item": Column("text", "component or plane", may_miss=True),
+            "item": Column("text", "component, plane of two components, or kind of shape", may_miss=True),
             "member": Column("text", "name of the run, or of a reference such as ridge", may_miss=True),
             "value": _number(
                 "value of the quantity; the unit of scores and coordinates is the square root of a sum of squared predictions",
@@ -331,7 +340,7 @@ TABLES: dict[str, Table] = {
             "stderr": _MAY_STDERR,
             "verdict": Column("text", "`ok` or `suspect`", may_miss=True),
             "state": Column(
-                "text", "state of the model that forms the trajectory; `outputs` are predictions for fixed prompts"
+                "text", "kind of vector that is a point of the trajectory; `outputs`: the predictions for fixed prompts"
             ),
             "bandwidth": _number("smallest width of the smoothing kernel, in units of ln(step + 1)"),
         },
@@ -345,7 +354,7 @@ TABLES: dict[str, Table] = {
             "step": _STEP,
             "quantity": Column("text", "see `icl/analysis/embeddings.py`"),
             "part": Column("text", "name of the weights, or of a pair of subspaces"),
-            "component": Column("integer", "number of the singular value, angle or channel", may_miss=True),
+            "component": Column("integer", "index of the singular value, angle or channel, from 1", may_miss=True),
             "value": _VALUE,
             "threshold": _number("absolute value below which a weight counts as small"),
         },
@@ -359,16 +368,18 @@ TABLES: dict[str, Table] = {
             "step": Column("integer", "number of updates; empty for uniform attention", may_miss=True),
             "quantity": Column("text", "see `icl/analysis/attention.py`"),
             "part": Column(
-                "text", "name of the head (`b1h2` is head 2 of block 1), or `uniform` for uniform attention"
+                "text",
+                "name of the head (`b1h2` is the second head of the first block), or `uniform` for uniform attention",
             ),
             "queries": Column("text", "attending tokens: `all`, `x` or `y`", may_miss=True),
             "value": _VALUE,
             "stderr": _MAY_STDERR,
-            "query_token": Column("integer", "number of the attending token, from 0", may_miss=True),
-            "key_token": Column("integer", "number of the token that is attended to, from 0", may_miss=True),
+            "query_token": Column("integer", "index of the attending token, from 0", may_miss=True),
+            "key_token": Column("integer", "index of the token that is attended to, from 0", may_miss=True),
         },
         "attention",
-        f"these steps are kept: {FEW_STEPS}; averages are over all queries, except for the weight on y-tokens",
+        f"these steps are kept: {FEW_STEPS}; only averages over all queries are kept; for the weight on y-tokens, averages "
+        "over x-queries and y-queries are kept too",
     ),
     "gradients": Table(
         "gradients of the loss with respect to the weights and to the parameters of the data distribution",
@@ -436,7 +447,7 @@ TABLES: dict[str, Table] = {
             "high": _number("step two standard errors after a boundary", may_miss=True),
             "kind": Column("text", "`turn`, `plateau` or `onset`", may_miss=True),
             "strength": _number("strength of a candidate for a boundary, in standard errors", may_miss=True),
-            "stage": Column("integer", "number of the stage", may_miss=True),
+            "stage": Column("integer", "index of the stage, from 1", may_miss=True),
             "type": Column("text", "type of the stage: `A`, `B` or `?`", may_miss=True),
             "start": _number("first step of a stage", may_miss=True),
             "end": _number("last step of a stage", may_miss=True),
@@ -477,9 +488,13 @@ TABLES: dict[str, Table] = {
         f"means over positions; these steps are kept: {FEW_STEPS}",
     ),
     "prior-mixture": Table(
-        "mixtures of dMMSE and ridge that are closest to the models of a ladder of M (`docs/priors.md`)",
+        "mixtures of dMMSE and ridge that are closest to the models of a ladder (runs that differ only in M and in "
+        "seeds; `docs/priors.md`)",
         {
-            "run": Column("text", "M and seed of the run, `all` for the whole ladder, or a seed of it"),
+            "run": Column(
+                "text",
+                "M and seed of the run; `all` for the whole ladder; or the number of a seed, for the runs with this seed",
+            ),
             "num_tasks": _number("task diversity M; empty for the whole ladder", may_miss=True),
             "step": Column("integer", "number of updates; empty for numbers about whole runs", may_miss=True),
             "quantity": Column("text", "see `icl/analysis/mixture/`"),
@@ -499,7 +514,8 @@ TABLES: dict[str, Table] = {
         "means over positions, without residuals and without the reasons of saved steps",
     ),
     "implicit-prior": Table(
-        "distances of the tasks that two models of the ladder believe in to candidate priors (`docs/priors.md`)",
+        "energy distances between candidate priors and the tasks behind the prompts that two models of the same "
+        "ladder generate (`docs/priors.md`)",
         {
             "run": _RUN,
             "num_tasks": Column("integer", "task diversity M"),
@@ -515,7 +531,8 @@ TABLES: dict[str, Table] = {
         "prior ladder",
     ),
     "transience": Table(
-        "four seeds on which ridge comes and goes (the preset `transience`): losses at every saved step, and the findings over seeds",
+        "transient ridge in four runs with different seeds (the preset `transience`): losses at every saved step, and "
+        "the findings over seeds",
         {
             "seed": Column(
                 "integer", "seed of the run; empty for other predictors and for findings over seeds", may_miss=True
@@ -537,9 +554,10 @@ TABLES: dict[str, Table] = {
         "means over positions",
     ),
     "threshold": Table(
-        "a ladder of M with a task-diversity threshold, four seeds each: losses and gaps at the last step",
+        "runs that differ only in M and in seeds (four seeds for each M), from which the task-diversity threshold is "
+        "computed: losses and gaps at the last step",
         {
-            "run": Column("text", "seed of the initial weights, the data and the noise"),
+            "run": Column("text", "the word seed, followed by the seed of the initial weights, the data and the noise"),
             "num_tasks": Column("integer", "task diversity M"),
             "step": _STEP,
             "distribution": Column("text", "`pretrain` (the M training tasks) or `true` (new tasks)"),
@@ -552,7 +570,8 @@ TABLES: dict[str, Table] = {
         "means over positions, without shifts and earlier steps",
     ),
     "phases": Table(
-        "measured time of each phase of `small.sh` or `full.sh`",
+        "measured time of each phase of the script that computed the tables (`small.sh`, `published-run.sh` or "
+        "`full.sh`)",
         {
             "phase": Column("text", "name of the phase in the script"),
             "commands": Column("text", "commands of the phase"),

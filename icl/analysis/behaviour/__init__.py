@@ -180,7 +180,10 @@ def prompt_numbers(prompt_set: EvaluationSet, predictions: Float[Tensor, "B K"])
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """Return the indices of up to `count` steps that are evenly spaced in log(t + 1), including the first and the last."""
+    """Return the indices of up to `count` steps that are evenly spaced in log(t + 1).
+
+    They include the first and the last step. If `count` is 1, only the last step is included.
+    """
     logs = np.log1p(np.array(steps, dtype=float))
     targets = np.linspace(logs[0], logs[-1], count) if count > 1 else logs[-1:]
     return sorted({int(np.abs(logs - target).argmin()) for target in targets})

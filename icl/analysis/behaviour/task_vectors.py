@@ -26,7 +26,7 @@ from icl.metrics import Estimate
 from icl.tasks.prompts import Prompts
 
 Predict = Callable[[Prompts], Tensor]
-"""Function from prompts with k examples each (B, k, D) to predictions (B, k), or (N, B, k) for many members."""
+"""Function from prompts with k examples each (B, k, D) to predictions (B, k), or (N, B, k) for N models."""
 
 
 class Similarity(NamedTuple):

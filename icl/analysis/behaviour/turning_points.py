@@ -6,8 +6,9 @@ average is far below the standard error of either mean. The functions therefore 
 `lower` and `upper` are the saved steps between which a turning point lies.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
-  `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. A minimum at the
-  first or last saved step is `suspect`, because the curve may have no turning point.
+  `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. The minimum
+  is `suspect` if the first or the last saved step is not significantly higher, because the curve may then have no
+  turning point.
 - Crossing: a saved step is clear if its mean differs from zero by more than `SIGN_ERRORS` standard errors. There is a crossing between two
   clear steps if their means have opposite signs and no other clear step lies between them. Between these two steps we interpolate linearly
   in log(t + 1). The standard error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear

@@ -94,7 +94,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path) -> pd.DataFrame:
-    """Return one quantity of every model: its mean over positions, or its only value if the distribution changes only the query."""
+    """Return one quantity of every model: its mean over positions, or its only value if the distribution is about the query."""
     rows = table[(table["distribution"] == distribution) & (table["quantity"] == quantity)]
     if rows.empty:
         available = ", ".join(sorted(map(str, table["distribution"].unique())))

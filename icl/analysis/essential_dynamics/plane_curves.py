@@ -1,12 +1,14 @@
 """Smooth curves in log time, and the geometry of their projections on planes: osculating circles, cusps, vertices.
 
-Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At every u0 we fit the
-cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); then r^(p)(u0) = p! b_p. These derivatives are exact for cubics, whatever
-the spacing of the checkpoints. They are linear in the data, so their standard errors are known. The kernel width is h = max(`bandwidth`,
-half the distance to the sixth nearest checkpoint). A narrower kernel would make the curve pass through each of the few early checkpoints.
-The variance of the noise is the local mean square of the residuals. We treat neighbouring residuals as independent, which makes standard
-errors too small where checkpoints are dense. The code of Hoogland et al. smooths over the index of the checkpoint, with a width of 0.06
-times the index (in log time, about h = 0.06). The Gaussian derivative kernels in that code are wrong. We differentiate the fit instead.
+Smoothing is local cubic regression with Gaussian weights (Fan and Gijbels 1996, chapter 3) in u = ln(step + 1). At
+every u0 we fit the cubic sum_p b_p (u - u0)^p with weights exp(-(u - u0)^2 / 2 h^2); the p-th derivative of the curve r
+at u0 is then p! b_p. These derivatives are exact for cubics, whatever the spacing of the checkpoints. They are linear
+in the data, so their standard errors are known. The kernel width is h = max(`bandwidth`, half the distance to the sixth
+nearest checkpoint). A narrower kernel would make the curve pass through each of the few early checkpoints. The variance
+of the noise is the local mean square of the residuals. We treat neighbouring residuals as independent, which makes
+standard errors too small where checkpoints are dense. The code of Hoogland et al. smooths over the index of the
+checkpoint, with a width of 0.06 times the index (in log time, about h = 0.06). The Gaussian derivative kernels in that
+code are wrong. We differentiate the fit instead.
 
 The geometry of a plane curve r(u) does not depend on the parametrisation. With v = |r'| and c = x'y'' - y'x'', the signed
 curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y', x'). The centres form the evolute.

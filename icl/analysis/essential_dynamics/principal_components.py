@@ -5,15 +5,17 @@ compute components from the centred inner products G of the states (scikit-learn
 states themselves (scikit-learn's PCA). Both methods give the same result. Components are sorted by variance. We choose the sign of a
 component such that the runs begin at negative scores. The sign then does not depend on the solver.
 
-Null models. In a random walk of many equal steps in very many dimensions, component k has the share 6 / (pi k)^2 of the variance
-(for S states: proportional to 1 / sin^2(pi k / 2S)), and its scores form a cosine (Antognini and Sohl-Dickstein 2018). So a smooth
-curve with a large first component is not evidence of structure. Checkpoints are not evenly spaced, and training slows down. So we
-compare with walks made from the run's own steps d_i, the differences between consecutive states:
+Null models. In a random walk of many equal steps in very many dimensions, component k has the share 6 / (pi k)^2 of the
+variance. (For S states, the share is proportional to 1 / sin^2(pi k / 2S).) The scores of component k form a cosine
+(Antognini and Sohl-Dickstein 2018). So a smooth curve with a large first component is not evidence of structure.
+Checkpoints are not evenly spaced, and training slows down. So we compare with walks made from the run's own steps d_i,
+the differences between consecutive states:
 
-- `walk_shares`: the shares of the expected G of a walk whose steps have the lengths |d_i| and independent directions. This walk is
-  Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. With equal `durations` the shares have the closed form above.
-  With the numbers of updates as durations, the walk is Brownian motion of constant rate, observed at the saved steps.
-  The first state of each run stays where it is; only the later states are random.
+- `walk_shares`: the shares of the expected G of a walk whose steps have the lengths |d_i| and independent directions.
+  This walk is Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. If all `durations` (squared step lengths) are
+  equal, the shares have the closed form above. With the numbers of updates as durations, the walk is Brownian motion of
+  constant rate, observed at the saved steps. The first state of each run stays where it is; only the later states are
+  random.
 - `flipped_walks`: walks with the steps d_i, each multiplied by a random sign. Such a walk moves only in the run's own directions,
   which may be few. The mean of G over these walks is the expected G of `walk_shares`. The spread over walks shows which shares can
   occur by chance.
@@ -84,7 +86,7 @@ class ComparedPCA(NamedTuple):
 
     @property
     def high_shares(self) -> Float[np.ndarray, " C"]:
-        """For every k, the 95 % quantile of the sum of the first k shares over walks with the run's own steps."""
+        """For every k, the 95 % quantile, over walks with the run's own steps, of the sum of the first k shares."""
         return np.quantile(np.cumsum(self.walks.shares, axis=1), 0.95, axis=0)
 
     @property
@@ -175,7 +177,7 @@ def walk_shares(
     num_components: int,
     durations: Float[np.ndarray, " S"] | None = None,
 ) -> Float[np.ndarray, " C"]:
-    """Return the share of the variance of each component, for a walk whose steps have independent directions.
+    """Return the share of the variance that each component explains in a walk with independent step directions.
 
     The shares are computed from the expected G of the walk.
 

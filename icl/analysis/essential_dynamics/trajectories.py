@@ -2,11 +2,10 @@
 
 A state is one of the following arrays, flattened:
 
-- `outputs`: the predictions for fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the "y-only" variant
-  of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a training task of every run;
-  use `--distribution first_task` for such prompts.
-  For a language run, `outputs` are the logits of the true next token, at one random position of each of B test rows (B features;
-  Hoogland et al. 2024).
+- `outputs`: the predictions for B fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the
+  "y-only" variant of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a
+  training task of every run; use `--distribution first_task` for such prompts. For a language run, `outputs` are the
+  logits of the true next token, at one random position of each of B test rows (B features; Hoogland et al. 2024).
 - `tokens`: all outputs at each of the 2K tokens, as in Hoogland et al. With `model.output` `token` there are D + 1
   outputs at each token, so 2 B K (D + 1) features. Most of these outputs are never trained.
 - `weights`: all weights of the model.
@@ -19,7 +18,7 @@ A state is one of the following arrays, flattened:
 We read the matrix in blocks of features, for all checkpoints at once. Inner products are sums over these blocks. Each
 block is centred before it is multiplied, so no precision is lost by cancellation. If there are more features than
 checkpoints, the whole matrix is never in memory, only a few copies of the inner products. For 10,000 checkpoints of
-163,840 features, the matrix would need 6.6 GB, and each copy of the inner products needs 0.8 GB.
+163,840 features, the matrix would need 6.6 GB in float32, and each copy of the inner products needs 0.8 GB in float64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -170,7 +169,11 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
 
 
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:
-    """Return the outputs of ridge, and of dMMSE for every finite M. Other states, such as weights, do not exist for these predictors."""
+    """Return the predictions of ridge, and of dMMSE for every finite M, as states of the kind `outputs`.
+
+    The result is empty for language runs. It is also empty for other states, such as weights, which these predictors do
+    not have.
+    """
     if settings.state != "outputs" or configs[0].model.is_language:
         return {}
     (xs, ys, _), task = fixed_prompts(configs[0], settings), configs[0].task
@@ -284,7 +287,7 @@ def _require_state(config: RunConfig, settings: StateSettings) -> None:
     if config.model.is_language and is_refused:
         raise ConfigError(
             f"`--state {settings.state} --distribution {settings.distribution}` is for regression runs only. For a language run, use "
-            "--distribution true with the state outputs, weights, first_moment or second_moment."
+            "`--distribution true`, and set `--state` to `outputs`, `weights`, `first_moment` or `second_moment`."
         )
 
 

@@ -96,7 +96,10 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
 
 
 def principal_components(vectors: Float[np.ndarray, "S P"]) -> tuple[Float[np.ndarray, "S C"], Float[np.ndarray, " C"]]:
-    """Return the scores of the centred vectors on at most three components, and the shares of variance explained."""
+    """Return the scores of the centred vectors on at most three components, and the shares of variance explained.
+
+    There are no components if there are fewer than two vectors, or if the vectors are all equal or not finite.
+    """
     if len(vectors) < 2 or not np.isfinite(vectors).all() or np.allclose(vectors, vectors[0]):
         return np.zeros((len(vectors), 0)), np.zeros(0)
     model = PCA(n_components=min(NUM_COMPONENTS, *vectors.shape), svd_solver="full")

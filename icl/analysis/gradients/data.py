@@ -2,11 +2,11 @@
 
 A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noise_scale n, y = w . x + e. Here z (K, D)
 and n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for
-all coordinates; `noise_scale` is a standard deviation. Training uses means 0, scales 1 and noise_scale sigma, the
-square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so w_mean and w_scale shift and
-stretch the whole pool. The loss of a prompt is the mean over the K positions of the training loss of a fixed model: (f(x, y) - y)^2
-for a predictor f, or a negative log-likelihood (`icl.model.heads`). L(phi) is the expected loss for the six parameters phi. For
-f = 0, with means m and scales s,
+all coordinates; `noise_scale` is a standard deviation. In training, the means are 0, x_scale and w_scale are 1,
+and noise_scale is sigma, the square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so
+w_mean and w_scale shift and stretch the whole pool. The loss of a prompt is the mean over the K positions of the
+training loss of a fixed model: (f(x, y) - y)^2 for a predictor f, or a negative log-likelihood (`icl.model.heads`).
+L(phi) is the expected loss for the six parameters phi. For f = 0, with means m and scales s,
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .
 
@@ -126,7 +126,7 @@ def pathwise(
 def finite_difference(
     losses_of: Losses, draws: Draws, at: Float[Tensor, "N B 6"], *, step: float
 ) -> Float[Tensor, "N B 6"]:
-    """Return central differences of each prompt's loss."""
+    """Return central differences of each prompt's loss with respect to the six parameters."""
     shifts = step * torch.eye(6, dtype=at.dtype, device=at.device)
     differences = [prompt_losses(losses_of, draws, at + dx) - prompt_losses(losses_of, draws, at - dx) for dx in shifts]
     return torch.stack(differences, dim=-1) / (2 * step)
@@ -135,7 +135,9 @@ def finite_difference(
 def score_function(
     losses: Float[Tensor, "N B"], draws: Draws, at: Float[Tensor, " 6"], *, is_pool: bool
 ) -> Float[Tensor, "N B 6"]:
-    """Return (loss - mean loss)(score - mean score) B / (B - 1) for each prompt. The mean over prompts is an unbiased gradient.
+    """Return (loss - mean loss)(score - mean score) B / (B - 1) for each prompt.
+
+    The mean of these numbers over prompts is an unbiased estimate of the gradient.
 
     Args:
         losses: Losses from `prompt_losses`, for all prompts at the same parameters `at`.

@@ -5,8 +5,9 @@ Every number that depends on rows of tokens has a standard error over rows. Rows
 - `loss`: loss on the test rows at each position, and averaged over positions (`mean`). Position k is the prediction of token k from the
   tokens before it.
 - `icl_score`: late loss minus early loss, negative if context helps (`icl.evaluation.scores.icl_positions`).
-- `bigram_score`: cross-entropy of the model's prediction after the token s at a random position, relative to the bigram frequencies
-  q(t | s). `bigram_floor`: the mean entropy of q(t | s), which is the lowest possible score.
+- `bigram_score`: cross-entropy between the bigram frequencies q(t | s) and the model's prediction of the next token t,
+  where s is the token at a random position. `bigram_floor`: the mean entropy of q(t | s), which is the lowest possible
+  score.
 - `ngram_score`, with n = 2, 3 or 4 in `position`: test loss at position n divided by the loss of the last token of
   common n-grams. In the paper, the n-grams are entries of a larger vocabulary (`vocabulary`). Our default is the most
   frequent n-grams of the training text.
@@ -149,7 +150,10 @@ def _test_losses(members: Members, num_rows: int) -> tuple[Float[Tensor, "N B T"
 
 
 def test_rows(config: RunConfig, num_rows: int) -> Tensor:
-    """Return the first rows of a run's test set for reports, with BOS. For a real text, return at most `evaluation.num_prompts` rows."""
+    """Return the first `num_rows` test rows for reports, with BOS.
+
+    For a real text, return at most `evaluation.num_prompts` rows.
+    """
     text = config.language
     count = num_rows if text.is_synthetic else min(num_rows, config.evaluation.num_prompts)
     xs, ys = row_source(config, stream=TEST).sample(range(REPORT, REPORT + 1), range(count))

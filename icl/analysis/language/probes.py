@@ -1,7 +1,8 @@
-"""Make rows of tokens for measuring behaviours (pure functions of a seed), and find the common n-grams of a text.
+"""Make rows of tokens on which behaviours are measured, and find the common n-grams of a text.
 
-Rows of random tokens begin with BOS. The other tokens are drawn uniformly from the vocabulary without BOS. So the meaning of tokens cannot
-explain where a head attends (Hoogland et al. 2024).
+Rows of random tokens depend only on the arguments, which include a seed. They begin with BOS. The other tokens are
+drawn uniformly from the vocabulary without BOS. So the meaning of tokens cannot explain where a head attends (Hoogland
+et al. 2024).
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def previous_token_rows(
 ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, " B"]]:
     """Return rows of random tokens, and the last position of each row.
 
-    Lengths are uniform from 16 to 64 tokens, or less in a short context.
+    The lengths are drawn uniformly from 16 to 64 tokens. In a short context, these limits are lower.
     """
     longest = min(LENGTHS[1], context_size - 1)
     shortest = min(LENGTHS[0], longest)

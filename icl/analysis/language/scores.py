@@ -81,7 +81,7 @@ def ngram_score(
         params: Stacked parameters of the N models.
         ngrams: Common n-grams, one in each row of the tensor, without BOS.
         test_losses: Each model's loss of token n in every test row: index n - 1 on the last axis of `token_losses`.
-        bos: The number of the token BOS, which begins every row.
+        bos: The index of the token BOS, which begins every row.
     """
     rows = torch.cat([torch.full_like(ngrams[:, :1], bos), ngrams], dim=1)
     ours, test = _mean(token_losses(config, params, rows)[..., -1]), _mean(test_losses)

@@ -19,8 +19,9 @@ positions):
   above 1, the row is `invalid`: the model is then further from every mixture than dMMSE and ridge are from each other.
 - `loss_advantage`: how much smaller the squared error of dMMSE is than the squared error of ridge on `pretrain`. The difference is
   divided by 2 sigma^2, which gives nats per target for Gaussian noise.
-- `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: the mean squared standard error of the estimated
-  Bayes predictor; there is no such row if the prior and the noise are Gaussian.
+- `separation`: the mean squared difference between dMMSE and ridge. `predictor_variance`: the mean squared standard
+  error of the estimated Bayes predictor; there is no such row if the prior and the noise are Gaussian.
+  `loss_advantage`, `separation` and `predictor_variance` do not depend on the model, so their rows have no step.
 
 Rows of a whole run (`icl.analysis.mixture.findings`):
 
@@ -29,10 +30,10 @@ Rows of a whole run (`icl.analysis.mixture.findings`):
 
 Rows of all runs together, `run` = `all`:
 
-- `growth_exponent`: the exponent `a` in t + 1 ~ M^a, where t is the last transition to dMMSE of the run with M tasks.
-  If at least two seeds have an exponent, there is one row for each seed, and the row `all` contains the mean and its
-  standard error over seeds. `num_seeds` is the number of seeds with an exponent. If there are at least three, `lower`
-  and `upper` are the 95 % interval.
+- `growth_exponent`: the exponent `a` in t + 1 ~ M^a, where t is the step of the last transition to dMMSE in the run
+  with M tasks. If at least two seeds have an exponent, there is one row for each seed, and the row `all` contains the
+  mean and its standard error over seeds. `num_seeds` is the number of seeds with an exponent. If there are at least
+  three, `lower` and `upper` are the 95 % interval.
 - `curve_alpha`, `curve_beta`, `curve_gamma`, `curve_r2`: parameters and R^2 of the theory curve of Wurgaft et al. 2025
   (`icl.analysis.mixture.theory`). `curve_weight` is the value of the curve at each saved step. At the steps to which the curve is
   fitted, `curve_residual` is the fitted weight p minus `curve_weight`. `curve_step` is the step at which a run's curve crosses 1/2.

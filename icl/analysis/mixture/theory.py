@@ -55,7 +55,7 @@ class CurvePoints(NamedTuple):
     """Index of the run to which each point belongs."""
 
     def without(self, run: float) -> "CurvePoints":
-        """Return the points of all runs except this one."""
+        """Return the points of all runs except the run with index `run`."""
         return CurvePoints(*(column[self.runs != run] for column in self))
 
 

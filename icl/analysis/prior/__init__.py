@@ -1,16 +1,16 @@
-"""The prior over tasks that a model has learned, as samples that are compared with candidate priors at every saved step.
+"""The prior over tasks that a model has learned: we compare samples from it with candidate priors at every saved step.
 
 A model with a predictive distribution (`model.output` `gaussian` or `mixture`) generates prompts, which we call
 rollouts (`icl.analysis.prior.rollouts`). Ridge regression estimates the task behind each rollout. The same estimator is
 applied to prompts from each candidate prior (`icl.bayes`): `pool`, the run's M training tasks; `gaussian`, N(0, I); and
-`prior`, the run's prior of new tasks if it is not N(0, I). The prompts of all candidates have the inputs and the noise
-of the run. The energy distance (`icl.analysis.prior.energy`) between the model's estimates and a candidate's estimates
-is zero if the model is the Bayes predictor of the candidate. The converse does not hold, because the distance depends
-only on the estimates.
+`prior`, the run's prior of new tasks if it is not N(0, I). The prompts of all candidates have inputs and noise from the
+run's distributions. The energy distance (`icl.analysis.prior.energy`) between the model's estimates and a candidate's
+estimates is zero if the model is the Bayes predictor of the candidate. The converse does not hold, because the distance
+depends only on the estimates.
 
-With `num_context` > 0, every rollout begins with this number of ordinary examples. The rollouts are then samples from the posterior that
-the model implies. These rollouts are compared with prompts that are continued from each candidate's posterior. A candidate's posterior is
-computed exactly, or approximated by particle filters (`icl.bayes.posterior`).
+With `num_context` > 0, every rollout begins with this number of ordinary examples. The rollouts then show the posterior
+that the model implies. We compare them with prompts that are continued from each candidate's posterior. A candidate's
+posterior is computed exactly, or approximated by particle filters (`icl.bayes.posterior`).
 
 Rows of the table, by `quantity`. `preference`, `energy_share` and `separation` use two candidates. The first is the prior of the training
 tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next one in the order `pool`, `prior`, `gaussian`.
@@ -25,9 +25,9 @@ tasks (`pool`, or with M = inf `prior` or `gaussian`). The second is the next on
   is at most 4 standard errors above zero.
 - `mean_square`: the mean of |w|^2 / D over the estimates of the model and, in rows without a step, of each candidate.
 
-If the pool of tasks changes during training, each saved step is compared with the pool at the last update before this step. The
-rows that do not depend on the model then have a step too. Standard errors are from the block jackknife over all samples, which includes
-the errors of particle filters. Inputs and random numbers are the same at all steps.
+The pool of tasks may change during training. Each saved model is then compared with the pool used in its last update.
+The rows that do not depend on the model then have a step too. Standard errors are from the block jackknife over all
+samples, which includes the errors of particle filters. Inputs and random numbers are the same at all steps.
 """
 
 import math

@@ -4,8 +4,8 @@ The squared energy distance of two distributions P and Q (Szekely and Rizzo 2013
 
     E(P, Q) = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
 
-with X, X' from P and Y, Y' from Q, all independent. E is zero exactly if P = Q. We replace each expectation by the mean over all pairs
-of different samples. This estimate has no bias, so it can be negative.
+with X, X' from P and Y, Y' from Q, all independent. E is zero exactly if P = Q. We replace each expectation by the mean
+over all pairs of points, without the pairs of a point with itself. This estimate has no bias, so it can be negative.
 
 For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The jackknife variance
 of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2 (Efron and Stein 1981),

@@ -4,8 +4,8 @@ The method has three parts:
 
 1. Every available signal (loss, scores, LLC; `icl.analysis.stages.signals`) is smoothed in log time u = ln(step + 1)
    (`icl.analysis.stages.smoothing`).
-2. Turns and plateaus of a smoothed signal, and in language runs onsets, are candidates for boundaries (`icl.analysis.stages.boundaries`
-   defines them).
+2. Turns and plateaus of a smoothed signal are candidates for boundaries. So are onsets, in language runs only.
+   `icl.analysis.stages.boundaries` defines turns, plateaus and onsets.
 3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
 For at most one in twenty curves without stages, the method reports a boundary that is `ok` or `suspect`. It finds the published stages
@@ -66,7 +66,7 @@ class Settings(SignalSettings):
     tolerance: float = setting(
         0.25, "largest distance, in ln(step + 1), at which boundaries in two signals count as the same boundary"
     )
-    least_change: float = setting(0.01, "minimum change of a signal within a stage, as a share of its range")
+    least_change: float = setting(0.01, "minimum change of a signal within a stage, as a share of the signal's range")
     shortest: float = setting(0.25, "minimum length of the smoothing kernel, in ln(step + 1)")
     longest: float = setting(1.0, "maximum length of the smoothing kernel, in ln(step + 1)")
 
@@ -164,7 +164,10 @@ def divide(
 
 
 def _change(curve: Curve, start: tuple[float, float], end: tuple[float, float]) -> Change:
-    """Return the change of a curve between two times, each with its standard error; NaN if the curve does not cover both times."""
+    """Return the change of a curve between two times; NaN if the curve does not cover both times.
+
+    `start` and `end` each contain a time and its standard error.
+    """
     times = curve.times
     slack = 0.1 * (end[0] - start[0])  # a tenth of the interval may lie outside the curve
     if start[0] < times[0] - slack or end[0] > times[-1] + slack:

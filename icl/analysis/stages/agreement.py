@@ -13,8 +13,8 @@ into account. Loss and ICL score are one group of dependent signals. An LLC that
 - `ok`: signals of at least two groups show the boundary, and at least one signal shows it with all three smoothing kernels.
 - `suspect`: at most one group shows the boundary, but its strength is at least `STRONG` standard errors; or no signal
   shows it with all three smoothing kernels.
-- `invalid`: at most one group shows the boundary, and its strength is below `STRONG` standard errors; or an end of the
-  curves or a stronger boundary lies within two standard errors.
+- `invalid`: at most one group shows the boundary, and its strength is below `STRONG` standard errors. A boundary is
+  also `invalid` if an end of the curves, or a stronger boundary, lies within two standard errors of it.
 """
 
 import math
@@ -68,7 +68,7 @@ def agree(
         fits: Smoothed signals. The keys are the names of the signals.
         tolerance: Distance in ln(step + 1) from the strongest candidate within which other candidates always belong to the same
             boundary. Candidates that agree within two standard errors may be twice as far away.
-        least_change: Minimum change of a signal within a stage, as a share of its range.
+        least_change: Minimum change of a signal within a stage, as a share of the signal's range.
     """
     remaining = [
         Candidate(signal, boundary, _group(signal, boundary.time))
@@ -151,7 +151,10 @@ def _only_these(candidates: Sequence[Candidate], signals: Sequence[Signal]) -> s
 
 
 def _reject_overlapping(boundaries: Sequence[RunBoundary]) -> list[RunBoundary]:
-    """Mark the weaker of two boundaries as `invalid` if they lie within two standard errors of each other."""
+    """Mark the weaker of two boundaries as `invalid` if they lie within two standard errors of each other.
+
+    A `suspect` boundary counts as weaker than an `ok` one, whatever its strength.
+    """
     checked: list[RunBoundary] = []
     for boundary in boundaries:
         checked.append(boundary)

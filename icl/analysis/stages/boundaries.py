@@ -1,17 +1,18 @@
 """Boundaries between stages in one signal: times at which the signal turns, pauses, or begins to move.
 
 Hoogland et al. (2024) chose boundaries by hand at critical points of the LLC's curve, where its slope in ln t is zero
-or has a plateau near zero. They published no rule. (An early version mentions an 'automated procedure', which we did
-not find.) Our rule works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the mean slopes
-of f over intervals of log time. Every mean slope has a standard error. There are three kinds of boundaries:
+or has a plateau near zero. They published no rule. (An early version of the paper mentions an 'automated procedure',
+which we did not find.) Our rule works for any signal. It uses the curve f from `icl.analysis.stages.smoothing`, and the
+mean slopes of f over intervals of log time. Every mean slope has a standard error. There are three kinds of boundaries:
 
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval. Both mean slopes are at least
   `SIGNIFICANCE` standard errors from zero. The boundary lies at the extremum of f between the two intervals.
-- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two (the pause), the absolute slope of
-  f is smaller, by a factor of at least `STEEPNESS`, than the slope over each of the two intervals. For both intervals, the absolute slope
-  minus `STEEPNESS` times the slope of the pause must be at least `SIGNIFICANCE` standard errors above zero. To place the boundary, we fit
-  two cubics to the observations between the middles of the two intervals. The cubics have equal value and slope where they join. The
-  boundary is the joint with the best fit.
+- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two (the pause),
+  the absolute slope of f is smaller than over each of the two intervals, by a factor of at least `STEEPNESS`. For both
+  intervals, the absolute slope minus `STEEPNESS` times the slope of the pause must be at least `SIGNIFICANCE` standard
+  errors above zero. To place the boundary, we fit two cubics to the observations between the middles of the two
+  intervals. The cubics have equal value and slope where they join. The time of the boundary is the mean time of the
+  joint, weighted by the likelihood of the fit.
 - An *onset*, in language runs only: over one interval (the rest) f moves much less than over the next interval (the motion). The motion is not
   longer than the rest, in log time. The absolute slope of the motion minus `ONSET` times the absolute slope of the rest must be at least
   `ONSET_SIGNIFICANCE` standard errors above zero. The boundary is placed as for a plateau, between the start of the rest and the end of
@@ -47,8 +48,8 @@ CORRELATED_SIGNIFICANCE = 4.0
 """Minimum strength of a boundary, in standard errors, if the correlation of the scatter clearly lowers it (`_LITTLE_LOST`). This limit is
 larger than `SIGNIFICANCE`, because the correlation is only estimated."""
 _LITTLE_LOST = 0.8
-"""The limit is `SIGNIFICANCE` if, after the correlation of the scatter is taken into account, more than this share of the strength remains.
-Otherwise the limit is `CORRELATED_SIGNIFICANCE`."""
+"""Share of a boundary's strength. If more than this share remains with correlated scatter, the minimum strength is
+`SIGNIFICANCE`, else `CORRELATED_SIGNIFICANCE`."""
 _MAX_KNOTS = 64
 """Largest number of grid points at which intervals may begin and end."""
 _NUM_TIMES = 200

@@ -1,6 +1,7 @@
 """Search for boundaries in a smoothed curve, over all intervals between knots.
 
-Knots are the grid points at which intervals may begin and end. `icl.analysis.stages.boundaries` defines the boundaries.
+Knots are the grid points at which intervals may begin and end. `icl.analysis.stages.boundaries` defines the kinds of
+boundaries, and the words motion, pause and rest.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +13,17 @@ from jaxtyping import Bool, Float, Int
 from icl.analysis.stages.smoothing import Curve
 
 SIGNIFICANCE = 3.0
-"""Minimum strength of a boundary, in standard errors (our choice). Because we search over many intervals, one in ten to one in twenty
-curves without stages reaches this value. None of the curves without stages that we tested reached 4."""
+"""Minimum strength of a boundary, in standard errors (our choice). Because we search over many intervals, 5 to 10 % of
+curves without stages reach this value. None of the curves without stages that we tested reached 4."""
 STEEPNESS = 1.25
-"""Factor by which the slopes of both motions must exceed the slope of the pause between them. With our choice, the slope in the pause is
-at least a fifth smaller."""
+"""Factor by which the slopes of both motions must exceed the slope of the pause between them. With our choice, the
+slope in the pause is at least a fifth smaller than the slopes of both motions."""
 ONSET = 3.0
 """Factor by which the slope after an onset must exceed the slope before it (our choice)."""
 ONSET_SIGNIFICANCE = 4.0
 """Minimum strength of an onset, in standard errors. It is larger than `SIGNIFICANCE`, because an onset has only one motion."""
 _MAX_PAUSE = 16
-"""Largest number of knots that a pause may span."""
+"""Largest difference between the indices of the first and the last knot of a pause."""
 Kind = Literal["turn", "plateau", "onset"]
 
 
@@ -38,11 +39,14 @@ class _Intervals(NamedTuple):
     slopes: Float[np.ndarray, " K"]
     lengths: Float[np.ndarray, " K"]
     covariance: Callable[[Int[np.ndarray, " k"], Int[np.ndarray, " r"]], Float[np.ndarray, "k r"]]
-    """Function from two lists of intervals to the covariances of their mean slopes."""
+    """Function from two lists of intervals to the covariances between their mean slopes."""
     contrasts: tuple[Float[np.ndarray, "K P"], Float[np.ndarray, "K P"]]
-    """Slope k minus `STEEPNESS` times |slope of pause p|, in standard errors; then the same number with -slope k in place of slope k."""
+    """Entry (k, p) of the first matrix: slope k minus `STEEPNESS` times |slope of pause p|, in standard errors.
+
+    The second matrix has -slope k in place of slope k.
+    """
     moves: Bool[np.ndarray, " K"]
-    """Whether the curve moves by at least `least_change` of its range."""
+    """Whether the curve changes over the interval by at least the share `least_change` of its range."""
 
 
 class KnotBoundary(NamedTuple):
@@ -54,7 +58,10 @@ class KnotBoundary(NamedTuple):
     high: int
     strength: float
     stretches: tuple[tuple[int, int], ...]
-    """First and last knot of each stretch: the motion before, the motion after, and for a plateau the pause. For an onset: the motion, the rest."""
+    """First and last knot of each stretch: the motion before, the motion after, and for a plateau the pause.
+
+    For an onset, the stretches are the motion and the rest.
+    """
 
 
 def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) -> _Intervals:
@@ -87,9 +94,10 @@ def _contrasts(
     covariances: Float[np.ndarray, "k r"],
     factor: float,
 ) -> tuple[Float[np.ndarray, "k r"], Float[np.ndarray, "k r"]]:
-    """Return by how many standard errors each fast slope is steeper than `factor` times each slow slope, upwards and downwards.
+    """Return by how many standard errors each fast slope is steeper than `factor` times each slow slope.
 
-    The slow slope may have either sign, so each result is the smaller of two: one with the slow slope added, one with it subtracted.
+    The first result is for upward fast slopes, the second for downward ones. The slow slope may have either sign, so
+    each result is the smaller of two: one with the slow slope added, one with it subtracted.
     """
     spread, shared = fast_variances + factor**2 * slow_variances, 2 * factor * covariances
     minus = (fast - factor * slow) / np.sqrt(np.maximum(spread - shared, 1e-300))
@@ -117,7 +125,7 @@ def knot_boundaries(
 
 
 def _search(intervals: _Intervals, low: int, high: int, onsets: bool) -> Iterator[KnotBoundary]:
-    """Yield the strongest boundary between two knots, then the boundaries on each side of it."""
+    """Yield the strongest boundary between knots `low` and `high`, then the boundaries on each side of it."""
     boundary = _strongest(intervals, low, high, onsets)
     if boundary is not None:
         yield boundary
@@ -126,7 +134,10 @@ def _search(intervals: _Intervals, low: int, high: int, onsets: bool) -> Iterato
 
 
 def _strongest(intervals: _Intervals, low: int, high: int, onsets: bool, at: int | None = None) -> KnotBoundary | None:
-    """Return the strongest significant boundary between two knots, or at knot `at`."""
+    """Return the strongest significant boundary between knots `low` and `high`, or None.
+
+    If `at` is given, only this knot is considered.
+    """
     candidates = [_turn(intervals, low, high, at)]
     onset = _onset(intervals, low, high, at) if onsets else None
     # A pause before a sudden motion ends in an onset, whose time is better defined than a time within the pause.
@@ -137,7 +148,10 @@ def _strongest(intervals: _Intervals, low: int, high: int, onsets: bool, at: int
 
 
 def _turn(intervals: _Intervals, low: int, high: int, at: int | None) -> KnotBoundary | None:
-    """Return the strongest turn between two knots, or at knot `at`. It need not be significant."""
+    """Return the strongest turn between knots `low` and `high`, or None. The turn need not be significant.
+
+    If `at` is given, only this knot is considered.
+    """
     best: KnotBoundary | None = None
     inside = intervals.moves & (intervals.first >= low) & (intervals.last <= high)
     for knot in range(low + 1, high) if at is None else [at]:
@@ -155,7 +169,10 @@ def _turn(intervals: _Intervals, low: int, high: int, at: int | None) -> KnotBou
 
 
 def _plateau(intervals: _Intervals, low: int, high: int, at: int | None) -> KnotBoundary | None:
-    """Return the strongest plateau between two knots, or with knot `at` in its pause. It need not be significant."""
+    """Return the strongest plateau between knots `low` and `high`, or None. The plateau need not be significant.
+
+    If `at` is given, only pauses that contain this knot are considered.
+    """
     best: KnotBoundary | None = None
     first, last = intervals.first[intervals.short], intervals.last[intervals.short]
     pauses = np.flatnonzero((first > low) & (last < high) & (True if at is None else (first <= at) & (at <= last)))
@@ -178,7 +195,10 @@ def _plateau(intervals: _Intervals, low: int, high: int, at: int | None) -> Knot
 
 
 def _onset(intervals: _Intervals, low: int, high: int, at: int | None) -> KnotBoundary | None:
-    """Return the strongest onset between two knots, or at knot `at`. It need not be significant."""
+    """Return the strongest onset between knots `low` and `high`, or None. The onset need not be significant.
+
+    If `at` is given, only this knot is considered.
+    """
     best: KnotBoundary | None = None
     inside = (intervals.first >= low) & (intervals.last <= high)
     for knot in range(low + 1, high) if at is None else [at]:

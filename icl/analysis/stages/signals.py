@@ -9,11 +9,11 @@ For a language run, the loss and the ICL score are measured on test rows. The ta
 the sources above. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. For each of the two
 head scores, we use the head whose score is largest at the last step (Hoogland et al. 2024).
 
-The LLC comes from `results/llc.csv`. We use estimates with the same settings, for weights that were not rescaled, and
-with a verdict no worse than `worst_llc`. We treat their standard errors as independent, because the chains of different
-checkpoints have different noise. (The code of Hoogland et al. fixes the seed, so their chains have the same noise.) The
-chains of all checkpoints use the same minibatches. Differences between steps may therefore be less noisy than we
-assume, but not noisier.
+The LLC comes from `results/llc.csv`. We use estimates with the same settings and with a verdict no worse than
+`worst_llc`. Unless `llc_settings` is given, we use only estimates for weights that were not rescaled. We treat their
+standard errors as independent, because the chains of different checkpoints have different noise. (The code of Hoogland
+et al. fixes the seed, so their chains have the same noise.) The chains of all checkpoints use the same minibatches.
+Differences between steps may therefore be less noisy than we assume, but not noisier.
 
 The LLC is nbeta (E[L] - L(w0)). If E[L] hardly changes while L(w0) does, the LLC is the loss with its sign reversed, and is not an
 independent signal (`mirrors_loss`). The published LLC up to step 46,000 is an example, because its chains left the basin.
@@ -54,7 +54,7 @@ _QUANTITIES = {
 }
 """Names of the signals of each family of runs. The keys of the inner mappings are values of the column `quantity`."""
 _RISE = 3.0
-"""Smallest rise of a head's score over the run for which the score is a signal, in standard errors."""
+"""Minimum rise of a head's score over the run, in standard errors, for the score to count as a signal."""
 _GROUPS = {"icl_score": "loss", "bigram_score": "loss", **dict.fromkeys(_HEADS, "attention")}
 _TABLES = ("language-behaviour.csv", "behaviour.csv", "evaluation.csv")
 _MEASURED_SETS = ("pretrain", "test")
@@ -174,7 +174,7 @@ def _read(file: Path) -> pd.DataFrame:
 
 
 def _select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, str]) -> dict[str, Signal]:
-    """Return the signals in a table with columns quantity and position.
+    """Return the signals in a table; empty if the table lacks `quantity`, `position` or a column of `_POINT`.
 
     Args:
         table: The table. Rows of sets other than `_MEASURED_SETS`, and of predictors other than the model, are ignored.
@@ -228,7 +228,7 @@ def _signal(name: str, source: str, points: pd.DataFrame) -> dict[str, Signal]:
 
 
 def _computed(path: Path, num_prompts: int) -> pd.DataFrame:
-    """Evaluate every checkpoint, and return the numbers; return an empty table if there is no checkpoint."""
+    """Evaluate every checkpoint, and return the results as a table; it is empty if there is no checkpoint."""
     try:
         measure = partial(_measure, num_prompts=num_prompts)
         entries, _ = over_checkpoints("stages", path, SignalSettings(num_prompts=num_prompts), measure, version=VERSION)

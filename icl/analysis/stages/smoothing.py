@@ -134,7 +134,7 @@ def fit(
 def in_bins(
     times: Float[np.ndarray, " S"], values: Float[np.ndarray, " S"], stderr: Float[np.ndarray, " S"]
 ) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " s"], Float[np.ndarray, " s"]]:
-    """Return the points, or if there are more than `MAX_POINTS`, their means in that many bins of equal width in log time."""
+    """Return the points. If there are more than `MAX_POINTS`, return their means in bins of equal width in log time."""
     if len(times) <= MAX_POINTS:
         return times, values, stderr
     edges = np.linspace(times[0], times[-1], MAX_POINTS + 1)[1:-1]
@@ -193,7 +193,8 @@ def _correlated_noise(
 ) -> Float[np.ndarray, "S S"]:
     """Return the covariance of the observations' noise, with the estimated correlation of the scatter.
 
-    We assume that the size of the wander varies over the run in proportion to the local scatter.
+    We assume that the size of the wander (the correlated part of the scatter) varies in proportion to the local
+    scatter.
     """
     scatter = estimate_scatter(times, scaled, stderr, shortest=lengths[0], longest=lengths[1])
     unevenness = np.sqrt(variances / variances.mean())

@@ -113,7 +113,10 @@ def not_at_a_minimum(e: Evidence) -> str | None:
 
 @rule("suspect", source="definition of the LLC; the threshold is our choice")
 def lower_loss_at_mean(e: Evidence) -> str | None:
-    """The loss at the mean of the draws must not lie below the checkpoint's loss by more than a tenth of LLC + drop."""
+    """The drop must be at most a tenth of LLC + drop.
+
+    The drop is nbeta times the difference between the checkpoint's loss and the loss at the mean of the draws.
+    """
     if not (e.has_significant_drop and e.drop_at_mean > 0.1 and e.drop_share > 0.1):
         return None
     return (

@@ -1,7 +1,7 @@
-"""The evidence (the numbers on which the verdict is based, computed from the traces of the chains), and the type of a rule.
+"""The evidence (the numbers on which the verdict is based) and the type of a rule.
 
-Amounts are in nats, like the LLC: differences of loss are multiplied by nbeta. Only the losses themselves, `rise` and `headroom` are not
-multiplied. Means are over the chains that are not masked.
+The evidence is computed from the traces of the chains. Amounts are in nats, like the LLC: differences of loss are multiplied by nbeta. Only
+the losses themselves, `rise` and `headroom` are not multiplied. Means are over the chains that are not masked.
 """
 
 import math

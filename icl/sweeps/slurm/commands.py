@@ -35,14 +35,15 @@ class QueuedJob(NamedTuple):
 
 
 def submit(script: Path, *options: str) -> str:
-    """Submit a script, and return the number of the job.
+    """Submit a script, and return Slurm's ID of the job, which is a number without `_0`.
 
     Raises:
         SlurmError: If Slurm refuses the script. The message says why.
     """
     environment = {key: value for key, value in os.environ.items() if key not in _OVERRIDES}
     answer = _run("sbatch", "--parsable", *options, str(script), environment=environment)
-    # The answer is the number of the job, perhaps followed by a semicolon and the name of the cluster. Other lines are notices of the site.
+    # The answer is the number of the job, perhaps followed by a semicolon and the name of the cluster. Other lines are notices of the
+    # site, for example about maintenance.
     numbers = re.findall(r"^\s*(\d+)\s*(?:;.*)?$", answer, re.MULTILINE)
     if not numbers:
         raise SlurmError(

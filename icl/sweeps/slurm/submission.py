@@ -121,7 +121,9 @@ def job_script(
 
 
 def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
-    """Return the number of jobs to submit, and a sentence that says why fewer jobs than requested are submitted (else empty).
+    """Return the number of jobs to submit, and a sentence for the user.
+
+    The sentence says why fewer jobs than requested are submitted. It is empty if there is nothing to explain.
 
     Args:
         num_jobs: Number of jobs that the user requests. None requests as many jobs as there is work for.
@@ -140,7 +142,7 @@ def limited_jobs(num_jobs: int | None, num_programs: int) -> tuple[int, str]:
 
 
 def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, bytes] | None = None) -> str:
-    """Write the files of a submission, and submit its script. Return the number of the array.
+    """Write the files of a submission, and submit its script. Return Slurm's ID of the array.
 
     Args:
         folder: Folder of the submission, which must not exist.

@@ -6,7 +6,7 @@ First, the settings from the file and the command line are resolved without thos
 After that, `wandb.config` also contains the settings of the point, with names such as `optim.lr`, or `lr` in a section
 `optim`. Then all settings are resolved again: the point and the command line override the file. A command line that
 contradicts the point is refused. The name of the run depends on its whole configuration. So if W&B assigns a point again,
-the run continues from its last save. The new W&B run first receives the rows that the run has logged before.
+the run continues from its last save. The new W&B run first receives the rows that were logged before.
 """
 
 import os
@@ -43,7 +43,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
     """Work on the point of the sweep that the agent assigned. Report the exit status to W&B in every case, even after an error.
 
     Args:
-        read_base: Function that resolves the settings without the point.
+        read_base: Function that resolves the settings without those of the point.
         work: Function of the W&B run and of the settings of the point. It returns the exit status.
 
     Raises:
@@ -77,7 +77,7 @@ def join_sweep(base: Mapping[str, Any]) -> Any:
     """Begin the W&B run of this point, and return it.
 
     Args:
-        base: The settings without the point.
+        base: The settings without those of the point.
 
     Raises:
         SweepError: If W&B cannot be reached or refuses the run. Only W&B knows the settings of the point, so the run cannot continue.

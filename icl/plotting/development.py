@@ -1,7 +1,7 @@
 """Figures of a run's development that combine several tables: loss and LLC, in-context learning, learning curves.
 
-If there are several seeds, each seed is a thin line with a band of two standard errors over prompts. Vertical lines mark the ends
-of stages. The x axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
+In the first two of these figures, each seed has its own line, with a band of two standard errors over prompts. Vertical lines mark the
+ends of stages. The x axis shows step + 1 on a logarithmic scale, so that the initial model at step 0 is visible.
 """
 
 from collections.abc import Mapping
