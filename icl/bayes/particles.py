@@ -13,9 +13,9 @@ The predictive density of y_k is the weighted mean of the likelihoods of the par
 negative logarithm is the NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
 
 For Student's t with df degrees of freedom, the scale is distributed as (df - 2) / chi^2_df. For Laplace, the scale has an exponential
-distribution (Andrews and Mallows 1974). The scale of a coordinate of a `sparse` task is 1 / p with probability p, otherwise 0. In the filter,
-1e-6 replaces 0, so that a coordinate can become non-zero. Under the prior `mixture`, each particle has one component of the mixture instead
-of scales. These particles are resampled, but no new values are proposed for them.
+distribution (Andrews and Mallows 1974). The scale of a coordinate of a `sparse` task is 1 / p with probability p, otherwise 0. The filter uses
+the scale 1e-6 instead of 0: with the scale 0, a coordinate would stay exactly 0, whatever the data say. Under the prior `mixture`, each particle
+has one component of the mixture instead of scales. These particles are resampled, but no new values are proposed for them.
 """
 
 import math

@@ -93,7 +93,7 @@ def _require_name(word: str) -> None:
         require_run_name(name_of(word))
     except ConfigError:
         raise RunError(
-            f"{word} is neither a run's folder nor a valid name of a run in {local_root()}; `icl runs` lists the runs here."
+            f"There is no run {word}, and a run in {local_root()} cannot have such a name; `icl runs` lists the runs here."
         ) from None
 
 

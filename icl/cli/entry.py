@@ -1,4 +1,4 @@
-"""Entry point of the command line, `icl COMMAND`. The commands are the modules of `icl.cli`.
+"""Entry point of the command line, `icl COMMAND`. Each command is a module of `icl.cli`.
 
 A user's mistake is reported in one line on standard error, with exit status 2. The exit status is 1 if a run failed,
 and 128 + the number of the signal if a signal stopped it. Slow imports are made only by the commands that need them.

@@ -148,7 +148,7 @@ def _predictor_losses(baselines: "pd.DataFrame") -> str:
     )
     return (
         "\nLosses of other predictors. `bayes` is the Bayes predictor for new tasks. Its loss, and `delta_bayes`, are too large by\n"
-        f"`bayes_variance`, the mean squared standard error of the predictions of `bayes`, which is 0 for exact predictions.\n{nll}\n{table}\n"
+        f"`bayes_variance`, the mean squared standard error of the predictions of `bayes` (0 for exact predictions).\n{nll}\n{table}\n"
     )
 
 

@@ -105,7 +105,7 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
 
 
 def _estimate(job: Job, wandb_run: Any) -> int:
-    """Estimate the LLCs, print and draw them. Return 1 if every estimate is invalid, except in a sweep."""
+    """Estimate the LLCs, print and draw them. Return 1 if every estimate is invalid. In a sweep, return 0 then too."""
     import pandas as pd
 
     from icl.sampling.rescaling import describe_pair

@@ -17,8 +17,8 @@ def run(words: list[str]) -> int:
     """Print a line for every run. A line about each task-diversity experiment comes before the lines of its runs."""
     parser = CommandParser(
         "runs",
-        "List every run below $LOCAL_ROOT (default: runs/) with its state, step, loss and age, and then the runs of the\n"
-        "task-diversity experiments in the working directory.",
+        "List every run below $LOCAL_ROOT (default: runs/) with its state, step, loss and the time since its last update, and\n"
+        "then the runs of the task-diversity experiments in the working directory.",
         "icl runs\n  icl runs checkpoints",
     )
     parser.add("root FOLDER", "list only the runs of this folder", nargs="?", type=Path)

@@ -150,7 +150,7 @@ def read_metadata(base: Path) -> dict[str, Any]:
 
 
 def _is_usable(tree: dict[str, Any]) -> bool:
-    """Return whether all values that are read later have the types that `Metadata` writes."""
+    """Return whether the values that we use later have the types that `Metadata` writes."""
     entries = tree.get("runs", [])
     texts = [tree.get(key) for key in ("state", "started", "updated", "host")]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -63,7 +63,7 @@ def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
     """Return the table in a CSV file. The table must have the columns `columns`, and may have others.
 
     Raises:
-        ContentError: If the file is not a table, if a column is missing, or if a column of numbers or steps contains anything else.
+        ContentError: If the file is not a table, a column is missing, or a column contains an invalid number or step (see `require_numbers`).
         OSError: If there is no such file, or it cannot be read.
     """
     data = read_bytes(path, limit=MAX_TABLE)

@@ -109,7 +109,7 @@ def number_files(files: list[Path], source: Format, step: int | None) -> list[tu
 
     Args:
         files: The files.
-        source: The code base of the files.
+        source: The older code base that wrote the files.
         step: The step, if there is only one file and neither its name nor its content contains the step.
 
     Raises:

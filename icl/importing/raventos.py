@@ -104,9 +104,8 @@ def folder_facts(path: Path) -> dict[str, Any]:
     if found.get("task.num_tasks") == 0:
         found["task.num_tasks"] = "inf"
     if isinstance(scale := flat.get("task.noise_scale"), (int, float)):
-        found["task.noise_variance"] = float(scale) * float(
-            scale
-        )  # for a huge number, `**` would raise an OverflowError
+        # For a huge number, `**` would raise an OverflowError.
+        found["task.noise_variance"] = float(scale) * float(scale)
     if flat.get("training.schedule") == "triangle":
         found["optim.schedule"] = "triangle"
         if is_count(warmup := flat.get("training.warmup_steps")):

@@ -16,7 +16,7 @@ _MAX_LAYERS = 1000
 
 
 class Weights:
-    """The tensors of an older model, keyed by name. A conversion takes each tensor once, with its expected shape, and must take all of them."""
+    """The tensors of an older model, keyed by name. A conversion removes each tensor once and checks its shape. No tensor may be left at the end."""
 
     def __init__(self, tensors: Mapping[Any, Any]) -> None:
         self._left: dict[str, Tensor] = {}

@@ -17,8 +17,7 @@ run is a population of one. Each parameter set is a member of the population: a 
 - The functions use neither `torch.func.vmap` nor Python state, so `torch.compile` sees one plain function.
 
 Axis letters: N members, B prompts, K examples, D input dimension, T tokens, E = D + 1 token coordinates, Q queries (every
-`stride`-th token), C channels, H heads, c = C / H channels of a head, I and O inputs and outputs of a linear map. The model's O
-outputs are those of its last linear map, the unembedding.
+`stride`-th token), C channels, H heads, c = C / H channels of a head, I and O inputs and outputs of a linear map. For the whole model, O is the number of outputs of the unembedding, its last linear map.
 """
 
 from collections.abc import Mapping, Sequence

@@ -42,8 +42,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
     Args:
         table: The run's `results/essential-dynamics.csv`.
-        title: Title of the figure; the number of other runs, the kind of state (such as predictions or weights) and the
-            smoothing are added to it.
+        title: Start of the figure's title. The function adds the number of further runs, the kind of state (such as predictions) and the smoothing.
     """
     figure, (first, second, times, shares) = new_figure(2, num_rows=2, width=6.0, height=4.6)
     scores = select(table, quantity="score")

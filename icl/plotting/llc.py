@@ -80,7 +80,7 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates whose traces are drawn: first with the chosen settings, then with failed settings. The keys are values
+        traces: Estimates whose traces are drawn, in this order: with the chosen settings, then with settings that failed. The keys are values
             of the column `corner`, the index of the settings. Without estimates, the figure has no panels for traces.
         title: Title of the figure.
     """
@@ -264,7 +264,7 @@ def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: s
 
 
 def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
-    """Draw `escaped_share`, the rise of the sampled loss towards the loss of a trivial predictor, with the thresholds of the verdicts."""
+    """Draw `escaped_share` and the thresholds of the verdicts. The share is 0 at the checkpoint's loss and 1 at the loss of a trivial predictor."""
     share = escaped_share(survey)
     for colour, (_, group) in zip(CHAIN_COLOURS, survey.groupby("ratio"), strict=False):
         axes.plot(group["nbeta"], share[group.index], color=colour, marker=".")

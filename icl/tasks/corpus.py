@@ -1,4 +1,4 @@
-"""Text on disk or on the Hugging Face Hub as rows of tokens: arrays (.npy), text files, JSONL, and datasets.
+"""Read text from disk or from the Hugging Face Hub as rows of tokens. Sources are arrays (.npy), text files, JSONL and datasets.
 
 An array is either a table of rows (R, T) with at least `context_size` columns, or one long text (L,). Of each row of a table, only the
 first `context_size` tokens are used. A long text, and every text that is tokenised here, is cut into rows. Each of these rows consists of

@@ -132,7 +132,7 @@ def component_means(law: TaskLaw, task_size: int) -> Float[Tensor, "J D"]:
 
 
 def correlate(normals: Float[Tensor, "*S K D"], correlation: float) -> Float[Tensor, "*S K D"]:
-    """Turn standard normals into inputs of `ar1`, of the same shape."""
+    """Make the correlated inputs x of `task.inputs` = `ar1` from standard normals. The shape stays the same."""
     inputs = [normals[..., 0, :].double()]
     for k in range(1, normals.shape[-2]):
         inputs.append(correlation * inputs[-1] + math.sqrt(1 - correlation**2) * normals[..., k, :].double())

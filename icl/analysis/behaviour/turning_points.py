@@ -9,16 +9,14 @@ average is far below the standard error of either mean. The functions therefore 
   `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. The minimum
   is `suspect` if the first or the last saved step is not significantly higher, because the curve may then have no
   turning point.
-- Crossing: a saved step is clear if its mean differs from zero by more than `SIGN_ERRORS` standard errors. There is a crossing between two
-  clear steps if their means have opposite signs and no other clear step lies between them. Between these two steps we interpolate linearly
-  in log(t + 1). The standard error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear
+- Crossing: a change of sign between two clear steps, with no clear step between them. A step is clear if its mean is more than `SIGN_ERRORS`
+  standard errors from zero. Between the two steps we interpolate linearly in log(t + 1). The standard error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear
   step between it and a neighbouring crossing or an end of the run.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts
   of new tasks is lowest. The run is transient if the loss at the last saved step exceeds this minimum by more than
   `RISE_ERRORS` standard errors. If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard
   errors, the finding is `unresolved`. The standard error of the rise has two parts: an error over prompts, and an error
-  due to fluctuations of training. The first part is the standard error of the mean over prompts. The second part is
-  computed from the scatter of the losses after the minimum about a smooth curve. This scatter is correlated between
+  due to fluctuations of training. The first part is the standard error of the mean over prompts. For the second part, we fit a smooth curve to the losses after the minimum, and use their scatter around it. This scatter is correlated between
   saved steps (`icl.analysis.scatter`). We require a rise of many standard errors, because the lowest of hundreds of
   losses is low partly by chance. `data/verdict-rates.csv` gives the share of flat curves that are called transient, for
   several correlations of the scatter. A rise that has disappeared by the end of the run does not count.

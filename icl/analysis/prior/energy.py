@@ -8,8 +8,8 @@ with X, X' from P and Y, Y' from Q, all independent. E is zero exactly if P = Q.
 over all pairs of points, without the pairs of a point with itself. This estimate has no bias, so it can be negative.
 
 For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The jackknife variance
-of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2 (Efron and Stein 1981),
-because the estimate then depends only on pairs of points. In this case, 2 of our standard errors are about 2.8 true standard errors.
+of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2 (Efron and Stein 1981): to first order, the effects of single points then vanish,
+and only effects of pairs remain. In this case, 2 of our standard errors are about 2.8 true standard errors.
 """
 
 from dataclasses import dataclass

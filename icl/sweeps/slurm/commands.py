@@ -59,7 +59,7 @@ def requeue(job: str) -> None:
         job: Identifier of a job, such as `12_0`. (A number without `_0` may name a whole array.)
 
     Raises:
-        SlurmError: If the site or the job does not allow this.
+        SlurmError: If the cluster's settings or the job's settings forbid requeueing.
     """
     _run("scontrol", "requeue", job)
 
