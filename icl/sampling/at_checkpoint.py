@@ -26,7 +26,8 @@ effect. For a quadratic loss of curvature h with its minimum at w*, the mean of 
 / (nbeta h + localization). So the loss at this mean is lower than the checkpoint's loss by (1 - r^2) h (w0 - w*)^2 / 2. We call this
 difference the drop. `icl.sampling.convergence` describes its standard error.
 
-- At a saddle, chains move down on both sides, but the common mean of all chains stays near the saddle. So we also compute the drop at
+- At a saddle, chains move down on both sides if nbeta times the downward curvature exceeds the localization, but the common mean of all chains
+  stays near the saddle. So we also compute the drop at
   each chain's own mean, and average these drops. We report either this average or the drop at the common mean, whichever is larger. For a
   convex loss, the average is never larger.
 - We measure the loss on a finite set of batches. The minimum of the loss on these batches is slightly lower than the minimum on all data,
@@ -171,6 +172,11 @@ class AtCheckpoint(NamedTuple):
     descent: float
     """Decrease of nbeta times the loss after one step down the gradient."""
     descent_stderr: float
+    """Standard error over batches; NaN for a single batch that is not all the data."""
+    descent_freedom: float
+    """Degrees of freedom of `descent_stderr`."""
+    are_all: bool
+    """Whether the batches are all the data, so that means over them are exact."""
 
 
 def at_checkpoints(
@@ -179,6 +185,8 @@ def at_checkpoints(
     batches: Sequence[Batch],
     settings_grid: Sequence[ChainsConfig],
     layout: Layout,
+    *,
+    are_all: bool,
 ) -> list[list[AtCheckpoint]]:
     """Return the measurements that need no chains: for each element of `settings_grid`, a list with one element per checkpoint.
 
@@ -188,6 +196,7 @@ def at_checkpoints(
         batches: Batches for the checkpoint's own loss.
         settings_grid: Settings of the chains. Only nbeta and localization are used.
         layout: How the moving parameters are arranged in one row of a matrix.
+        are_all: Whether the batches are all the data.
     """
     losses = target.losses_on_shared_batch
     gradient = target.checkpoint_gradient(next(iter(chunks[0].values())).device)
@@ -202,8 +211,14 @@ def at_checkpoints(
         decreases = {ratio: step.decrease(ratio) for ratio in dict.fromkeys(ratios)}
         for row, ratio, settings in zip(table, ratios, settings_grid, strict=True):
             nats = settings.inverse_temperature * decreases[ratio]  # I C
-            stderr = nats.std(0) / len(nats) ** 0.5 if len(nats) > 1 else torch.zeros_like(nats[0])
-            row += map(AtCheckpoint, init_losses, nats.mean(0).tolist(), stderr.tolist())
+            means, num = nats.mean(0), len(nats)
+            stderrs, freedom = torch.full_like(means, torch.nan), float(num - 1)
+            if are_all and len(usable) == 1:
+                stderrs, freedom = torch.zeros_like(means), torch.inf
+            elif num > 1:
+                stderrs = nats.std(0) / num**0.5
+            for checkpoint_losses, mean, stderr in zip(init_losses, means.tolist(), stderrs.tolist(), strict=True):
+                row.append(AtCheckpoint(checkpoint_losses, mean, stderr, freedom, are_all))
     return table
 
 
@@ -310,7 +325,8 @@ class DropsAtMean:
         num = len(means)
         if not num:
             return Drop()
-        leave_one_out = (means.sum(0) - means) / max(1, num - 1)
+        # With a single chain there is nothing to leave out; its mean stands in, so that no loss is computed at an arbitrary point.
+        leave_one_out = (means.sum(0) - means) / (num - 1) if num > 1 else means
         points = torch.cat([self.start[i : i + 1], means, leave_one_out, means.mean(0, keepdim=True)])
         fixed = {
             name: (tensor if len(tensor) == 1 else tensor[i : i + 1]).expand(len(points), *tensor.shape[1:])

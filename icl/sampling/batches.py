@@ -65,13 +65,17 @@ class ChainBatches:
         """Return the first distinct batches that the chains get, at most `num_wanted`, and whether there seem to be no others."""
         batches: dict[bytes, Batch] = {}
         num_repeats, patience = 0, 2 * self.num_chains
+        num_sought = max(2, num_wanted)  # a second batch shows that the first one is not all the data
         for number in range(self.num_moves * self.num_chains):
             draw, chain = divmod(number, self.num_chains)
             batch = self.get(chain, draw)
-            num_repeats = num_repeats + 1 if batches.setdefault(fingerprint(batch), batch) is not batch else 0
-            if len(batches) == num_wanted or num_repeats > patience + len(batches):
+            key = fingerprint(batch)
+            num_repeats = num_repeats + 1 if key in batches else 0
+            batches.setdefault(key, batch)
+            if len(batches) == num_sought or num_repeats > patience + len(batches):
                 break
-        return [to_device(batch, device) for batch in batches.values()], num_repeats > patience + len(batches)
+        are_all = len(batches) <= num_wanted and num_repeats > patience + len(batches)
+        return [to_device(batch, device) for batch in list(batches.values())[:num_wanted]], are_all
 
     def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
         """Return the batches of one move, with a row for each element of `chains`.

@@ -92,7 +92,7 @@ def estimate(
         variates = make_variates(target, params, source, common, layout, chunk_size=chunk_size)
     if variates is not None and source.pool is not None and source.pool.size <= common.num_init_batches:
         batches, are_all = [to_device(source.pool.get(i), device) for i in range(source.pool.size)], True
-    known = at_checkpoints(target, _chunks(params, chunk_size), batches, settings_grid, layout)
+    known = at_checkpoints(target, _chunks(params, chunk_size), batches, settings_grid, layout, are_all=are_all)
     expected = common.num_moves if common.target_stderr is None else min(common.num_moves, MAX_EXPECTED)
     drop_batches = batches[: num_drop_batches(expected, common.num_chains)]
 

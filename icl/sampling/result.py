@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -204,7 +205,9 @@ def make_result(
     """Compute the estimate of one checkpoint from its K chains. `num_params` is the number of parameters that move."""
     evidence = evidence_of(traces, checkpoint, settings, trivial_loss=target.trivial_loss, num_params=num_params)
     used, nbeta, num_samples = traces.alive, settings.inverse_temperature, settings.num_samples
-    llc_per_component, stderr_per_component = _per_component(nbeta * traces.excess[used])
+    stop_early = settings.target_stderr is not None
+    standard_error = convergence.standard_error_at_stop if stop_early else convergence.standard_error
+    llc_per_component, stderr_per_component = _per_component(nbeta * traces.excess[used], standard_error)
     return LLCResult(
         **vars(evidence),
         llc_per_chain=(nbeta * traces.mean_excess).mean(1).where(used, torch.nan),
@@ -224,20 +227,32 @@ def make_result(
     )
 
 
-def _per_component(excess: Float[Tensor, "K S *T"]) -> tuple[Tensor | None, Tensor | None]:
+def _per_component(
+    excess: Float[Tensor, "K S *T"], standard_error: Callable[[np.ndarray], float]
+) -> tuple[Tensor | None, Tensor | None]:
     if excess.ndim < 3:
         return None, None
-    errors = [convergence.standard_error(component.numpy()) for component in excess.unbind(2)]
+    errors = [standard_error(component.numpy()) for component in excess.unbind(2)]
     return excess.mean((0, 1)), torch.tensor(errors, dtype=torch.float64)
 
 
 def _fluctuation(traces: Traces, used: Tensor, nbeta: float, num_samples: int | None) -> Fluctuation | None:
-    if traces.sample_variance is None:
+    """Return the fluctuation from the variance over all draws: the variance within chains plus the variance of the chains' means.
+
+    Without the second part, the variance of short chains would be too small. The mean of few chains is fitted to these chains, so the second
+    part is multiplied by K / (K - 1) for K chains.
+    """
+    if traces.sample_variance is None or traces.sample_mean is None:
         return None
-    per_chain = traces.sample_variance[used].mean(1)
+    within, means = traces.sample_variance[used], traces.sample_mean[used]
+    num_chains, num_draws = len(within), traces.losses.shape[1]
+    per_chain = within.mean(1)
+    if num_chains > 1:
+        between = (means - means.mean(0)).square() * num_chains / (num_chains - 1)
+        per_chain = (within * (num_draws - 1) / num_draws + between).mean(1)
     mean = float(per_chain.mean())
     return Fluctuation(
         functional_variance=None if num_samples is None else num_samples * mean,
         singular_fluctuation=nbeta / 2 * mean,
-        stderr=nbeta / 2 * float(per_chain.std() / len(per_chain) ** 0.5) if len(per_chain) > 1 else math.nan,
+        stderr=nbeta / 2 * float(per_chain.std() / num_chains**0.5) if num_chains > 1 else math.nan,
     )

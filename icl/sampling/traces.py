@@ -99,6 +99,8 @@ class Traces(NamedTuple):
     """Mean probability that a Metropolis test would accept a move."""
     sample_variance: Float[Tensor, "N Q"] | None
     """Variance over the draws of each fixed sample's loss."""
+    sample_mean: Float[Tensor, "N Q"] | None
+    """Mean over the draws of each fixed sample's loss."""
     mean_position: Float[Tensor, "N P"] | None
     """Mean of the positions over the draws. It is set to None once the loss at this mean has been measured."""
     alive: Bool[Tensor, " N"]
@@ -183,7 +185,8 @@ class Recorder:
         quantities = {name: torch.stack(draws, dim=1) for name, draws in self.quantities.items()}
         nats, limit = self.settings.inverse_temperature * excess.flatten(1).mean(1), DIVERGED * self.num_params
         finite = losses.isfinite().all(1) & excess.flatten(1).isfinite().all(1)
-        finite &= quantities["spread"].isfinite().all(1)
+        for draws in quantities.values():
+            finite &= draws.isfinite().all(1)
         start = self.settings.num_burnin_steps
         return Traces(
             losses=_to_float64(losses[:, start :: self.settings.thinning]),
@@ -193,6 +196,7 @@ class Recorder:
             observables={name: _to_float64(torch.stack(draws, dim=1)) for name, draws in self.observed.items()},
             acceptance=torch.stack(self.acceptance, dim=1).mean(1).cpu(),
             sample_variance=None if self.sample_losses is None else self.variance.value(),
+            sample_mean=None if self.sample_losses is None else self.variance.mean,
             mean_position=self.mean,
             alive=(finite & (nats.abs() <= limit)).cpu(),
             diverged_down=(nats < -limit).cpu(),

@@ -518,6 +518,8 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "r hat": {"rhat": 1.06},
         "effective sample size": {"ess": 99.0},
         "drift": {"drift": -0.5},
+        "too short for drift": {"drift": math.nan},
+        "rises with localization": {"sensitivity": -0.5, "sensitivity_stderr": 0.01},
         "prior dominated": {"spread": 2.0, "pull": 0.4, "llc": 0.2},
         "localization outweighs": {"sensitivity": 0.8 * healthy.llc, "sensitivity_stderr": 0.01},
         "mostly flat": {"spread": 1.6, "pull": 3.0},
@@ -553,6 +555,92 @@ def test_the_interval_is_students_t_and_wider_for_few_effective_draws():
     assert half(ess=200.0, num_chains_used=64) == pytest.approx((t[1], t[1]), rel=1e-4)
     assert half(ess=400.0, bias_bound=0.06) == pytest.approx((t[0], t[0] + 0.06), rel=1e-4)
     assert half(ess=400.0, bias_bound=0.04) == pytest.approx((t[0], t[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "step", "thinning"), [("baoab", 0.2, 1), ("baoab", 0.2, 5), ("baoab", 1.5, 1), ("sgld", 0.2, 20)]
+)
+def test_the_sensitivity_is_right_if_draws_are_nearly_independent(kernel, step, thinning):
+    """All directions have curvature 1, so the localization has a thousandth of the data's weight, and the sensitivity is d/2 s (1 - s)."""
+
+    def noisy(params, batch):
+        return params["w"].square().sum() / 2 + batch @ params["w"]
+
+    def batches(chain, draw):
+        return 0.003 * torch.randn(20, generator=torch.Generator().manual_seed(100_000 * chain + draw))
+
+    lengths = {"num_chains": 4, "num_draws": 300, "num_burnin_steps": 100, "thinning": thinning, "trivial_loss": 100.0}
+    settings = {"kernel": kernel, "lr": step / 1001, "nbeta": 1000.0, "localization": 1.0}
+    result = estimate(noisy, {"w": torch.zeros(20)}, batches, **lengths, **settings)
+    assert result.sensitivity == pytest.approx(10 * 1000 / 1001**2, abs=0.005)
+    assert not broken(result) & {"localization outweighs", "localization counts"}
+
+
+def test_a_saddle_that_the_localization_hides_is_not_ok():
+    """Ten directions bend down with half the weight of the localization. The chains stay near the checkpoint, so there is no drop."""
+    curvatures = torch.tensor([1.0] * 50 + [-0.05] * 10)
+
+    def saddle(params, batch):
+        return (curvatures * params["w"].square()).sum() / 2
+
+    lengths = {"num_chains": 4, "num_draws": 1000, "num_burnin_steps": 200, "trivial_loss": 100.0}
+    settings = {"kernel": "baoab", "lr": 0.5 / 1100, "nbeta": 1000.0, "localization": 100.0}
+    result = estimate(saddle, {"w": torch.zeros(60)}, **lengths, **settings)
+    shares = 1000 * curvatures / (1000 * curvatures + 100)
+    assert result.sensitivity == pytest.approx(
+        float((shares * (1 - shares)).sum()) / 2, abs=4 * result.sensitivity_stderr
+    )
+    assert broken(result) == {"rises with localization"}
+    assert result.verdict == "suspect"
+
+
+def test_many_chains_of_six_draws_are_not_ok():
+    """All chains share a transient, which neither R-hat nor the drift can show in so few draws."""
+
+    def bowl(params, batch):
+        return params["w"].square().sum() / 2
+
+    lengths = {"num_chains": 100, "num_draws": 6, "num_burnin_steps": 85, "trivial_loss": 100.0}
+    result = estimate(bowl, {"w": torch.zeros(100)}, **lengths, lr=0.02 / 1010, nbeta=1000.0, localization=10.0)
+    assert result.llc < known.quadratic_llc(torch.ones(100), nbeta=1000.0, localization=10.0) - 5 * result.stderr
+    assert "too short for drift" in broken(result)
+
+
+def test_the_fluctuation_of_short_chains_includes_the_variance_between_chains():
+    """For L = w^2 / 2, the losses of samples x are (w - x)^2 / 2. So a loss varies by x^2 Var(w) + Var(w^2) / 4, and Var(w) = 1 / 61."""
+    samples = torch.linspace(-1, 1, 11)
+
+    def bowl(params, batch):
+        return params["w"].square().sum() / 2
+
+    def sample_losses(params):
+        return (params["w"] - samples).square() / 2
+
+    settings = {"lr": 0.15 / 61, "nbeta": 60.0, "localization": 1.0, "trivial_loss": 100.0}
+    lengths = {"num_chains": 128, "num_draws": 40, "num_burnin_steps": 60}
+    result = estimate(bowl, {"w": torch.zeros(1)}, sample_losses=sample_losses, **lengths, **settings)
+    variance = 1 / 61 / (1 - 0.15 / 4)  # of SGLD with this step
+    truth = 30 * float((samples.square() * variance + variance**2 / 2).mean())
+    assert result.fluctuation.singular_fluctuation == pytest.approx(truth, abs=4 * result.fluctuation.stderr)
+    assert result.fluctuation.stderr < 0.1 * truth
+
+
+@pytest.mark.parametrize("is_fresh", [True, False], ids=["one of many batches", "all the data"])
+def test_a_single_batch_has_no_error_only_if_it_is_all_the_data(is_fresh):
+    """The gradient on a single minibatch is not zero, although the checkpoint is at the minimum of the mean loss."""
+
+    def noisy(params, batch):
+        return params["w"].square().sum() / 2 + (0 if batch is None else batch @ params["w"])
+
+    def fresh(chain, draw):
+        return 0.03 * torch.randn(20, generator=torch.Generator().manual_seed(100_000 * chain + draw))
+
+    lengths = {"num_chains": 4, "num_draws": 200, "num_burnin_steps": 100, "num_init_batches": 1, "trivial_loss": 100.0}
+    settings = {"kernel": "baoab", "lr": 0.02 / 1001, "nbeta": 1000.0, "localization": 1.0}
+    result = estimate(noisy, {"w": torch.zeros(20)}, fresh if is_fresh else [None], **lengths, **settings)
+    assert math.isnan(result.descent_stderr) == math.isnan(result.init_loss_stderr) == is_fresh
+    assert "not at a minimum" not in broken(result)
+    assert any("any number of nats" in reason for reason in result.reasons) == is_fresh
 
 
 def test_results_are_frozen():

@@ -121,7 +121,7 @@ def test_the_jackknife_is_exact_for_quadratics_and_its_error_honest():
     generator = torch.Generator().manual_seed(0)
     for _ in range(4000):
         means = mu + 0.2 * torch.randn(5, generator=generator, dtype=torch.float64)
-        found.append(drop_at_mean(*drops_of(means)))
+        found.append(drop_at_mean(*drops_of(means), are_all=True))
     values, errors, freedom = torch.tensor(found, dtype=torch.float64).unbind(1)
     assert float(values.mean()) == pytest.approx((1 - mu**2) / 2, abs=4 * float(values.std()) / 4000**0.5)
     assert float(errors.square().mean()) == pytest.approx(float(values.var()), rel=0.15)
@@ -144,8 +144,10 @@ def test_batches_that_are_all_the_data_have_no_error_and_others_do():
 
 
 def test_one_chain_has_its_own_mean_alone_and_without_batches_there_is_nothing():
-    one = drop_at_mean(*drops_of(torch.tensor([0.5], dtype=torch.float64)))
+    parts = drops_of(torch.tensor([0.5], dtype=torch.float64))
+    one = drop_at_mean(*parts, are_all=True)
     assert one[:2] == (0.375, 0.0)
+    assert drop_at_mean(*parts)[:2] == (0.375, math.inf)  # one batch of many has no known error
     nothing = drop_at_mean(*(torch.zeros(num, 0, dtype=torch.float64) for num in (2, 2, 1)))
     assert all(math.isnan(number) for number in nothing)
 

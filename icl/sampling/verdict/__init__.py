@@ -24,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     basin.rise_exceeds_pull,
     basin.not_at_a_minimum,
     basin.lower_loss_at_mean,
+    basin.rises_with_localization,
     basin.diverged_down,
     basin.lower_loss_found,
     basin.below_zero,
@@ -37,6 +38,7 @@ RULES: tuple[Rule, ...] = (
     chains.r_hat,
     chains.effective_sample_size,
     chains.drift,
+    chains.too_short_for_drift,
     basin.not_spread_out,
     basin.improper,
     basin.prior_dominated,
@@ -52,7 +54,7 @@ RULES: tuple[Rule, ...] = (
     basin.escape_not_checked,
 )
 """All rules. Reasons of the same level are listed in the order of this tuple."""
-VERSION = 3
+VERSION = 4
 """Version of the rules. A stored estimate that was judged by an older version is computed again."""
 _WORST_FIRST: tuple[Level, ...] = get_args(Level)
 

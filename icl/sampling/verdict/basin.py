@@ -9,9 +9,9 @@ rays from w0, then pull >= LLC. So if pull < LLC, a chain has left the convex pa
 dimensions (`icl.sampling.verdict.chains`). The pull counts the directions that the data determine. The spread counts the directions that
 the localization determines.
 
-Integration by parts of f (w - w0), with f = nbeta (L - L0), shows how the LLC responds to the localization:
--d LLC / d log localization = (pull - Cov(f, (w - w0) . nbeta grad L)) / 2. We call this number the `sensitivity`
-(`convergence.sensitivity`). For a quadratic with curvatures h_i, let s_i = nbeta h_i / (nbeta h_i + localization) be the share of the data
+Let f = nbeta (L - L0). The LLC responds to the localization by -d LLC / d log localization = Cov(f, localization |w - w0|^2) / 2. We call this
+number the `sensitivity` (`convergence.sensitivity`). By integration by parts of f (w - w0), it is also
+(pull - Cov(f, (w - w0) . nbeta grad L)) / 2. For a quadratic with curvatures h_i, let s_i = nbeta h_i / (nbeta h_i + localization) be the share of the data
 in direction i, and 1 - s_i the share of the localization. Then the sensitivity is half the sum of s_i (1 - s_i), and the LLC is half the
 sum of s_i. Flat directions contribute to neither. So the ratio of the sensitivity to the LLC is the mean of 1 - s_i, weighted by s_i. The
 ratio is above 1/2 if the localization outweighs the data in this weighted mean. (If the number of curvatures above h is proportional to
@@ -20,6 +20,7 @@ h^-p, the ratio is p at every localization.)
 
 import math
 
+from icl.sampling.convergence import significance_threshold
 from icl.sampling.traces import DIVERGED
 from icl.sampling.verdict.evidence import Evidence, rule
 
@@ -82,7 +83,7 @@ def escaping(e: Evidence) -> str | None:
 def rise_exceeds_pull(e: Evidence) -> str | None:
     """The pull must be at least as large as nbeta times the rise of the loss."""
     gap = e.llc - e.pull
-    if not (gap > 3 * math.hypot(e.stderr, e.pull_stderr) and gap > 0.1 * e.llc):
+    if not (gap > 3 * e.gap_stderr and gap > 0.1 * e.llc):
         return None
     return (
         f"escaping: nbeta times the loss rose by {e.llc:.3g} nats, but the pull of its gradient is only {e.pull:.3g} nats, so the chains "
@@ -103,7 +104,8 @@ def escape_not_checked(e: Evidence) -> str | None:
 @rule("suspect", source="definition of the LLC; the threshold is our choice")
 def not_at_a_minimum(e: Evidence) -> str | None:
     """One step down the checkpoint's gradient must not lower nbeta times the loss by more than a fifth of the LLC."""
-    if not (e.descent > 3 * e.descent_stderr and e.descent > max(0.2 * abs(e.llc), 0.1)):
+    threshold = significance_threshold(e.descent_freedom) * e.descent_stderr
+    if not (e.descent > threshold and e.descent > max(0.2 * abs(e.llc), 0.1)):
         return None
     return (
         f"not at a minimum: one step down the gradient lowers nbeta times the loss by {e.descent:.3g} nats, "
@@ -173,8 +175,9 @@ def drop_not_measurable(e: Evidence) -> str | None:
     """The measurement of the drop at the mean must be precise enough to detect a drop that would change the verdict."""
     if not (e.num_chains_used >= 4 and e.least_significant_drop > max(0.1 * abs(e.llc), 2 * e.error, 0.1)):
         return None
+    size = "any number of" if math.isinf(e.least_significant_drop) else f"up to {e.least_significant_drop:.2g}"
     return (
-        f"note: the chains may settle up to {e.least_significant_drop:.2g} nats below the checkpoint, which this test would not detect: "
+        f"note: the chains may settle {size} nats below the checkpoint, which this test would not detect: "
         "raise num_init_batches, or use larger batches"
     )
 
@@ -245,6 +248,23 @@ def localization_outweighs(e: Evidence) -> str | None:
     return (
         f"prior-dominated: localization, not the data, decides the LLC, which would fall by {e.sensitivity:.3g} if localization were "
         f"2.7 times as large: {_MORE_DATA}"
+    )
+
+
+@rule(
+    "suspect",
+    source="for a quadratic loss with its minimum at the checkpoint, the sensitivity is not negative; the share of the LLC is our choice",
+)
+def rises_with_localization(e: Evidence) -> str | None:
+    """At a minimum, a stronger localization lowers the LLC.
+
+    At a saddle whose downward directions are weaker than the localization, the chains stay near the checkpoint, so no drop shows the saddle.
+    """
+    if not (e.sensitivity < -3 * e.sensitivity_stderr and -e.sensitivity > 0.1 * abs(e.llc)):
+        return None
+    return (
+        f"not at a minimum: the LLC would rise by {-e.sensitivity:.3g} if localization were 2.7 times as large, so in some directions the loss "
+        "falls away from the checkpoint"
     )
 
 

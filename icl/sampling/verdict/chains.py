@@ -132,6 +132,14 @@ def drift(e: Evidence) -> str | None:
     )
 
 
+@rule("suspect", source="fixed outcome: the test of drift compares two halves of at least four draws")
+def too_short_for_drift(e: Evidence) -> str | None:
+    """Chains of fewer than eight draws are too short for the test of drift, which is the only test of a transient that all chains share."""
+    if not (e.num_chains_used and math.isnan(e.drift) and not math.isnan(e.llc)):
+        return None
+    return "the chains have fewer than eight draws, so it is unknown whether the loss still drifts: take more draws"
+
+
 @rule("suspect", source="standard errors")
 def not_significant(e: Evidence) -> str | None:
     """The LLC must be at least two standard errors above zero."""

@@ -68,12 +68,17 @@ class Evidence:
     """Mean of localization |w - w0|^2."""
     filled_stderr: float
     """Standard error of pull + spread."""
+    gap_stderr: float
+    """Standard error of llc - pull."""
     bias_bound: float
     """Upper bound on the bias from step size and minibatch noise."""
     bias_bound_stderr: float
     descent: float
     """Decrease of nbeta times the loss after one step down the checkpoint's gradient."""
     descent_stderr: float
+    """Standard error of `descent`; NaN if a single batch, which is not all the data, measures it."""
+    descent_freedom: float
+    """Degrees of freedom of `descent_stderr`."""
     drop_at_mean: float
     """nbeta times the difference between the checkpoint's loss and the loss at the mean of the draws (`icl.sampling.at_checkpoint`)."""
     drop_at_mean_stderr: float
@@ -199,7 +204,7 @@ def evidence_of(
     drift, drift_stderr = convergence.drift(excess)
     sensitivity, sensitivity_stderr = math.nan, math.nan
     if not traces.few_batches:
-        sensitivity, sensitivity_stderr = convergence.sensitivity(excess, pull, is_noisy=not traces.one_batch)
+        sensitivity, sensitivity_stderr = convergence.sensitivity(excess, pull, spread, is_noisy=not traces.one_batch)
     is_fixed_length = settings.target_stderr is None
     return Evidence(
         llc=llc,
@@ -210,7 +215,7 @@ def evidence_of(
         num_diverged_down=int(traces.diverged_down.sum()),
         num_bad_data=int((traces.bad_data & ~used & ~traces.diverged_down).sum()),
         init_loss=init_loss,
-        init_loss_stderr=_standard_error_over_batches(init_losses),
+        init_loss_stderr=_standard_error_over_batches(init_losses, checkpoint.are_all),
         mean_loss=init_loss + llc / nbeta,
         num_bad_batches=int((~finite).sum()),
         trivial_loss=trivial_loss,
@@ -223,10 +228,12 @@ def evidence_of(
         pull_stderr=convergence.standard_error(pull),
         spread=_mean(spread),
         filled_stderr=convergence.standard_error(pull + spread),
+        gap_stderr=convergence.standard_error(excess - pull),
         bias_bound=_mean(bias_bound),
         bias_bound_stderr=convergence.standard_error(bias_bound),
         descent=checkpoint.descent,
         descent_stderr=checkpoint.descent_stderr,
+        descent_freedom=checkpoint.descent_freedom,
         drop_at_mean=nbeta * drop.value,
         drop_at_mean_stderr=nbeta * drop.stderr,
         drop_at_mean_freedom=drop.degrees_of_freedom,
@@ -243,8 +250,8 @@ def _mean(draws: np.ndarray) -> float:
     return float(draws.mean()) if draws.size else math.nan
 
 
-def _standard_error_over_batches(losses: Float[Tensor, " I"]) -> float:
-    """Return the standard error of a mean over batches; a single batch is all the data, so its error is 0."""
-    if not len(losses):
-        return math.nan
-    return float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+def _standard_error_over_batches(losses: Float[Tensor, " I"], are_all: bool) -> float:
+    """Return the standard error of a mean over batches: 0 for a single batch that is all the data, NaN for any other single batch."""
+    if len(losses) > 1:
+        return float(losses.std()) / len(losses) ** 0.5
+    return 0.0 if are_all and len(losses) else math.nan
