@@ -39,8 +39,8 @@ class LossSummary(NamedTuple):
 
 
 def squared_error(predictions: Float[Tensor, "*N B K"], targets: Float[Tensor, "*#N B K"]) -> Float[Tensor, "*N B K"]:
-    """Return (prediction - target)^2 at every position. Members may share the targets (B, K)."""
-    return (predictions - targets).square()
+    """Return (prediction - target)^2 at every position, in float32 or float64. Members may share the targets (B, K)."""
+    return (_widen(predictions) - _widen(targets)).square()
 
 
 def position_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
@@ -50,7 +50,7 @@ def position_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
 
 def overall_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
     """Return the mean over positions and prompts, of shape (*N,). The standard error is computed from each prompt's mean over positions."""
-    return _estimate(_moments(values.mean(-1)))
+    return _estimate(_moments(_widen(values).mean(-1)))
 
 
 def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estimate:
@@ -68,7 +68,7 @@ def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estim
     """
     num_examples = errors.shape[-1]
     first, second = whole("first", first, 1, num_examples), whole("second", second, 1, num_examples)
-    return _estimate(_moments(errors[..., second - 1] - errors[..., first - 1]))
+    return _estimate(_moments(_widen(errors[..., second - 1]) - _widen(errors[..., first - 1])))
 
 
 def ratio_of_means(numerator: Float[Tensor, "*N B"], denominator: Float[Tensor, "*#N B"]) -> Estimate:
@@ -76,14 +76,21 @@ def ratio_of_means(numerator: Float[Tensor, "*N B"], denominator: Float[Tensor, 
 
     The standard error is computed from the first-order expansion in both means (the delta method).
     """
+    numerator, denominator = _widen(numerator), _widen(denominator)
     denominator_mean = denominator.mean(-1)
     ratio = numerator.mean(-1) / denominator_mean
     influence = (numerator - ratio.unsqueeze(-1) * denominator) / denominator_mean.unsqueeze(-1)
     return Estimate(ratio, _estimate(_moments(influence)).stderr)
 
 
+def _widen(values: Tensor) -> Tensor:
+    """Convert numbers with fewer than 32 bits to float32. In float16, squares overflow; in bfloat16, counts above 256 are rounded."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _moments(values: Float[Tensor, "*N B"]) -> Float[Tensor, "3 *N"]:
     """Return the count, the mean and the sum of squared deviations from the mean."""
+    values = _widen(values)
     mean = values.mean(-1)
     squares = (values - mean.unsqueeze(-1)).square().sum(-1)
     return torch.stack((torch.full_like(mean, values.shape[-1]), mean, squares))
@@ -130,7 +137,7 @@ def _position_loss() -> type:
 
         def __init__(self, max_examples: int, **options: Any) -> None:
             super().__init__(**options)
-            self.add_state("moments", torch.zeros(3, max_examples + 1), dist_reduce_fx=_combine)
+            self.add_state("moments", torch.zeros(3, max_examples + 1, dtype=torch.float64), dist_reduce_fx=_combine)
 
         def update(self, predictions: Float[Tensor, "B K"], targets: Float[Tensor, "B K"]) -> None:
             """Add a batch of predictions and targets."""

@@ -615,3 +615,28 @@ def test_dmmse_of_2_to_20_tasks_fits_in_3_gigabytes():
     result = subprocess.run([sys.executable, "-c", LARGE_POOL], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ols_of_prompts_with_16_bits_drops_no_direction_that_the_inputs_determine(dtype):
+    """max(K, D) eps is 0.5 for 64 examples in bfloat16."""
+    generator = torch.Generator().manual_seed(3)
+    xs = torch.randn(20, 64, 4, generator=generator)
+    xs[..., 0] /= 4
+    ys = (xs * torch.tensor([4.0, -1, 1, 2])).sum(-1)
+    error = ols(xs.to(dtype), ys.to(dtype)).float() - ys
+    assert error[:, 16:].abs().mean() < 3 * torch.finfo(dtype).eps
+
+
+def test_dmmse_of_very_small_prompts_is_finite():
+    """In float32, the inverse of these noise variances is infinite, and the squares of 1e-25 are zero."""
+    tasks = torch.tensor([[1.0], [-1.0]])
+    assert not dmmse(torch.zeros(1, 3, 1), torch.zeros(1, 3), tasks=tasks, noise_variance=1e-39).any()
+    tiny = torch.full((1, 3), 1e-25)
+    found = dmmse(tiny.unsqueeze(-1), tiny, tasks=tasks, noise_variance=1e-52)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 1e-25, 1e-25]]), rtol=1e-5, atol=0)
+
+
+def test_a_task_that_the_examples_exclude_has_weight_zero_in_dmmse():
+    found = dmmse(torch.ones(1, 3, 1), torch.zeros(1, 3), tasks=torch.tensor([[0.0], [1e35]]), noise_variance=1.0)
+    assert found[0, 1:].tolist() == [0, 0]

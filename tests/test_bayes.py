@@ -12,10 +12,11 @@ from scipy.special import logsumexp
 from icl import baselines, evidence
 from icl.analysis.prior.energy import NUM_BLOCKS
 from icl.bayes import bayes, candidates, posterior_tasks
-from icl.bayes.gaussians import Components, exact_components, gaussian_mixture
+from icl.bayes.gaussians import MIN_NOISE_VARIANCE, Components, exact_components, gaussian_mixture
 from icl.bayes.particles import particle_filter
 from icl.bayes.posterior import NUM_FILTERS
 from icl.config import RunConfig, TaskConfig
+from icl.config.validation import ConfigError
 from icl.tasks import laws
 from icl.tasks.laws import Law, TaskLaw
 from icl.tasks.prompts import noise_law, sample_prompts, task_law, training_pool
@@ -251,10 +252,62 @@ def test_the_particle_filter_agrees_with_the_exact_predictor(prior):
     xs, ys = prompts_of(config, 6)
     make = functools.partial(particle_filter, law=task_law(config), noise=Law(), noise_variance=VARIANCE)
     expected = bayes(config, xs, ys).predictions
-    if prior == "low_rank":  # all particles are the same
+    if prior != "sparse":  # all particles are the same
         torch.testing.assert_close(make(xs, ys).predictions, expected)
     else:
         assert_error_is_as_stated(make, xs, ys, expected, at_most=0.06)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "student_t"])
+def test_no_component_of_a_mixture_with_other_noise_is_lost(noise):
+    """With 64 components, 16 particles that had one component each would lose most of them."""
+    config = world(
+        "mixture",
+        noise,
+        task_size=8,
+        max_examples=8,
+        prior_components=64,
+        noise_df=1e9 if noise != "gaussian" else None,
+    )
+    xs, ys = prompts_of(config, 4)
+    law = task_law(config)
+    found = particle_filter(
+        xs, ys, law=law, noise=noise_law(config), noise_variance=VARIANCE, num_runs=2, num_particles=16
+    )
+    expected = gaussian_mixture(xs, ys, components=exact_components(law, 8), noise_variance=VARIANCE)
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if noise == "gaussian" else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(found.predictions, expected.predictions, **tolerance)
+    torch.testing.assert_close(found.nll, expected.nll, **tolerance)
+
+
+def test_the_filter_of_a_mixture_agrees_with_quadrature():
+    config = world("mixture", "laplace", task_size=1, prior_components=12, prior_between=0.99)
+    xs, ys = prompts_of(config, 6)
+    points, log_weights = line()
+    means = laws.component_means(task_law(config), 1).double().numpy()[:, 0]
+    log_prior = logsumexp(log_density("gaussian", points[:, None] - means, 0.1), axis=1)
+    expected = quadrature(xs, ys, points[:, None], log_prior, log_weights, "laplace")
+    make = functools.partial(particle_filter, law=task_law(config), noise=noise_law(config), noise_variance=VARIANCE)
+    assert_error_is_as_stated(make, xs, ys, expected, at_most=0.03)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "sparse"])
+def test_the_smallest_noise_variance_gives_accurate_predictions(name):
+    xs, _ = prompts_of(world(max_examples=12))
+    ys = xs.sum(-1)
+    components = exact_components(TaskLaw(name, density=0.3), 3)
+    found = gaussian_mixture(xs, ys, components=components, noise_variance=MIN_NOISE_VARIANCE)
+    torch.testing.assert_close(found.predictions[:, 3:], ys[:, 3:], rtol=0, atol=1e-6)
+    assert found.nll.isfinite().all()
+
+
+def test_a_smaller_noise_variance_is_refused():
+    config = RunConfig(task=TaskConfig(prior="laplace", task_size=2, noise_variance=1e-15))
+    xs, ys = torch.ones(1, 1, 2).double(), torch.ones(1, 1).double()
+    with pytest.raises(ConfigError, match="must be at least 1e-12"):
+        bayes(config, xs, ys)
+    with pytest.raises(ConfigError, match="must be at least 1e-12"):
+        posterior_tasks(config, "gaussian", xs, ys, torch.zeros(1).double())
 
 
 # Posteriors

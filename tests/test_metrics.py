@@ -265,3 +265,21 @@ def test_types_and_shapes_are_checked_where_the_option_asks_for_it(request):
     for wrong in (make_values(5, 4), values.numpy(), values.long()):
         with pytest.raises(TypeCheckError):
             squared_error(values, wrong)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 70_000), (torch.bfloat16, 1001)])
+def test_moments_of_predictions_with_16_bits_are_those_in_float32(dtype, count):
+    """In float16, the count 70,000 is infinite; in bfloat16, 1,001 is rounded to 1,000."""
+    values = make_values(count, 2, dtype=dtype)
+    for mean in (position_mean, overall_mean):
+        found, expected = mean(values), mean(values.float())
+        assert found.value.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(squared_error(300 * values, values), squared_error((300 * values).float(), values.float()))
+
+
+def test_the_running_loss_counts_more_prompts_than_float32_can_count():
+    loss = PositionLoss(max_examples=1)
+    loss.moments[0] = 2.0**24
+    loss.update(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert loss.moments[0].tolist() == [2**24 + 1] * 2

@@ -6,14 +6,25 @@ over seeds is `ok` if
 
 - there are at least three seeds, so that there is an interval,
 - every seed has the finding, with the verdict `ok` and the same text in the column `finding`,
-- and, for a difference such as the rise of a loss, the interval does not contain zero.
+- and, for the change of a signal over a stage, the interval does not contain zero.
 
-Otherwise the finding is `suspect`, and the column `reasons` says why.
+Otherwise the finding is `suspect`, and the column `reasons` says why. The rise of a loss is its last value minus its
+minimum. It is never negative, so an interval that excludes zero would show nothing. Each run has its own test of the
+rise, and the result of this test is in the column `finding`. If nothing rises in any seed, the finding is `none`.
+
+A run can have several boundaries between stages, or several crossings in one direction. We match them between seeds by
+their steps. Two steps t match if their difference in ln(t + 1) is at most ln `SAME_RATIO`, or at most `SAME_ERRORS`
+standard errors. The nearest steps are joined first. The steps that are joined come from different seeds, and each of
+them matches all others. Crossings are matched only if a seed has several of them. With one crossing in each seed, all
+are the same finding, however far apart they are. `invalid` boundaries are left out. Changes over stages are pooled only
+if every boundary was found in all seeds. Otherwise the stages of the seeds are not the same.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from icl.analysis.seeds import MIN_FOR_INTERVAL, POOLED, pool_runs, pooled_text, seed_groups
@@ -24,6 +35,10 @@ CURVES: dict[str, tuple[str, ...]] = {
     "mixture": ("quantity", "mixture", "distribution", "position"),
 }
 """Columns that identify a number measured at a saved step. The keys are the names of the analyses."""
+SAME_RATIO = 2.0
+"""Ratio of two steps (of t + 1) up to which they can be the same boundary in two seeds (our choice)."""
+SAME_ERRORS = 2.0
+"""Difference in ln(t + 1), in standard errors, up to which two steps can be the same boundary in two seeds."""
 _STEPS = (
     "crossing_step",
     "critical_step",
@@ -33,8 +48,6 @@ _STEPS = (
     "boundary",
 )
 """Findings whose value is a training step."""
-_DIFFERENCES = ("rise", "change")
-"""Findings that state that a quantity differs from zero."""
 _FINDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "behaviour": {
         "critical_step": ("distribution",),
@@ -58,8 +71,8 @@ class PooledRuns(NamedTuple):
     The table is empty for `stages`."""
     findings: pd.DataFrame
     """Pooled findings, with the columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`,
-    `num_runs`, `finding`, `verdict` and `reasons`. `number` is the index, from 1, of a finding among the findings of a
-    run that have the same name and labels."""
+    `num_runs`, `finding`, `verdict` and `reasons`. `number` is the index, from 1, of a finding among the matched
+    findings that have the same name and labels, in order of their steps."""
 
     def table(self) -> pd.DataFrame:
         """Return findings and curves as one table. Only curves have a `step`."""
@@ -85,7 +98,10 @@ def pool_analysis(name: str, tables: Mapping[str, pd.DataFrame], configs: Mappin
         curves = pool_runs(rows, groups, by=["step", *(key for key in CURVES[name] if key in rows)])
     sizes = {group: len(runs) for group, runs in groups.items()}
     parts = [_pool_finding(table, groups, sizes, *item) for item in _FINDINGS[name].items()]
-    return PooledRuns(curves, pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True))
+    findings = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    is_partial = (findings["quantity"] == "boundary") & (findings["num_seeds"] < findings["num_runs"])
+    has_other_stages = findings["runs"].isin(findings.loc[is_partial, "runs"])
+    return PooledRuns(curves, findings[(findings["quantity"] != "change") | ~has_other_stages].reset_index(drop=True))
 
 
 def summary(findings: pd.DataFrame) -> Iterator[str]:
@@ -96,8 +112,9 @@ def summary(findings: pd.DataFrame) -> Iterator[str]:
         interval = f", 95 % {row['low']:.4g} to {row['high']:.4g}" if row["num_seeds"] >= MIN_FOR_INTERVAL else ""
         reasons = f": {row['reasons']}" if row["reasons"] else ""
         what = f" {row['finding']};" if row["finding"] else ""
+        text = pooled_text(row, is_step=row["quantity"] in _STEPS)
         yield (
-            f"{row['runs']}: {row['quantity'].replace('_', ' ')}{number}{labels}:{what} {pooled_text(row)}{interval} "
+            f"{row['runs']}: {row['quantity'].replace('_', ' ')}{number}{labels}:{what} {text}{interval} "
             f"({row['num_seeds']} of {row['num_runs']} seeds); {row['verdict']}{reasons}."
         )
 
@@ -114,8 +131,9 @@ def _pool_finding(
     for column in ("finding", "verdict", *keys):
         rows = rows if column in rows else rows.assign(**{column: ""})
     rows = rows.assign(labels=[", ".join(_plain(value) for value in values) for values in rows[list(keys)].to_numpy()])
-    rows = rows.sort_values("value") if quantity in _STEPS else rows
-    rows = rows.assign(number=rows.groupby(["run", "labels"]).cumcount() + 1)
+    if quantity == "boundary":
+        rows = rows[rows["verdict"] != "invalid"]
+    rows = rows.assign(number=_numbers(rows, groups)).sort_values("number", kind="stable")
     pooled = pool_runs(rows, groups, by=["labels", "number"], is_step=quantity in _STEPS)
     records = []
     for row in pooled.to_dict("records"):
@@ -131,15 +149,46 @@ def _pool_finding(
     return pd.DataFrame(records, columns=columns)
 
 
+def _numbers(rows: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.Series:
+    """Return the number of each finding. The same finding has the same number in all runs of a group."""
+    numbers = pd.Series(1, index=rows.index)
+    for runs in groups.values():
+        for _, same in rows[rows["run"].isin(runs)].groupby("labels"):
+            if (same["quantity"] == "boundary").any() or same["run"].duplicated().any():
+                for number, members in enumerate(_match(same), 1):
+                    numbers[members] = number
+    return numbers
+
+
+def _match(rows: pd.DataFrame) -> list[pd.Index]:
+    """Match the steps of several runs. Return the rows that belong together, ordered by their mean ln(step + 1)."""
+    steps, runs = rows["value"].to_numpy(float), rows["run"].to_numpy()
+    times = np.log1p(steps)
+    errors = np.nan_to_num(rows["stderr"].to_numpy(float) / (1 + steps))
+    distances = np.abs(times[:, None] - times)
+    limits = np.maximum(math.log(SAME_RATIO), SAME_ERRORS * np.hypot(errors[:, None], errors))
+    can_join = (distances <= limits) & (runs[:, None] != runs)
+    clusters = {index: [index] for index in range(len(rows))}
+    pairs = np.argwhere(np.triu(can_join))
+    for first, second in pairs[np.argsort(distances[tuple(pairs.T)], kind="stable")].tolist():
+        one, other = clusters[first], clusters[second]
+        if can_join[np.ix_(one, other)].all():
+            joined = one + other
+            clusters |= dict.fromkeys(joined, joined)
+    unique = {id(members): members for members in clusters.values()}.values()
+    return [rows.index[members] for members in sorted(unique, key=lambda members: times[members].mean())]
+
+
 def _judge(row: Mapping[str, Any], *, num_not_ok: int, is_mixed: bool) -> dict[str, str]:
     """Return the verdict of a finding over seeds."""
     reasons = []
     if row["num_seeds"] < MIN_FOR_INTERVAL:
         reasons.append(f"{row['num_seeds']} seed(s) give no interval; at least {MIN_FOR_INTERVAL} are needed")
-    elif row["quantity"] in _DIFFERENCES and row["low"] <= 0 <= row["high"]:
+    elif row["quantity"] == "change" and row["low"] <= 0 <= row["high"]:
         reasons.append("the interval over seeds contains zero")
     if row["num_seeds"] < row["num_runs"]:
-        reasons.append(f"only {row['num_seeds']} of {row['num_runs']} seeds have this finding")
+        effect = ", so changes over stages are not pooled" if row["quantity"] == "boundary" else ""
+        reasons.append(f"only {row['num_seeds']} of {row['num_runs']} seeds have this finding{effect}")
     if is_mixed:
         reasons.append("the finding differs between seeds")
     if num_not_ok:

@@ -51,6 +51,13 @@ class Scatter(NamedTuple):
         """Standard deviation of one point about the trend."""
         return math.hypot(self.white, self.wander)
 
+    def difference_variance(self, lag: int) -> float:
+        """Return the variance of the difference between two points that are `lag` saved steps apart.
+
+        The correlated parts cancel if the points are close.
+        """
+        return 2 * (self.white**2 + self.wander**2 * (1 - self.phi**lag))
+
     def covariance(self, num_points: int) -> Float[np.ndarray, "S S"]:
         """Return the covariance of the scatter of consecutive saved steps."""
         return self.white**2 * np.eye(num_points) + self.wander**2 * np.exp(-_distances(num_points) / self.tau)

@@ -15,8 +15,9 @@ the errors over prompts are correlated between runs. For the mean over runs, the
 mean of the runs' errors. We give this upper bound in addition to the error over seeds. Neither error includes the
 other.
 
-Training steps are averaged as ln(step + 1), because they are spread over orders of magnitude. For steps, the mean of
-the runs' errors over prompts is not an upper bound.
+Training steps are averaged as ln(step + 1), because they are spread over orders of magnitude. The interval is computed
+in ln(step + 1) too, and its limits are converted back to steps. No step is negative, so the lower limit is at least 0.
+For steps, the mean of the runs' errors over prompts is not an upper bound.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ def over_seeds(values: Iterable[float], *, is_step: bool = False) -> OverSeeds:
     Args:
         values: One value for each seed.
         is_step: Whether the values are training steps, which are averaged as ln(step + 1). The error of the mean step
-            is then propagated to first order.
+            is then propagated to first order. The limits of the interval are exact, and at least 0.
     """
     finite = [float(value) for value in values if math.isfinite(value)]
     table = pool(pd.DataFrame({"value": finite, "all": 0}), by=["all"], is_step=is_step)
@@ -98,18 +99,27 @@ def pool(table: pd.DataFrame, *, by: Sequence[str], is_step: bool = False) -> pd
     half = error * stdtrit(freedom, 0.975)
     low, high = pooled["value"] - half, pooled["value"] + half
     if is_step:
-        low, high, error = np.expm1(low), np.expm1(high), error * np.exp(pooled["value"])
+        low, high, error = np.expm1(low.clip(lower=0.0)), np.expm1(high), error * np.exp(pooled["value"])
         pooled["value"] = np.expm1(pooled["value"])
     return pooled.assign(seed_stderr=error, low=low, high=high)[[*by, *POOLED]]
 
 
-def pooled_text(row: Mapping[str, Any]) -> str:
+def pooled_text(row: Mapping[str, Any], *, is_step: bool = False) -> str:
     """Return a row of `pool` in the format of `OverSeeds.text`.
 
-    For two seeds, the mean plus and minus its standard error gives the two values.
+    For two seeds, the mean plus and minus its standard error gives the two values. For steps, mean and error are first
+    converted to ln(step + 1), in which `pool` computed them.
+
+    Args:
+        row: The row.
+        is_step: The value that was given to `pool`.
     """
     value, error = row["value"], row["seed_stderr"]
     values = (value - error, value + error) if row["num_seeds"] == 2 else (value,) * int(row["num_seeds"])
+    if is_step and row["num_seeds"] == 2:
+        mean, log_error = math.log1p(value), error / (1 + value)
+        # Without rounding, a step of 0 would be printed as a number such as 2e-16.
+        values = tuple(max(0.0, round(math.expm1(log), 6)) for log in (mean - log_error, mean + log_error))
     return OverSeeds(values, value, error, row["low"], row["high"]).text
 
 

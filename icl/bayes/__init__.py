@@ -23,7 +23,7 @@ dMMSE remain the Bayes predictors.
 from jaxtyping import Float
 from torch import Tensor
 
-from icl.bayes.gaussians import BayesPredictions, exact_components, gaussian_mixture
+from icl.bayes.gaussians import BayesPredictions, exact_components, gaussian_mixture, require_noise
 from icl.bayes.particles import particle_filter
 from icl.bayes.posterior import Candidate, candidates, posterior_tasks
 from icl.config import RunConfig
@@ -37,10 +37,14 @@ def bayes(config: RunConfig, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"
     """Return the Bayes predictions and their NLL for new tasks, under the run's prior and noise.
 
     Return None if there is no noise, or if ridge is the Bayes predictor.
+
+    Raises:
+        ConfigError: If the noise variance is positive but too small for the rounding errors of float64.
     """
     task, law, noise = config.task, task_law(config), noise_law(config)
     if task.noise_variance == 0 or (law == laws.GAUSSIAN_TASKS and noise == laws.GAUSSIAN):
         return None
+    require_noise(task.noise_variance)
     if xs.device.type not in ("cpu", "cuda"):  # other devices have no float64
         estimate = bayes(config, xs.cpu(), ys.cpu())
         return None if estimate is None else BayesPredictions(*(part.to(xs.device) for part in estimate))

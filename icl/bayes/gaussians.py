@@ -14,11 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icl.config.validation import require
 from icl.tasks import laws
 from icl.tasks.laws import TaskLaw
 
 MAX_COMPONENTS = 1024
 """Largest number 2^D of components of a `sparse` prior for which predictions are computed exactly."""
+MIN_NOISE_VARIANCE = 1e-12
+"""Smallest noise variance for which posteriors are computed. From about 1e-14 down, rounding errors make variances negative."""
 _NUMBERS_AT_ONCE = 2**18
 """Largest number of elements of the covariance matrices that are in memory at once. A single prompt may need more."""
 
@@ -62,7 +65,7 @@ class State(NamedTuple):
         """Return the state after one more example. `variances` are the noise variances of this example."""
         x = _as_vector(x, self.means)
         spread = (self.covariances * x.unsqueeze(-2)).sum(-1)  # V x: B R N D
-        variance = (spread * x).sum(-1) + variances  # B R N
+        variance = (spread * x).sum(-1).clamp(min=0) + variances  # B R N
         error = y.view(-1, *[1] * (variance.ndim - 1)) - (self.means * x).sum(-1)
         gain = spread / variance.unsqueeze(-1)
         return State(
@@ -76,13 +79,20 @@ class State(NamedTuple):
         return self.log_weights.logsumexp(-1) - before.log_weights.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
 
     def sample(self, uniforms: Float[Tensor, " B"], normals: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return a task drawn from the posterior of each prompt. The uniform numbers choose the components. The state must have no axis R."""
+        """Return a task drawn from the posterior of each prompt. The uniform numbers choose the components. The state must have no axis R.
+
+        Neighbouring components may share a covariance. The state then has fewer covariances than means.
+        """
         cumulative = self.log_weights.softmax(-1).cumsum(-1)  # B N
         chosen = torch.searchsorted(cumulative, (uniforms.unsqueeze(-1) * cumulative[:, -1:]).contiguous(), right=True)
-        rows = torch.arange(len(chosen), device=chosen.device), chosen[:, 0].clamp(max=cumulative.shape[-1] - 1)
+        rows, columns = (
+            torch.arange(len(chosen), device=chosen.device),
+            chosen[:, 0].clamp(max=cumulative.shape[-1] - 1),
+        )
+        sharing = self.means.shape[1] // self.covariances.shape[1]
         # A covariance can be singular, so we use its square root U S^(1/2) instead of the Cholesky factor.
-        values, vectors = torch.linalg.eigh(self.covariances[rows])
-        return self.means[rows] + (vectors @ (values.clamp(min=0).sqrt() * normals).unsqueeze(-1)).squeeze(-1)
+        values, vectors = torch.linalg.eigh(self.covariances[rows, columns // sharing])
+        return self.means[rows, columns] + (vectors @ (values.clamp(min=0).sqrt() * normals).unsqueeze(-1)).squeeze(-1)
 
 
 def exact_components(law: TaskLaw, task_size: int) -> Components | None:
@@ -145,6 +155,19 @@ def mixture_posterior(
         rows = slice(done, done := done + len(inputs))
         parts.append(state.sample(uniforms[rows].double(), normals[rows].double()))
     return torch.cat(parts)
+
+
+def require_noise(noise_variance: float) -> None:
+    """Refuse a noise variance that is too small for the rounding errors of float64.
+
+    Raises:
+        ConfigError: If the noise variance is below `MIN_NOISE_VARIANCE`.
+    """
+    require(
+        noise_variance >= MIN_NOISE_VARIANCE,
+        f"`task.noise_variance` must be at least {MIN_NOISE_VARIANCE:g} to compute Bayes predictors and posteriors of new tasks, "
+        f"got {noise_variance:g}.",
+    )
 
 
 def start_state(components: Components, count: int, device: torch.device) -> State:

@@ -6,7 +6,7 @@
 - All other cases: the posterior is approximated by a particle filter (`icl.bayes.particles`). The prompts are divided into `NUM_FILTERS`
   blocks of neighbouring prompts, and each block has its own filter. So a standard error over these blocks (the jackknife of
   `icl.analysis.prior.energy`) includes the error of the filters. This standard error does not include the bias of a filter, which is of the
-  order of 1 / 512 for 512 particles.
+  order of 1 / 512 for 512 particles. For `sparse` and small noise, the bias is larger (`icl.bayes.particles`).
 
 Without examples, all draws are exact: they come from the prior itself.
 """
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from icl import rng
-from icl.bayes.gaussians import exact_components, mixture_posterior
+from icl.bayes.gaussians import exact_components, mixture_posterior, require_noise
 from icl.bayes.particles import particle_posterior
 from icl.config import RunConfig
 from icl.tasks import laws
@@ -59,11 +59,15 @@ def posterior_tasks(
         ys: Targets of the examples.
         uniforms: Uniform numbers in [0, 1), which choose a task of the pool, a component of the prior, or a particle.
         pool: The tasks of the candidate `pool`.
+
+    Raises:
+        ConfigError: If the candidate is not `pool`, and the noise variance is too small for the rounding errors of float64.
     """
     noise_variance, noise = config.task.noise_variance, noise_law(config)
     if candidate == "pool":
         assert pool is not None
         return pool[choose_tasks(xs, ys, pool, uniforms, noise_variance=noise_variance, noise=noise)]
+    require_noise(noise_variance)
     law = laws.GAUSSIAN_TASKS if candidate == "gaussian" else task_law(config)
     # This stream is independent of the stream that draws the noise of targets.
     key = rng.stream(config.seeds.evaluation, f"prior/{candidate}/tasks-given-examples")

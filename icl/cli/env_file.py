@@ -3,11 +3,15 @@
 A folder that comes from somebody else may contain such a file. So only the variables of a fixed list and most variables of
 W&B are set. None of these variables names a program or a configuration file, or changes how programs are loaded. All other
 variables in the file are ignored, and a message names them. They are not an error, because other programs may need them.
+
+The file cannot send the user's secrets anywhere. `${NAME}` in a value stands for a variable of the same file, never for a variable
+of the environment. An address of a server is ignored if a key that is not from the file would be used at this server.
 """
 
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from icl.config.validation import ConfigError
@@ -19,6 +23,13 @@ _NAMES = frozenset(
         *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
     )
 )
+_ENDPOINTS = {
+    "WANDB_BASE_URL": ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"),
+    "HF_ENDPOINT": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"),
+    "AWS_ENDPOINT_URL": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    "AWS_ENDPOINT_URL_S3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+}
+"""Variables with the address of a server, each with the variables of the credentials that are used at this server."""
 _MAX_BYTES = 2**20
 _WANDB = re.compile(r"WANDB_[A-Z0-9][A-Z0-9_]*")
 _NOT_OF_WANDB = re.compile(
@@ -33,7 +44,8 @@ def load_env_file(path: Path = Path(".env")) -> None:
     """Set the allowed variables of a `.env` file. Variables that are already in the environment keep their values.
 
     Raises:
-        ConfigError: If the file is too large or not text in UTF-8, or if a value contains a null character.
+        ConfigError: If the file is too large or not text in UTF-8, or if a value contains a null character or refers to a variable
+            that the file does not set.
     """
     if not path.is_file():
         return
@@ -41,22 +53,22 @@ def load_env_file(path: Path = Path(".env")) -> None:
         raise ConfigError(
             f"{path.absolute()} has {path.stat().st_size:,} bytes, but at most {_MAX_BYTES:,} are read; remove or shorten it."
         )
-    from dotenv.main import DotEnv
-
-    try:
-        # If the file uses `${NAME}`, the environment takes precedence over the file, as it does for NAME itself.
-        variables = DotEnv(path, encoding="utf-8-sig", override=False).dict()
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"{path.absolute()} is not text in UTF-8, so it was not read; save it as UTF-8, or remove it."
-        ) from None
-    for name, value in variables.items():
-        if value is None or name in os.environ or not may_be_set(name):
+    variables = _read_variables(path)
+    new = {name: value for name, value in variables.items() if may_be_set(name) and name not in os.environ}
+    diverted = [name for name in _ENDPOINTS if name in new and _would_use_key(name, variables)]
+    for name, value in new.items():
+        if name in diverted:
             continue
         if "\0" in value:
             raise ConfigError(f"{path.absolute()} sets {name} to a value with a null character; write the value again.")
         os.environ[name] = re.sub(r"^\$HOME(?=/|$)", "~", value) if name == "LOCAL_ROOT" else value
-    ignored = [name for name, value in variables.items() if value is not None and not may_be_set(name)]
+    for name in diverted:
+        print(
+            f"icl: {path} sets {name}, which `icl` ignores because a key that is not from this file would be used at this "
+            f"address; if you trust the address, export {name} in the shell.",
+            file=sys.stderr,
+        )
+    ignored = [name for name in variables if not may_be_set(name)]
     if ignored:
         names = ", ".join(map(_shown, ignored[:8])) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
         print(
@@ -68,6 +80,58 @@ def load_env_file(path: Path = Path(".env")) -> None:
 def may_be_set(name: str) -> bool:
     """Return whether `.env` may set a variable of this name."""
     return name in _NAMES or bool(_WANDB.fullmatch(name) and not _NOT_OF_WANDB.fullmatch(name))
+
+
+def _read_variables(path: Path) -> dict[str, str]:
+    """Return the variables of the file, with values in place of `${NAME}`. Variables without a value are left out."""
+    from dotenv.main import DotEnv
+    from dotenv.variables import Variable, parse_variables
+
+    try:
+        raw = DotEnv(path, encoding="utf-8-sig", interpolate=False).dict()
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{path.absolute()} is not text in UTF-8, so it was not read; save it as UTF-8, or remove it."
+        ) from None
+    variables: dict[str, str] = {}
+    for name, value in raw.items():
+        if value is None:
+            continue
+        atoms = list(parse_variables(value))
+        known = {"HOME": os.environ.get("HOME", "~")} | variables  # the home folder is no secret
+        unknown = [
+            atom.name
+            for atom in atoms
+            if isinstance(atom, Variable) and atom.default is None and atom.name not in known
+        ]
+        if unknown and may_be_set(name) and name not in os.environ:
+            raise ConfigError(
+                f"{path.absolute()} sets {name} to a value with ${{{_shown(unknown[0])}}}, which the file does not set above; "
+                f"`icl` inserts no other variables, so write the value itself, or export {name} in the shell."
+            )
+        variables[name] = "".join(atom.resolve(known) for atom in atoms)
+    return variables
+
+
+def _would_use_key(endpoint: str, variables: Mapping[str, str]) -> bool:
+    """Return whether a key that is not from the file would be used at an address from the file."""
+    keys = _ENDPOINTS[endpoint]
+    if any(os.environ.get(key) and os.environ[key] != variables.get(key) for key in keys):
+        return True
+    # W&B has a separate login for each address, but the login of the Hub is used at any address, unless there is a token.
+    token = os.environ.get("HF_TOKEN", variables.get("HF_TOKEN", "")).strip()
+    return endpoint == "HF_ENDPOINT" and not token and _has_hub_login()
+
+
+def _has_hub_login() -> bool:
+    """Return whether the user has logged in to the Hub by `hf auth login`.
+
+    The package `huggingface_hub` reads `HF_ENDPOINT` when it is imported, so it cannot be asked before `HF_ENDPOINT` is set.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    file = os.environ.get("HF_TOKEN_PATH") or f"{home}/token"
+    return Path(os.path.expandvars(os.path.expanduser(file))).exists()  # noqa: PTH111 (Path's method fails without a home)
 
 
 def _shown(name: str) -> str:

@@ -24,6 +24,9 @@ _MIN_TASKS_AT_A_TIME = 64
 _LOG_WEIGHT_ERROR = 1e-2
 """Use float32 only if the rounding error of a log-weight is below this number."""
 
+_MIN_NOISE_VARIANCE = 1e-30
+"""Use float32 only from this noise variance on. For a smaller one, squares underflow or the inverse of the variance overflows in float32."""
+
 _Weigh = Callable[[Tensor], Tensor]
 """Function that maps the excess sums of squared errors, S_m - min S_m, to the tasks' weights."""
 
@@ -96,12 +99,13 @@ def _merge(first: _Sums, second: _Sums, *, weigh: _Weigh) -> _Sums:
 
 
 def _boltzmann(excess: Tensor, *, noise_variance: float) -> Tensor:
-    """Overwrite `excess` with the larger of exp(-excess / (2 sigma^2)) and 2^-100, and return it.
+    """Overwrite `excess` with exp(-excess / (2 sigma^2)), or with 0 if this is at most 2^-99, and return it.
 
     On CPUs `exp` is ten times slower than `exp2`, and arguments for which the result underflows are ten times slower too. So we
     use `exp2`, and clamp its argument.
     """
-    return excess.mul_(-0.5 / math.log(2) / noise_variance).clamp_(min=-100).exp2_()
+    weights = excess.mul_(-0.5 / math.log(2) / noise_variance).clamp_(min=-100).exp2_()
+    return torch.threshold_(weights, 2.0**-99, 0.0)
 
 
 def _indicator(excess: Tensor) -> Tensor:
@@ -113,9 +117,10 @@ def sums_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> 
     """Return float32 if its rounding changes the weights by less than about 1 %, else float64.
 
     The rounding error of a log-weight is about eps / (2 sigma^2) times the sum of the squares from which S_m is computed. Return float64
-    in any case if `xs` is float64, or if PyTorch may round the inputs of float32 products to fewer bits.
+    in any case if `xs` is float64, if float32 cannot represent squares of the size of the noise variance, or if PyTorch may round the inputs of float32 products to fewer bits.
     """
-    if xs.dtype == torch.float64 or torch.get_float32_matmul_precision() != "highest":
+    is_inexact = torch.get_float32_matmul_precision() != "highest"
+    if xs.dtype == torch.float64 or noise_variance < _MIN_NOISE_VARIANCE or is_inexact:
         return torch.float64
     task_square = tasks.float().square().sum(-1).mean()
     squares = (ys.float().square() + xs.float().square().sum(-1) * task_square.to(xs.device)).sum(-1)  # B

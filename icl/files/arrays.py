@@ -61,10 +61,7 @@ def read_array(path: Path) -> np.ndarray:
     Raises:
         ContentError: If the file is missing, damaged, or smaller than its header claims.
     """
-    try:
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # memory mapping checks the claimed size
-    except Exception as error:  # NumPy raises a dozen kinds of errors for damaged files
-        raise ContentError(f"it is damaged ({type(error).__name__})") from None
+    return np.array(_map_array(path))
 
 
 def locate_array(path: Path) -> StoredArray:
@@ -73,10 +70,7 @@ def locate_array(path: Path) -> StoredArray:
     Raises:
         ContentError: If the file is missing or damaged.
     """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:
-        raise ContentError(f"it is damaged ({type(error).__name__})") from None
+    array = _map_array(path)
     return StoredArray(file=path, offset=array.offset, size=array.size, dtype=array.dtype)
 
 
@@ -100,6 +94,14 @@ def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
             arrays = {name: saved[name] for name in saved.files}
         return parse_json(str(arrays.pop("about"))), arrays
     except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds of errors for damaged files
+        raise ContentError(f"it is damaged ({type(error).__name__})") from None
+
+
+def _map_array(path: Path) -> np.memmap:
+    """Map a `.npy` file into memory. NumPy then compares the size that the header claims with the size of the file."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load, this function refuses a zip file
+    except Exception as error:  # NumPy raises a dozen kinds of errors for damaged files
         raise ContentError(f"it is damaged ({type(error).__name__})") from None
 
 

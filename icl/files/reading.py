@@ -91,8 +91,8 @@ def parse_yaml(data: bytes | str) -> Any:
     """Return the content of a YAML document. The content has only plain types. A class that the document names is never loaded.
 
     Raises:
-        ContentError: If the document is not YAML, repeats a key, is too long or nested too deeply, or has aliases that expand to too
-            many values.
+        ContentError: If the document is not YAML, repeats a key, merges tables (`<<`), is too long or nested too deeply, or has
+            aliases that expand to too many values.
     """
     if len(data) > MAX_YAML:
         raise ContentError(f"it has {len(data):,} bytes, and the limit is {MAX_YAML:,}")
@@ -149,9 +149,11 @@ def _without_clock(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with changes for repeated keys, numbers that a float cannot represent, and clock times.
+    """PyYAML's safe loader, with changes for repeated keys, merges, numbers that a float cannot represent, and clock times.
 
     - PyYAML keeps only the last value of a repeated key. This loader refuses repeated keys.
+    - PyYAML copies all entries of a table that is merged by `<<`. A small file with many merges would need much time and memory, so
+      this loader refuses merges.
     - PyYAML makes numbers beyond the range of a float infinite or zero. This loader refuses them.
     - PyYAML reads 1:30 as 90. This loader reads it as a string.
     """
@@ -166,8 +168,12 @@ class _Loader(yaml.SafeLoader):
         return number
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the node of a table. Refuse a table with a repeated key."""
+        """Return the node of a table. Refuse a table with a repeated key or a merge."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise ContentError(
+                "it merges a table by `<<`, which `icl` does not support; write the entries of the table out"
+            )
         _refuse_repeated(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         return node
 

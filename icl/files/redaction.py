@@ -9,8 +9,17 @@ _SCHEME = r"[A-Za-z][\w+.-]{0,30}://"
 _CREDENTIALS = re.compile(rf"({_SCHEME})\S*@")
 _SECRET_NAME = r"(?:\w*_)?(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)"
 _SECRETS = re.compile(_SECRET_NAME)
-_ASSIGNED = re.compile(r"\b(\w{1,64})=[^\s&\"']+")
-"""Pattern of a variable and its value, as in an `env` command or in the query of a URL."""
+# A backslash and the next character are one alternative, and all other characters the other. So the search needs linear time.
+_OPEN, _REST = r"(?P<quote>\\?[\"'])", r"(?:(?!(?P=quote))(?:\\.|[^\\\n]))*"
+_VALUE = rf"(?:{_OPEN}{_REST}(?:(?P=quote))?|[^\s&\"']+)"
+_QUOTED = re.compile(rf"(?P<start>{_OPEN}(?P<name>[\w-]{{1,64}})=){_REST}(?=(?P=quote))")
+"""Pattern of a variable and its value that are in quotes together, such as 'HF_TOKEN=a b'."""
+_ASSIGNED = re.compile(rf"(?P<start>(?<![\w-])(?P<name>[\w-]{{1,64}})=){_VALUE}")
+"""Pattern of a variable or option and its value, as in an `env` command, in --api-key=VALUE, or in the query of a URL."""
+_OPTION = re.compile(
+    rf"(?P<start>(?<![\w-])--(?:[\w-]{{1,64}}\.){{0,8}}(?P<name>[\w-]{{1,64}})[ \t]{{1,9}})(?!-){_VALUE}"
+)
+"""Pattern of an option and its value in the next word, such as --token VALUE."""
 _HUB_REVISION = re.compile(r"hf://[\w.-]+/[\w.-]+@[\w.%/-]")
 """Pattern of the address of a repository at a revision, such as hf://USER/REPO@v1. The part before the @ is not a credential."""
 _LEAST = 6
@@ -21,17 +30,24 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return a string without the credentials in its URLs and without the values of secret variables.
 
     A variable is secret if its name is `SECRET`, `TOKEN`, `PASSWORD` or a similar word, or ends in such a word after an underscore.
-    The variable may be set in the environment or in the string itself.
+    The variable may be set in the environment or in the string itself. The same holds for options such as `--api-key`.
 
     Examples:
         >>> redact("no answer from https://me:word@host:9000/bucket")
         'no answer from https://host:9000/bucket'
     """
     text = re.sub(r"\S+", lambda word: _without_credentials(word[0]), text)
-    text = _ASSIGNED.sub(lambda match: f"{match[1]}=***" if _SECRETS.fullmatch(match[1].upper()) else match[0], text)
+    for pattern in (_QUOTED, _ASSIGNED, _OPTION):
+        text = pattern.sub(_without_secret, text)
     for secret in _secrets(environment):
         text = text.replace(secret, "***")
     return text
+
+
+def _without_secret(match: re.Match[str]) -> str:
+    """Return a variable or option with stars as its value if the variable is secret; otherwise return it as it is."""
+    name = match["name"].strip("-").upper().replace("-", "_")
+    return f"{match['start']}***" if _SECRETS.fullmatch(name) else match[0]
 
 
 def _without_credentials(word: str) -> str:

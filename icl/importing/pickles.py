@@ -1,7 +1,7 @@
 """Read files of `torch.save` without unpickling them.
 
-A pickle can run any code. So we read these files with `weights_only=True`. PyTorch's reader then accepts tensors, numbers, strings and
-containers, and refuses every other Python object by its name. Older code bases also saved a few harmless objects. This
+A pickle can run any code. So we accept only tensors, numbers, strings and containers, refuse every other Python object by its name
+(`icl.files.torch_files`), and read these files with `weights_only=True`. Older code bases also saved a few harmless objects. This
 module has a list of the names of these objects, and replaces each of them by a stand-in that stores or ignores the
 data. No module of the older code is imported.
 """
@@ -9,8 +9,7 @@ data. No module of the older code is imported.
 import io
 import re
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from icl.config.validation import UserError
 from icl.files.reading import ContentError, first_line, read_bytes
+from icl.files.torch_files import is_plain, pickled_names, require_plain_tensors, require_uncompressed
 
 CONFIG_CLASSES = ("ICRegConfig",)
 """Names of config classes. An object of such a class is read as a dict of its fields, whatever its module is called."""
@@ -109,21 +109,31 @@ def read_pickle(path: Path) -> Any:
         ) from None
     except OSError as error:
         raise OlderFileError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
-    _require_uncompressed(path, data)
-    stand_ins = dict(_STAND_INS)
-    for _ in range(_MAX_NAMES):
-        tree, failure = _load(data, stand_ins)
-        if failure is None:
-            _require_plain_tensors(tree, path, len(data))
-            return tree
-        name = _refused_name(failure)
-        if name is None or name in stand_ins or name.rpartition(".")[2] not in CONFIG_CLASSES:
-            _refuse(path, failure, name)
-        stand_ins[name] = SavedConfig
-    raise OlderFileError(
-        f"{path} contains {_MAX_NAMES} or more classes of configs, so the file is not read. Save the file again with "
-        "its config as a dict, and import the new file."
-    )
+    try:
+        require_uncompressed(data)
+    except ContentError as error:
+        raise OlderFileError(
+            f"{path} is compressed or damaged: {error}. Copy the file again, or save it again with torch.save."
+        ) from None
+    try:
+        names = pickled_names(data)
+    except ContentError as error:
+        _refuse_damaged(path, error)
+    configs = {name for name in names if name.rpartition(".")[2] in CONFIG_CLASSES}
+    _require_known(path, names - configs - set(_STAND_INS))
+    if len(configs) >= _MAX_NAMES:
+        raise OlderFileError(
+            f"{path} contains {_MAX_NAMES} or more classes of configs, so the file is not read. Save the file again with "
+            "its config as a dict, and import the new file."
+        )
+    tree = _load(path, data, {**_STAND_INS, **dict.fromkeys(configs, SavedConfig)})
+    try:
+        require_plain_tensors(tree, len(data))
+    except ContentError as error:
+        raise OlderFileError(
+            f"{path} cannot be imported: {error}. Copy the file again, or save it again with dense tensors."
+        ) from None
+    return tree
 
 
 def as_table(value: Any) -> dict[str, Any]:
@@ -144,76 +154,34 @@ def as_settings(value: Any) -> dict[str, bool | int | float | str]:
     return {key: entry for key, entry in table.items() if isinstance(entry, (bool, int, float, str))}
 
 
-def _require_uncompressed(path: Path, data: bytes) -> None:
-    """Refuse a zip file whose parts are larger than the file. A small zip file can expand to many gigabytes of zeros."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            size = sum(part.file_size for part in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # the older format, or a damaged file
-        return
-    if size > len(data):
-        raise OlderFileError(
-            f"{path} is compressed or damaged: it claims to contain {size:,} bytes, but has only {len(data):,}. Save it again with torch.save."
-        )
-
-
-def _load(data: bytes, stand_ins: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-    """Return the content of a file and None. If PyTorch cannot read the file, return None and the exception."""
+def _load(path: Path, data: bytes, stand_ins: Mapping[str, Any]) -> Any:
+    """Return the content of a file. Replace the Python objects that `stand_ins` names."""
     try:
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals([(value, name) for name, value in stand_ins.items()]),
         ):
             warnings.simplefilter("ignore")  # PyTorch warns about every pickle protocol other than 2
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), None
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make torch raise a dozen kinds of errors
-        return None, error
+        _refuse_damaged(path, error)
 
 
-def _refused_name(error: Exception) -> str | None:
-    """Return the name of the Python object that PyTorch refused, or None if PyTorch's error message names none."""
-    match = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose", str(error))
-    return (match[1] or match[2]) if match else None
-
-
-def _refuse(path: Path, error: Exception, name: str | None) -> NoReturn:
-    if name is not None:
+def _require_known(path: Path, names: set[str]) -> None:
+    """Refuse a file that contains a Python object other than tensors, numbers, strings and containers."""
+    unknown = sorted(name for name in names if not is_plain(name))
+    if unknown:
         raise OlderFileError(
-            f"{path} contains the Python object `{name}`. The file is not read, because a pickled object can run any "
-            "code. In the environment of the older code, save the file again with only the weights (as "
-            "model_state_dict or model), the step, and the config as a dict. Then import the new file."
-        ) from None
+            f"{path} contains the Python object `{unknown[0].removeprefix('builtins.')}`. The file is not read, because a "
+            "pickled object can run any code or fill the memory. In the environment of the older code, save the file again "
+            "with only the weights (as model_state_dict or model), the step, and the config as a dict. Then import the new "
+            "file."
+        )
+
+
+def _refuse_damaged(path: Path, error: Exception) -> NoReturn:
     reason = re.split(r"\.\s|\n", first_line(error))[0][:120].rstrip(".")
     raise OlderFileError(
         f"{path} is damaged, or is not a file of `torch.save` that contains only tensors, numbers and strings "
         f"({reason}). Copy the file again. If this does not help, save the weights again with `torch.save`."
     ) from None
-
-
-def _require_plain_tensors(tree: Any, path: Path, size: int) -> None:
-    """Refuse tensors that are not dense, or that are larger than the file.
-
-    A tensor in a file can claim to repeat one number many times, and so need much more memory than the file.
-    """
-    for tensor in _tensors(tree):
-        if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise OlderFileError(
-                f"{path} contains a sparse, nested or quantized tensor; save the file again with dense tensors."
-            )
-        if tensor.numel() * tensor.element_size() > size:
-            raise OlderFileError(
-                f"{path} is damaged: a tensor of shape {tuple(tensor.shape)} is larger than the file. Copy the file again."
-            )
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a tree. A container that appears many times is visited once, so that a small file cannot take long."""
-    stack, seen = [tree], set()
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (SavedConfig, Mapping, list, tuple, set)) and id(value) not in seen:
-            seen.add(id(value))
-            parts = vars(value) if isinstance(value, SavedConfig) else value
-            stack.extend(parts.values() if isinstance(parts, Mapping) else parts)

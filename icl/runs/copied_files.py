@@ -1,6 +1,7 @@
 """The files of a run that are copied to its store, and the order in which they are copied.
 
-`last.ckpt` and `status.json` describe the other files, so these two are copied after the others. `config.yaml` marks a folder
+`last.ckpt` and `status.json` describe the other files, so these two are read before the others and written after them. The other
+files are then at least as new as `last.ckpt`, even if the run is trained or uploaded at the same time. `config.yaml` marks a folder
 as a run, so it is copied last.
 """
 
@@ -11,7 +12,7 @@ from icl.files.reading import MAX_SMALL_FILE, MAX_TABLE
 from icl.files.writing import StorageError, is_temporary
 from icl.runs.checkpoints import parse_checkpoint
 from icl.runs.resume_file import parse_resume
-from icl.store.base import LocalStore, Store, require_key
+from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, require_key
 
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
 """The folder of the weights, and the folder of Adam's moments, which exists only if the run saves moments."""
@@ -37,6 +38,19 @@ def copied_names(store: Store) -> list[str]:
         require_key(name, store)
     _require_one_kind(names, store)
     return sorted(names, key=lambda name: (LAST.index(name) + 1 if name in LAST else 0, name))
+
+
+def read_vouchers(store: Store) -> dict[str, bytes | DamagedError]:
+    """Return the content of the files in `VOUCHERS` that exist. A damaged file has its error in place of the content.
+
+    `status.json` is read before `last.ckpt`. Otherwise, if the run ended between the two reads, the status of the ended run would be
+    copied together with an earlier `last.ckpt`.
+
+    Raises:
+        StorageError: If the store cannot be used.
+    """
+    contents = {name: _read_voucher(store, name) for name in reversed(VOUCHERS)}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def is_checkpoint(name: str) -> bool:
@@ -83,6 +97,15 @@ def require_no_links_out(*stores: Store) -> None:
                 f"{store}/{links[0]} is a symbolic link out of the run's folder, so nothing was copied; "
                 "replace the link with its target, or remove the link."
             )
+
+
+def _read_voucher(store: Store, name: str) -> bytes | DamagedError | None:
+    try:
+        return store.read(name, limit=size_limit(name))
+    except MissingKeyError:
+        return None
+    except DamagedError as error:
+        return error
 
 
 def _is_copied(name: str) -> bool:

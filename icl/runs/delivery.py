@@ -8,7 +8,7 @@ run does not access the store again.
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from icl.config import RunConfig
 from icl.config.validation import user_path
@@ -18,7 +18,7 @@ from icl.files.writing import StorageError, write_atomically
 from icl.run_names import run_name
 from icl.runs.copied_files import copied_names
 from icl.runs.folder import RunFolder
-from icl.runs.mirror import open_mirror, same_file, store_url, write_card
+from icl.runs.mirror import digest_or_none, open_mirror, same_file, store_url, write_card
 from icl.store.base import sha256
 
 _NOTE = ".delivered"
@@ -45,9 +45,7 @@ def is_delivered(run: RunFolder, config: RunConfig) -> bool:
 
 def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
     """Record in `.delivered` that the run's store has the current content of these files."""
-    arrived = _read_note(run, config) | {name: run.store.digest(name) for name in names}
-    note = {"place": _place(config), "files": arrived}
-    write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
+    _note_digests(run, config, {name: run.store.digest(name) for name in names})
 
 
 def send_results(run: RunFolder) -> list[str]:
@@ -64,20 +62,22 @@ def send_results(run: RunFolder) -> list[str]:
         return []
     arrived = _read_note(run, config)
     made = [name for name in copied_names(run.store) if name.startswith(_MADE_LATER)]
-    left = [name for name in made if arrived.get(name) != run.store.digest(name)]
+    # Each file is read once. If it is rewritten during the upload, the note below is about the bytes that were sent.
+    left = {name: data for name in made if arrived.get(name) != sha256(data := run.store.read(name))}
+    digests = {name: sha256(data) for name, data in left.items()}
     if not left:
         return []
     try:
         mirror = open_mirror(run, url, run_name(config))
         if not same_file(mirror.here, mirror.there, "run-id"):
             raise StorageError("the store has no copy of this run")
-        sent = [name for name in left if not same_file(mirror.here, mirror.there, name)]
+        sent = [name for name in left if digest_or_none(mirror.there, name) != digests[name]]
         if sent:
-            mirror.there.write_many({name: mirror.here.read(name) for name in sent})
+            mirror.there.write_many({name: left[name] for name in sent})
             write_card(mirror)
     except StorageError as error:
-        raise UploadError(describe_left(run, url, left, str(error))) from None
-    note_delivered(run, config, left)
+        raise UploadError(describe_left(run, url, list(left), str(error))) from None
+    _note_digests(run, config, digests)
     if sent:
         print(f"Uploaded {', '.join(sent)} to {mirror.there}.")
     return sent
@@ -95,6 +95,12 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
         f"{files} of {run.path} did not reach {url.rstrip('/')}/{run_name(config)}: {shown} ({reason.rstrip('.')}). "
         f"Nothing is lost: `{command}` sends the missing files."
     )
+
+
+def _note_digests(run: RunFolder, config: RunConfig, digests: Mapping[str, str]) -> None:
+    """Record in `.delivered` that the run's store has files with these digests."""
+    note = {"place": _place(config), "files": _read_note(run, config) | dict(digests)}
+    write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())
 
 
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:

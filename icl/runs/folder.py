@@ -135,7 +135,11 @@ class RunFolder:
         return config
 
     def write_status(self, status: Status) -> None:
-        """Replace `status.json`. The new file also contains the current time."""
+        """Replace `status.json`. The new file also contains the current time.
+
+        We do not wait until the bytes are on disk, because the status is written often. So a power cut may leave an old or an empty
+        file. `last.ckpt` is always on disk, and training resumes from it even if the status cannot be read.
+        """
         write_atomically(self.status_file, status_text(status), durable=False)
 
     def overwrite_status(self, status: Status) -> None:

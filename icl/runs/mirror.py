@@ -3,15 +3,17 @@
 The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep the copy consistent:
 
 - *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *Order.* Files that describe the other files are copied last (`icl.runs.copied_files`). If the copying is interrupted, the same
-  command continues it.
-- *Age.* A folder or copy at an earlier step never overwrites one at a later step, unless the user gives `--force`.
+- *Order.* Files that describe the other files are read first and written last (`icl.runs.copied_files`). If the copying is
+  interrupted, the same command continues it.
+- *Age.* A folder or copy at an earlier step never overwrites one at a later step, unless the user gives `--force`. The step is that
+  of `last.ckpt`, because training resumes from it. `status.json` may be at a later step, or unreadable after a power cut.
 """
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,9 +27,18 @@ from icl.progress import progress_bar
 from icl.runs.card import CARD, card_text
 from icl.runs.checkpoints import CheckpointError
 from icl.runs.claims import claim
-from icl.runs.copied_files import LAST, NEEDED, copied_names, require_no_links_out, require_whole, size_limit
+from icl.runs.copied_files import (
+    LAST,
+    NEEDED,
+    VOUCHERS,
+    copied_names,
+    read_vouchers,
+    require_no_links_out,
+    require_whole,
+    size_limit,
+)
 from icl.runs.folder import RunError, RunFolder, parse_config, require_same_config
-from icl.runs.resume_file import ResumeFileError
+from icl.runs.resume_file import NAMES, ResumeFileError, parse_resume
 from icl.runs.status import parse_status
 from icl.store import waiting
 from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, read_or_none
@@ -36,6 +47,8 @@ from icl.store.opening import open_store
 _NUM_WORKERS = 8
 _MAX_BATCH = 2**29
 """A batch of files is written once it has more than this number of bytes, so that memory does not fill up."""
+_MAX_ROUNDS = 3
+"""Largest number of times that a run is copied if it is trained or uploaded at the same time."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -116,19 +129,21 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     """
     require_no_links_out(mirror.here, mirror.there)
     theirs = read_config(mirror.there)
-    is_new = not mirror.run.config_file.exists()
+    is_new = _is_new(mirror.run)
     if theirs is not None:
         require_same_config(theirs, config, str(mirror.there))
     # If the folder is new and the copy contains settings, the transfer below also fetches `run-id`. The folder claims the copy after that.
     if not (is_new and theirs is not None):
         claim(mirror.here, mirror.there, config)
-    is_behind = saved_step(mirror.there) > saved_step(mirror.here)
-    if not is_behind and (theirs is None or not is_new):
-        return False
+    our_step = saved_step(mirror.here)
     try:
+        if theirs is None or not is_new:
+            is_same = same_file(mirror.here, mirror.there, "last.ckpt")
+            if is_same or saved_step(mirror.there, skip_damaged=False) <= our_step:
+                return False
         copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force=False)
     except (DamagedError, ResumeFileError) as error:
-        if is_new:
+        if our_step < 0:  # there is nothing here from which the run could continue
             raise DamagedError(_describe_unusable(mirror, error)) from None
         print(f"icl: {error} The run continues from the files in {mirror.run.path}.", file=sys.stderr)
         return False
@@ -164,7 +179,7 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
     if read_config(mirror.there) is None:
         raise RunError(f"There is no run at {mirror.there}; `icl checkpoints RUN push` copies a run to the store.")
     is_same_run = read_or_none(mirror.here, "run-id") == read_or_none(mirror.there, "run-id")
-    if mirror.run.config_file.exists() and not is_same_run:
+    if not _is_new(mirror.run) and not is_same_run:
         raise RunError(
             f"{mirror.there} contains another run, not the one in {mirror.run.path}; to fetch it, first move {mirror.run.path} away."
         )
@@ -232,8 +247,22 @@ def read_config(store: Store) -> RunConfig | None:
     return None if data is None else parse_config(data, str(store))
 
 
-def saved_step(store: Store) -> int:
-    """Return the step in the status of a run's folder or copy, or -1 if there is no status."""
+def saved_step(store: Store, *, skip_damaged: bool = True) -> int:
+    """Return the step from which a run's folder or copy can be resumed, or -1 if it contains no step.
+
+    This is the step of the first undamaged resume file. If there is none, it is the step in the status.
+
+    Args:
+        store: The run's folder or copy.
+        skip_damaged: Whether to ignore damaged resume files. Otherwise, a damaged resume file raises its error.
+
+    Raises:
+        DamagedError, ResumeFileError: If a resume file is damaged and `skip_damaged` is false.
+        StorageError: If the store cannot be used.
+    """
+    for name in NAMES:
+        with contextlib.suppress(MissingKeyError, *((DamagedError, ResumeFileError) if skip_damaged else ())):
+            return parse_resume(store.read(name), f"{store}/{name}").step
     data = read_or_none(store, "status.json")
     status = parse_status(data) if data else None
     return status.step if status else -1
@@ -241,17 +270,30 @@ def saved_step(store: Store) -> int:
 
 def same_file(source: Store, target: Store, name: str) -> bool:
     """Return whether both stores have a file with this name and the same bytes."""
+    digest = digest_or_none(source, name)
+    return digest is not None and digest == digest_or_none(target, name)
+
+
+def digest_or_none(store: Store, name: str) -> str | None:
+    """Return the SHA-256 of a file in hex, or None if there is no such file."""
     try:
-        return source.digest(name) == target.digest(name)
+        return store.digest(name)
     except MissingKeyError:
-        return False
+        return None
+
+
+def _is_new(run: RunFolder) -> bool:
+    """Return whether a run's folder contains nothing of the run's training yet, so that a copy may be fetched into it."""
+    return not any((run.path / name).exists() for name in ("run-id", "config.yaml", "status.json", *NAMES))
 
 
 def _require_not_behind(source: Store, target: Store, verb: str, force: bool) -> None:
+    if force or same_file(source, target, "last.ckpt"):
+        return
     ours, theirs = saved_step(source), saved_step(target)
-    if theirs > ours and not force:
+    if theirs > ours:
         other = "pull" if verb == "push" else "push"
-        behind = f"only at step {ours:,}" if ours >= 0 else "without a status"
+        behind = f"only at step {ours:,}" if ours >= 0 else "has neither a resume file nor a status"
         raise RunError(
             f"{target} is at step {theirs:,} and {source} {behind}; {other} instead, or {verb} with --force."
         )
@@ -272,20 +314,53 @@ def _bare(sentence: str) -> str:
 def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
     """Copy the files that differ, or all files if `force` is true. The files in `LAST` are copied after all others.
 
+    If `last.ckpt` or `status.json` changed in the source during the copying, files that have changed are copied again, in at most
+    `_MAX_ROUNDS` rounds. The run can be resumed from the target after each round.
+
     Returns:
         The names of the copied files, and a sentence for each file in the source that is damaged but not needed to resume.
 
     Raises:
         StorageError, ResumeFileError: If a file that is needed to resume the run cannot be copied.
     """
-    names = copied_names(source)
+    copied: dict[str, None] = {}
+    damaged: set[str] = set()
+    for number in range(_MAX_ROUNDS):
+        before = [digest_or_none(source, name) for name in VOUCHERS]
+        names, problems = _transfer_once(source, target, read_vouchers(source), label, force and number == 0)
+        copied |= dict.fromkeys(names)
+        damaged |= set(problems)
+        if before == [digest_or_none(source, name) for name in VOUCHERS]:
+            break
+    return list(copied), sorted(damaged)
+
+
+def _transfer_once(
+    source: Store, target: Store, vouchers: Mapping[str, bytes | DamagedError], label: str, force: bool
+) -> tuple[list[str], list[str]]:
+    """Copy the files that differ, or all files if `force` is true. See `_transfer`.
+
+    Args:
+        source: The folder or copy from which the files are copied.
+        target: The folder or copy to which they are copied.
+        vouchers: The content of `last.ckpt` and `status.json`, which was read before the other files.
+        label: Text in front of the progress bar.
+        force: Whether to copy all files.
+    """
+    names = [name for name in copied_names(source) if name not in VOUCHERS or name in vouchers]
     damaged: list[str] = []
+
+    def read_source(name: str) -> bytes:
+        data = vouchers[name] if name in VOUCHERS else source.read(name, limit=size_limit(name))
+        if isinstance(data, DamagedError):
+            raise data
+        return data
 
     def read(name: str) -> bytes | None:
         if not force and same_file(source, target, name):
             return None
         try:
-            data = source.read(name, limit=size_limit(name))
+            data = read_source(name)
             require_whole(name, data, f"{source}/{name}")
         except (DamagedError, CheckpointError) as error:
             if name in NEEDED:
@@ -302,10 +377,10 @@ def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[li
 
     with progress_bar(label, len(names), "file") as bar:
         if target.files_per_write > 1:
-            return _write_in_batches(names, read, target, bar), sorted(damaged)
+            return _write_in_batches(names, read, target, bar), damaged
         copied = in_parallel(copy, [name for name in names if name not in LAST], bar)
         copied += _counted(map(copy, (name for name in names if name in LAST)), bar)
-    return [name for name in copied if name], sorted(damaged)
+    return [name for name in copied if name], damaged
 
 
 def _write_in_batches(names: Sequence[str], read: Callable[[str], bytes | None], target: Store, bar: tqdm) -> list[str]:

@@ -3,6 +3,9 @@
 Each file is a zip file that `torch.save` writes. We add a zip comment with the SHA-256 of all other bytes. So even a single altered
 byte is detected, while torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For
 these files, we check the checksums that a zip file contains for each of its parts.
+
+A resume file may come from a folder or bucket of unknown origin. So it is read only if it cannot need much more memory than it has
+bytes (`icl.files.torch_files`).
 """
 
 import hashlib
@@ -15,12 +18,15 @@ import torch
 
 from icl.config import RunConfig
 from icl.files.reading import ContentError, first_line, read_bytes
+from icl.files.torch_files import is_plain, pickled_names, require_plain_tensors, require_uncompressed
 from icl.runs.folder import RunError, RunFolder
 
 _SEAL = b"icl-sha256:"
 _END, _NUM_END_BYTES = b"PK\x05\x06", 22
 _NUM_SEAL_BYTES = len(_SEAL) + 64
 NAMES = ("last.ckpt", "previous.ckpt")
+MAX_FILE = 2**34
+"""Largest size of a resume file in bytes."""
 
 
 class ResumeFileError(RunError):
@@ -59,11 +65,20 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
         name: Name of the file in error messages.
 
     Raises:
-        ResumeFileError: If the file is damaged.
+        ResumeFileError: If the file is damaged, too large, or could need much more memory than it has bytes.
     """
-    _require_sealed(data, name)
+    if len(data) > MAX_FILE:
+        raise ResumeFileError(f"{name} cannot be used: it has {len(data):,} bytes, and the limit is {MAX_FILE:,}.")
     try:
+        require_uncompressed(data)
+        _require_sealed(data, name)
+        _require_plain_names(pickled_names(data))
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        require_plain_tensors(content, len(data))
+    except ContentError as error:
+        raise ResumeFileError(f"{name} is damaged: {error}.") from None
+    except ResumeFileError:
+        raise
     except Exception as error:  # torch raises many kinds of errors for a damaged file
         raise ResumeFileError(f"{name} is damaged: it cannot be read ({type(error).__name__}).") from None
     if not isinstance(content, dict):
@@ -118,7 +133,7 @@ def read_resume(run: RunFolder) -> tuple[Resume | None, str | None]:
 def _read(file: Path) -> Resume | str:
     """Return the content of a resume file, or a sentence that says what is wrong with it."""
     try:
-        return parse_resume(read_bytes(file, limit=None), str(file))
+        return parse_resume(read_bytes(file, limit=MAX_FILE), str(file))
     except ContentError as error:
         return f"{file} cannot be read: {error}."
     except FileNotFoundError:
@@ -127,6 +142,13 @@ def _read(file: Path) -> Resume | str:
         return f"{file} cannot be read: {error.strerror}."
     except ResumeFileError as error:
         return str(error)
+
+
+def _require_plain_names(names: set[str]) -> None:
+    """Refuse a file that contains a Python object other than tensors, numbers, strings and containers."""
+    unknown = sorted(name for name in names if not is_plain(name))
+    if unknown:
+        raise ContentError(f"it contains the Python object `{unknown[0]}`")
 
 
 def _require_sealed(data: bytes, name: str) -> None:

@@ -27,6 +27,8 @@ from torch import Tensor
 
 MANY_CHAINS = 16
 """Minimum number of chains for a reliable standard error from the spread between chains alone."""
+MIN_FOR_SPREAD = 4
+"""Minimum number of chains for an estimate of the sensitivity from the spread."""
 SLOW = 0.7
 """Smallest ratio of a covariance at a lag of two draws to that at a lag of one draw for a linear extrapolation to lag zero. At this ratio, the
 extrapolated covariance is too small by 9 %."""
@@ -144,13 +146,16 @@ def sensitivity(
     """Return minus the derivative of the mean excess with respect to the logarithm of the localization, and the standard error.
 
     This number is Cov(excess, spread) / 2. The spread has no minibatch noise, so its covariance with the excess has no bias. But in flat
-    directions the spread varies much, which makes this estimate imprecise if most directions are flat. Integration by parts gives the same
-    number as (E[pull] - Cov(excess, pull)) / 2, which is then more precise. We return the estimate with the smaller standard error.
+    directions the spread varies much, which makes this estimate imprecise if most directions are flat. We subtract from every draw the mean
+    over chains at the same draw, because the spread may still grow in all chains. So this estimate needs at least `MIN_FOR_SPREAD` chains.
 
-    The minibatch of a draw adds nearly the same noise to its excess and its pull, and this common noise would add to their covariance. Different
+    Integration by parts gives the same number as (E[pull] - Cov(excess, pull)) / 2, which is more precise if most directions are flat. But the
+    minibatch of a draw adds nearly the same noise to its excess and its pull, and this common noise would add to their covariance. Different
     draws have different minibatches. So with minibatches, we compute this covariance at lags of one and two draws, and extrapolate it linearly
-    to lag zero. The extrapolation is wrong if the covariance falls fast from draw to draw, as with thinning or large steps. So we use it only if
-    the covariance falls slowly (`SLOW`), and if it agrees with the estimate from the spread within two standard errors.
+    to lag zero. The extrapolation is wrong if the covariance falls fast from draw to draw, as with thinning or large steps.
+
+    We return the more precise of the two estimates. The exception is an extrapolation that is known to be wrong: because the covariance falls
+    fast (`SLOW`), or because the estimates differ by more than three standard errors. Then we return the estimate from the spread.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.
@@ -160,15 +165,20 @@ def sensitivity(
     """
     if not excess.size or excess.shape[1] < 4:
         return math.nan, math.nan
+    num_chains, falls_fast = len(excess), False
     f, g = excess - excess.mean(), pull - pull.mean()
-    by_spread, by_pull, can_use_pull = f * (spread - spread.mean()), pull - f * g, True
+    by_pull = pull - f * g
     if is_noisy:
         first, second = ((f[:, :-lag] * g[:, lag:] + g[:, :-lag] * f[:, lag:]) / 2 for lag in (1, 2))
         by_pull = pull[:, 2:] - 2 * first[:, 1:] + second
-        is_slow = first.mean() > 3 * standard_error(first) and SLOW <= second.mean() / first.mean() <= 1
-        can_use_pull = is_slow and abs(by_pull.mean() - by_spread.mean()) <= 2 * standard_error(by_spread)
-    estimates = [(float(terms.mean()) / 2, standard_error(terms) / 2) for terms in (by_spread, by_pull)]
-    return min(estimates if can_use_pull else estimates[:1], key=lambda estimate: estimate[1])
+        falls_fast = first.mean() > 3 * standard_error(first) and not SLOW <= second.mean() / first.mean() <= 1
+    from_pull = float(by_pull.mean()) / 2, standard_error(by_pull) / 2
+    if num_chains < MIN_FOR_SPREAD:
+        return from_pull
+    by_spread = (excess - excess.mean(0)) * (spread - spread.mean(0)) * num_chains / (num_chains - 1)
+    from_spread = float(by_spread.mean()) / 2, standard_error(by_spread) / 2
+    differs = is_noisy and abs(from_pull[0] - from_spread[0]) > 3 * math.hypot(from_pull[1], from_spread[1])
+    return from_spread if falls_fast or differs else min(from_pull, from_spread, key=lambda estimate: estimate[1])
 
 
 def drop_at_mean(

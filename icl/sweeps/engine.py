@@ -22,7 +22,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from icl.files.writing import StorageError
 from icl.progress import print_at_once
 from icl.signals import handling
 from icl.sweeps import attempts
@@ -273,7 +272,7 @@ class _Engine:
         for program in ended:
             self.programs.remove(program)
             self._next_search = 0.0
-            with contextlib.suppress(StorageError):  # the next command will find the point unfinished
+            with contextlib.suppress(OSError):  # the next command will find the point unfinished
                 program.record(stopping=self._stopping)
             for point in program.points:
                 self._report_end(program, point)

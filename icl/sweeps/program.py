@@ -4,6 +4,7 @@ A point is one combination of a sweep's settings. A packed program trains severa
 `icl sweep`, which starts and watches such programs. Before a worker starts a program, it claims the points (`icl.sweeps.attempts`).
 """
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -86,32 +87,38 @@ class Program:
             stopping: Why the sweep is stopping all programs, or None if it is not.
 
         Raises:
-            StorageError: If the outcome cannot be written.
+            OSError: If the outcome of a point cannot be written. The claims on all points are given up nevertheless.
         """
-        for point, claim in self.work:
-            self._record(point, claim, stopping)
+        with contextlib.ExitStack() as stack:  # calls each function, even if another one raises an error
+            for point, claim in reversed(self.work):
+                stack.callback(self._record, point, claim, stopping)
 
     def _record(self, point: Point, claim: Claim, stopping: str | None) -> None:
         if isinstance(self.process, str):
             claim.finish("failed", reason=self.process)
             return
         code = self.process.returncode
+        try:
+            outcome, reason = self._outcome(point, claim, stopping, code)
+        except OSError as error:
+            outcome, reason = "failed", f"exit status {code}; its files cannot be read: {error.strerror or error}"
+        claim.finish(outcome, exit_status=code, reason=reason)
+
+    def _outcome(self, point: Point, claim: Claim, stopping: str | None, code: int) -> tuple[Outcome, str | None]:
+        """Return the outcome of the attempt at a point, and the reason if the point is not done."""
         status = RunFolder(claim.folder).read_status() if point.trains else None
         if status is not None and status.updated < claim.attempt.started:
             status = None  # an earlier program wrote it
-        outcome: Outcome = "failed"
-        reason: str | None = None
         # A packed program also fails if only one of its runs fails, so read the status of each run.
         if code == 0 or (len(self.work) > 1 and status is not None and status.is_done):
-            outcome = "done"
-        elif stopping:
-            outcome, reason = "preempted", stopping
-        else:
-            reason = self._reason_of_failure(claim, status, code)
-            if self._was_out_of_reach(claim, reason):
-                self.has_lost_storage = True
-                outcome, reason = "preempted", "its folder could not be reached for a while"
-        claim.finish(outcome, exit_status=code, reason=reason)
+            return "done", None
+        if stopping:
+            return "preempted", stopping
+        reason = self._reason_of_failure(claim, status, code)
+        if self._was_out_of_reach(claim, reason):
+            self.has_lost_storage = True
+            return "preempted", "its folder could not be reached for a while"
+        return "failed", reason
 
     def _reason_of_failure(self, claim: Claim, status: Status | None, code: int) -> str:
         """Return the reason in the run's status if the run has failed. Otherwise return the exit status and the last line of the log."""
@@ -128,12 +135,15 @@ class Program:
     def _last_line(self, prefix: str) -> str:
         """Return the last line of the log that begins with a prefix, without this prefix.
 
-        If no line begins with the prefix, return the last nonempty line.
+        If no line begins with the prefix, return the last nonempty line. If the log was deleted, return "".
         """
-        with self.log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").split("\n")
+        try:
+            with self.log.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, size - _TAIL_BYTES))
+                lines = file.read().decode(errors="replace").split("\n")
+        except FileNotFoundError:
+            return ""
         prefixed = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
         others = [line.strip()[-300:] for line in lines if line.strip()]
         return next(reversed(prefixed or others), "")

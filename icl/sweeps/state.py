@@ -69,7 +69,9 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
         return _state_of_attempt(attempt, status, number)
     if status.state == "failed":
         return PointState("failed", f"{status.reason}{_progress(status)}", number)
-    if status.state in ("running", "waiting") and time.time() - status.updated < attempts.STALE_SECONDS:
+    # The clock of the run's machine may be ahead of ours, by less than `STALE_SECONDS`. A later time is an error of some clock.
+    is_recent = abs(time.time() - status.updated) < attempts.STALE_SECONDS
+    if status.state in ("running", "waiting") and is_recent:
         return PointState("running", f"outside of this sweep{_progress(status)}", number)
     return PointState("waiting", f"stopped{_progress(status)}; it will resume", number)
 

@@ -37,6 +37,9 @@ from icl import rng
 _CHOICE_BLOCK = 2**31
 """First counter block (`icl.rng`) for the random numbers that choose the nonzero coordinates or the component. `rng.normal` uses lower blocks."""
 
+_MANY_DF = 1e6
+"""Degrees of freedom from which the density of Student's t is computed by a series."""
+
 
 class Law(NamedTuple):
     """Distribution of a real number, with mean 0 and variance 1."""
@@ -159,7 +162,10 @@ def log_peak(law: Law, noise_variance: float) -> float:
     if law.name == "laplace":
         return -(math.log(noise_variance) + math.log(2)) / 2
     assert law.df is not None
-    gammas = math.lgamma((law.df + 1) / 2) - math.lgamma(law.df / 2)
+    if law.df < _MANY_DF:
+        gammas = math.lgamma((law.df + 1) / 2) - math.lgamma(law.df / 2)
+    else:  # The difference of the two large numbers would lose digits. The error of this series is about 1 / (24 df^3).
+        gammas = math.log(law.df / 2) / 2 - 1 / (4 * law.df)
     return gammas - (math.log((law.df - 2) * noise_variance) + math.log(math.pi)) / 2
 
 

@@ -6,6 +6,7 @@ checkpoints, so it never contains a step that they lack.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -36,24 +37,26 @@ and `icl sweep` then signals this program again, perhaps seconds later. To end t
 
 
 class NonFiniteGuard(pl.Callback):
-    """End a member whose loss is no longer finite. The other members continue.
+    """End a member whose loss, gradient or weights are no longer finite. The other members continue.
 
-    The losses are checked only once in `every` steps, because a check waits for the device.
+    The losses and gradients are checked only once in `every` steps, because a check waits for the device. The weights are checked only
+    before they are evaluated or saved, and at the last step.
     """
 
     def __init__(self, members: Sequence[Member], every: int) -> None:
         self.members, self.every = members, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Check the losses once in `every` steps, and at the last step."""
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        """Check the losses and gradients once in `every` steps. At the last step, check the weights too."""
+        if trainer.global_step == trainer.max_steps:
             self.check(module)
+        elif trainer.global_step % self.every == 0:
+            _end_bad_members(self.members, module)
 
     def check(self, module: PopulationModule) -> None:
-        """Check the losses now. Every callback that saves something calls this method first."""
-        for member, step in zip(self.members, module.first_bad_step.tolist(), strict=True):
-            if step >= 0 and member.is_running:
-                member.end("failed", step, _describe_bad_step(step))
+        """Check the losses, gradients and weights now. Every callback that saves something calls this method first."""
+        module.check_weights()
+        _end_bad_members(self.members, module)
 
 
 class Evaluation(pl.Callback):
@@ -98,26 +101,36 @@ class Evaluation(pl.Callback):
 
 
 class EarlyStopping(pl.Callback):
-    """Record each member's best value of the monitored metric, and end a member whose metric no longer falls."""
+    """Record each member's best value of the monitored metric, and end a member whose metric no longer falls.
+
+    A member whose training or metric is no longer finite has failed. So its end is never recorded as an early stop.
+    """
 
     def __init__(self, members: Sequence[Member], settings: EarlyStoppingConfig, evaluation: Evaluation) -> None:
         self.members, self.settings, self.evaluation = members, settings, evaluation
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Check the initial model."""
-        self._check(trainer.global_step)
+        self._check(trainer.global_step, module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         """Check the members if this step was evaluated."""
-        self._check(trainer.global_step)
+        self._check(trainer.global_step, module)
 
-    def _check(self, step: int) -> None:
+    def _check(self, step: int, module: PopulationModule) -> None:
         metrics = self.evaluation.latest(step)
+        if metrics is None:
+            return
+        module.check_weights()
+        _end_bad_members(self.members, module)
         for index, member in enumerate(self.members):
-            if metrics is not None and member.is_running:
+            if member.is_running:
                 self._check_member(member, metrics[index][self.settings.monitor], step)
 
     def _check_member(self, member: Member, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            member.end("failed", step, _describe_bad_step(step, f"`{self.settings.monitor}`"))
+            return
         if value < member.best - self.settings.min_delta:
             member.best, member.best_step, member.num_checks = value, step, 0
             return
@@ -259,8 +272,15 @@ def _rate(module: PopulationModule, step: int) -> float | None:
     return module.rate(step) if step > 0 else None
 
 
-def _describe_bad_step(step: int) -> str:
+def _end_bad_members(members: Sequence[Member], module: PopulationModule) -> None:
+    """End every running member for which the module has recorded a bad step. This waits for the device."""
+    for member, step in zip(members, module.first_bad_step.tolist(), strict=True):
+        if step >= 0 and member.is_running:
+            member.end("failed", step, _describe_bad_step(step))
+
+
+def _describe_bad_step(step: int, quantity: str = "The loss, the gradient or a weight") -> str:
     return (
-        f"The loss became NaN or infinite at step {step}. Earlier saves are intact; {FAILS_AGAIN}, so "
+        f"{quantity} became NaN or infinite at step {step}. Earlier saves are intact; {FAILS_AGAIN}, so "
         "try a lower `optim.lr`, `optim.grad_clip 1`, or precision 32-true, under a new run_name."
     )

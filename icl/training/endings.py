@@ -10,6 +10,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from icl.config.validation import UserError
 from icl.files.reading import first_line
 from icl.runs.contents import describe_missing, missing_steps
@@ -85,10 +87,18 @@ def recording_failure(members: Sequence[Member]) -> Iterator[None]:
         raise KeyboardInterrupt from stop
     except BaseException as error:
         _record_failure(members, error)
-        if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+        if _is_out_of_memory(error):
             sizes = "`population`, `model`, `trainer.batch_size` or `evaluation.num_prompts`"
             raise RunError(f"The device does not have enough memory; make {sizes} smaller.") from None
         raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether PyTorch could not allocate memory. Other errors also mention memory, such as an illegal memory access on a GPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    phrases = ("out of memory", "can't allocate memory")  # on a GPU (cuBLAS, NCCL, ...) and on a CPU
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
 
 
 def _record_failure(members: Sequence[Member], error: BaseException) -> None:

@@ -2,7 +2,7 @@
 
 The members of a population are runs that train together. A single run is a population of one. The module stores the parameters and
 Adam's moments of N members as rows of matrices. A row has P numbers. The module also records, for every member, the mean loss, the
-number of clipped steps and the first step with a non-finite loss. These records are tensors on the device, so that the host need not
+number of clipped steps and the first step that was not finite. These records are tensors on the device, so that the host need not
 wait for the device at every step.
 """
 
@@ -45,7 +45,7 @@ class PopulationModule(pl.LightningModule):
     num_summed: Tensor
     """Number of steps since the last row of `metrics.csv` with a training loss (N)."""
     first_bad_step: Tensor
-    """First step with a non-finite loss (N); -1 if there is none."""
+    """First step whose loss, gradient or weights were not finite (N); -1 if there is none."""
 
     def __init__(self, members: Sequence[Member], params: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -125,6 +125,14 @@ class PopulationModule(pl.LightningModule):
             sums[chosen] = 0
         return means
 
+    def check_weights(self) -> None:
+        """Record the members whose weights are not finite.
+
+        The losses and gradients of a step are those before its update. So this check is needed before weights are evaluated or saved.
+        """
+        # A sum is never finite if one of its terms is not. It is 100x faster than `isfinite` of all weights, and needs no memory.
+        self._record_bad(self.rows.detach().sum(dim=1))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings and the state of every member, as plain values."""
         checkpoint["configs"] = [member.config.to_dict() for member in self.members]
@@ -178,12 +186,16 @@ class PopulationModule(pl.LightningModule):
 
     def _record(self, info: StepInfo) -> None:
         """Add the results of a step to the records, without waiting for the device."""
-        bad = ~torch.isfinite(info.losses) & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
+        self._record_bad(info.losses + info.norms)  # not finite if one of the two is not
         self.loss_sum += info.losses
         self.num_summed += 1
         if self.config.optim.grad_clip is not None:
             self.num_clipped += info.norms > self.config.optim.grad_clip
+
+    def _record_bad(self, values: Tensor) -> None:
+        """Record this step as bad for the members whose values (N) are not finite, unless an earlier step was bad."""
+        bad = ~torch.isfinite(values) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
 
 
 class PopulationAdam(torch.optim.Optimizer):

@@ -8,7 +8,11 @@ Lightning's detection of Slurm, because it refuses or requeues runs that were st
 
 import dataclasses
 import os
+from collections.abc import Sequence
+from typing import Any
 
+import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -19,7 +23,7 @@ from lightning.fabric.plugins.environments import (
 from icl.config import RunConfig, TrainerConfig
 from icl.config.validation import ConfigError
 from icl.resolve import POINT_VARIABLE
-from icl.runs.folder import RANK_VARIABLES, is_child_rank
+from icl.runs.folder import RANK_VARIABLES, RunError, is_child_rank
 from icl.training.wandb.agent import in_sweep
 
 _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
@@ -57,6 +61,39 @@ class SrunEnvironment(SLURMEnvironment):
     @staticmethod
     def _validate_srun_variables() -> None:
         """Accept `srun --ntasks`."""
+
+
+class SameSteps(pl.Callback):
+    """Check that all processes train the same runs from the same step, before they load weights.
+
+    If torchrun or srun started the processes, each of them reads the runs' folders. A process may do so before rank 0 has fetched a later
+    save from the store, and would then start at an earlier step. Nothing else would notice this.
+
+    Args:
+        names: Names of the folders of the runs that this process trains.
+        step: Step from which this process continues.
+        until: Step at which this process stops.
+    """
+
+    def __init__(self, names: Sequence[str], step: int, until: int) -> None:
+        self.plan = tuple(names), step, until
+
+    def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Compare the processes. All of them raise the same error.
+
+        Raises:
+            RunError: If the processes differ in their runs or steps.
+        """
+        if trainer.world_size == 1 or not torch.distributed.is_initialized():
+            return
+        plans: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(plans, self.plan)
+        rank = next((rank for rank, plan in enumerate(plans) if plan != plans[0]), None)
+        if rank is not None:
+            raise RunError(
+                f"The processes of this run do not agree: {_describe_plan(0, plans[0])}, but {_describe_plan(rank, plans[rank])}. They "
+                "may have started before rank 0 had fetched the run from its store. Nothing was trained; start the same command again."
+            )
 
 
 def join_processes(config: RunConfig) -> RunConfig:
@@ -129,6 +166,11 @@ def _is_point() -> bool:
     A point trains in one process, even if srun started several processes of `icl sweep`.
     """
     return in_sweep() or POINT_VARIABLE in os.environ
+
+
+def _describe_plan(rank: int, plan: tuple[Sequence[str], int, int]) -> str:
+    names, step, until = plan
+    return f"rank {rank} would train {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} from step {step:,} to {until:,}"
 
 
 def _number(name: str, default: int) -> int:

@@ -36,7 +36,7 @@ from icl.training.loggers import require_loggers, start_loggers
 from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.opening import begin_run, has_ended, open_run
-from icl.training.processes import join_processes
+from icl.training.processes import SameSteps, join_processes
 from icl.training.progress import member_status
 from icl.training.refusals import require_learning, require_monitor, require_own_run, require_text
 from icl.training.saving import read_resume_file
@@ -62,7 +62,7 @@ class TrainResult(NamedTuple):
 
 
 class NonFiniteLossError(RunError):
-    """Raised if the loss of a run became NaN or infinite."""
+    """Raised if the loss, the gradient, a weight or the monitored metric of a run became NaN or infinite."""
 
 
 def failure_of(status: Status) -> RunError:
@@ -82,7 +82,7 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
 
     Raises:
         ConfigError: If the folder contains a run with other settings, or the device does not exist.
-        NonFiniteLossError: If the loss became NaN or infinite.
+        NonFiniteLossError: If the loss, the gradient, a weight or the monitored metric became NaN or infinite.
         RunError: If another process trains the run, the run's resume file is unusable, or another run uses the run's name in the store.
         StorageError: If the run cannot be written, or its store cannot be used. Earlier saves are intact.
         UploadError: If the run has ended, but some files did not reach its store.
@@ -240,7 +240,7 @@ def _fit(
     configs = [member.config for member in members]
     trainer = make_trainer(configs[0], members, max_steps=until)
     callbacks = make_callbacks(members, sets)
-    trainer.callbacks += callbacks  # type: ignore[attr-defined]
+    trainer.callbacks += [SameSteps([member.folder.path.name for member in members], step, until), *callbacks]  # type: ignore[attr-defined]
     module = PopulationModule(members, _initial_params(configs))
     path = str(members[0].folder.resume_file) if step else None
     trainer.fit(module, datamodule=PromptDataModule(configs), ckpt_path=path, weights_only=True)
@@ -253,7 +253,7 @@ def _fit(
 
 def _initial_params(configs: Sequence[RunConfig]) -> Params:
     """Return the parameters before training. They have the dtype that training uses, so that loading a resume file does not round."""
-    is_double = configs[0].trainer.precision == "64-true"
+    is_double = configs[0].trainer.precision in ("64-true", "64")  # Lightning accepts both
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])
 

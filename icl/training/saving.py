@@ -53,11 +53,10 @@ class ScheduledCheckpoints(pl.Callback):
         ]
         if due or best:
             self._save(trainer, module, [*due, *best])
-        for member in best:
-            old, member.extra_step = member.extra_step, step
-            if trainer.is_global_zero and old is not None:
-                member.folder.checkpoints.delete(checkpoint_name(old))
-                member.folder.moments.delete(checkpoint_name(old))
+        for member in self.members:
+            if member in best or (member in due and member.best_step == step):
+                # `ResumeFiles` deletes the checkpoint of the previous best step.
+                member.extra_step = step if member in best else None
 
     def _save(self, trainer: pl.Trainer, module: PopulationModule, members: Sequence[Member]) -> None:
         self.guard.check(module)
@@ -73,7 +72,11 @@ class ScheduledCheckpoints(pl.Callback):
 
 
 class ResumeFiles(pl.Callback):
-    """Save every member's `last.ckpt` about every `seconds` seconds, and at the member's last step."""
+    """Save every member's `last.ckpt` about every `seconds` seconds, and at the member's last step.
+
+    With early stopping, this callback also deletes checkpoints of earlier best steps. A checkpoint that `last.ckpt` names is deleted only
+    after a `last.ckpt` that no longer names it has been saved. So a killed run never resumes without its best checkpoint.
+    """
 
     def __init__(
         self,
@@ -87,10 +90,20 @@ class ResumeFiles(pl.Callback):
         self.members, self.metrics_log, self.seconds = members, metrics_log, seconds
         self.guard, self.files = guard, files
         self._saved_at = time.monotonic()
+        self._extra_steps: dict[Member, int | None] = {}
+        """Each member's `extra_step` after the previous step."""
+        self._saved_extra_steps: dict[Member, int | None] = {}
+        """Each member's `extra_step` in its `last.ckpt`."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Note which extra checkpoints the members' `last.ckpt` name."""
+        self._extra_steps = {member: member.extra_step for member in self.members}
+        self._saved_extra_steps = dict(self._extra_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         """Save if the last save was more than `seconds` seconds ago, or if training stops for one or all members."""
         step = trainer.global_step
+        self._note_extras(trainer)
         is_last = trainer.should_stop or step == trainer.max_steps or any(m.end_step == step for m in self.members)
         if is_last or any_rank(trainer, time.monotonic() - self._saved_at > self.seconds):
             self.guard.check(module)
@@ -102,6 +115,22 @@ class ResumeFiles(pl.Callback):
                         member.rows = file.digest()
             trainer.save_checkpoint("last.ckpt")  # `MemberFiles` writes a `last.ckpt` in each member's folder
             self._saved_at = time.monotonic()
+            self._note_saved(trainer)
+
+    def _note_extras(self, trainer: pl.Trainer) -> None:
+        """Delete the extra checkpoints that were replaced at this step, except those that `last.ckpt` names."""
+        for member, old in self._extra_steps.items():
+            if old != member.extra_step:
+                self._extra_steps[member] = member.extra_step
+                if old != self._saved_extra_steps[member]:
+                    _delete_checkpoint(trainer, member, old)
+
+    def _note_saved(self, trainer: pl.Trainer) -> None:
+        """Delete the extra checkpoints that the previous `last.ckpt` named, and that the new one does not name."""
+        for member, old in self._saved_extra_steps.items():
+            if old != member.extra_step and member.records(trainer.global_step):
+                self._saved_extra_steps[member] = member.extra_step
+                _delete_checkpoint(trainer, member, old)
 
 
 class MemberFiles(CheckpointIO):
@@ -149,6 +178,13 @@ def read_resume_file(member: Member) -> int:
         member.notes.append(note)
         write_atomically(run.resume_file, resume.data)
     return resume.step
+
+
+def _delete_checkpoint(trainer: pl.Trainer, member: Member, step: int | None) -> None:
+    """Delete a member's checkpoint of a step, with its moments. Do nothing if the step is None, or on ranks other than 0."""
+    if trainer.is_global_zero and step is not None:
+        member.folder.checkpoints.delete(checkpoint_name(step))
+        member.folder.moments.delete(checkpoint_name(step))
 
 
 def _moments(module: PopulationModule) -> Params:

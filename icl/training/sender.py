@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from icl.config import RunConfig
 from icl.config.validation import UserError
+from icl.files.reading import first_line
 from icl.files.writing import StorageError
 from icl.runs.checkpoints import checkpoint_name
 from icl.runs.contents import expected_steps
@@ -24,6 +25,8 @@ MAX_FAILURES = 2
 """A round of sending ends after this number of consecutive failures, because the store probably cannot be reached at present."""
 
 Signature = tuple[int, int, int]
+_UNREADABLE: Signature = (-1, -1, -1)
+"""Signature of a file about which the file system returns an error. No file that was sent has it, so the file is tried again."""
 
 
 class _File(NamedTuple):
@@ -48,6 +51,7 @@ class Sender:
         """Reason why a file could not be sent. If several files failed, this is the reason for the last one."""
         self._scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
         self._there: set[str] | None = None
+        self._has_unread = False  # whether a file could not be read in this round
         self._sent: dict[str, Signature | None] = {}
 
     def changed(self) -> list[str]:
@@ -55,7 +59,7 @@ class Sender:
         return [name for name in copied_names(self.mirror.here) if self._sent.get(name) != self._signature(name)]
 
     def send(self, is_over: Callable[[], bool], bar: tqdm | None = None) -> bool:
-        """Send new files. Return False if the round ended early or a file could not be sent.
+        """Send new files. Return False if the round ended early or a file could not be read or sent. `reason` then says why.
 
         If nothing must be sent now, for example because the store limits the number of writes, return True. The vouchers (`last.ckpt`
         and `status.json`) are read before the other files, and sent after them.
@@ -64,10 +68,19 @@ class Sender:
             is_over: Function that is called before each file. If it returns True, no more files are sent.
             bar: Progress bar, given only at the end of training. All remaining files are then sent, whether or not `last.ckpt` is new.
         """
+        try:
+            return self._send_round(is_over, bar)
+        except Exception as error:  # the thread that sends files must not end, so that later rounds can succeed
+            self.reason = _sentence(error)
+            return False
+
+    def _send_round(self, is_over: Callable[[], bool], bar: tqdm | None) -> bool:
+        """Send new files once, as `send` describes."""
         if not self.mirror.run.config_file.exists():
             return True  # if the folder was removed, we leave its copy in the store as it is
         if bar is None and self.mirror.there.is_resting():
             return True  # the store limits the number of writes, so we send the files in a later round
+        self._has_unread = False
         is_whole = bar is not None or "last.ckpt" in self.changed()
         vouchers = [self._read(name) for name in VOUCHERS if is_whole and name in self.changed()]
         others = [name for name in self.changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
@@ -80,12 +93,13 @@ class Sender:
             if is_over() or num_in_a_row == MAX_FAILURES:
                 return False
             files = [self._read(name) for name in names]
-            if size > 1 and num_failures == 0 and number == len(batches) - 1:
+            if size > 1 and num_failures == 0 and not self._has_unread and number == len(batches) - 1:
                 # This store writes several files at once, either all of them or none.
                 files, vouchers = files + vouchers, []
             num_in_a_row = 0 if self._send(files, bar) else num_in_a_row + 1
             num_failures += num_in_a_row > 0
-        return num_failures == 0 and all(self._send([voucher], bar) for voucher in vouchers)
+        is_complete = num_failures == 0 and not self._has_unread
+        return is_complete and all(self._send([voucher], bar) for voucher in vouchers)
 
     def _tidy_store(self) -> bool:
         """List the store's files and delete former best checkpoints. Return False if the store cannot be reached."""
@@ -107,11 +121,14 @@ class Sender:
         return True
 
     def _read(self, name: str) -> _File | None:
-        """Return the present content of a file; None if the file does not exist."""
+        """Return the present content of a file; None if the file does not exist or cannot be read at present."""
         signature = self._signature(name)  # read before the content, so that a later write is noticed as a change
         try:
             return _File(name, signature, self.mirror.here.read(name))
         except MissingKeyError:
+            return None
+        except OSError as error:
+            self.reason, self._has_unread = _sentence(error), True
             return None
 
     def _send(self, files: Sequence[_File | None], bar: tqdm | None) -> bool:
@@ -124,11 +141,7 @@ class Sender:
             return True
         whole = [file for file in files if file is not None and self._is_whole(file)]
         try:
-            new = {
-                file.name: file.data
-                for file in whole
-                if not (file.name in there and self.mirror.there.digest(file.name) == sha256(file.data))
-            }
+            new = {file.name: file.data for file in whole if not (file.name in there and self._is_same_there(file))}
             if new:
                 self.mirror.there.write_many(new)
         except StorageError as error:
@@ -141,6 +154,13 @@ class Sender:
             if bar is not None:
                 bar.update()
         return True
+
+    def _is_same_there(self, file: _File) -> bool:
+        """Return whether the store has this content of a file. Another program may have deleted the file in the store."""
+        try:
+            return self.mirror.there.digest(file.name) == sha256(file.data)
+        except MissingKeyError:
+            return False
 
     def _is_whole(self, file: _File) -> bool:
         """Return whether a file is undamaged. If it is damaged, store the reason in `self.reason`."""
@@ -157,7 +177,16 @@ class Sender:
             stat = (self.mirror.run.path / name).stat()
         except FileNotFoundError:
             return None
+        except OSError:
+            return _UNREADABLE
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _sentence(error: Exception) -> str:
+    """Return the message of an error as a sentence."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error).rstrip('.')}."
 
 
 def _checkpoint_files(steps: Sequence[int]) -> list[str]:

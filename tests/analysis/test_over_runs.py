@@ -52,7 +52,6 @@ def test_a_rise_in_three_seeds_has_the_interval_over_seeds():
     ("tables", "reason"),
     [
         ([behaviour(0.5), behaviour(0.6)], "2 seed(s) give no interval"),
-        ([behaviour(0.5), behaviour(0.6), behaviour(-0.7)], "contains zero"),
         ([behaviour(0.5), behaviour(0.6), behaviour(0.7, verdict="suspect")], "the verdict of 1 of the runs is not ok"),
         ([behaviour(0.5), behaviour(0.6), behaviour(0.7, finding="none")], "differs between seeds"),
         ([behaviour(0.5), behaviour(0.6), behaviour(0.7), behaviour(math.nan)], "only 3 of 4 seeds have this finding"),
@@ -64,9 +63,87 @@ def test_every_doubt_makes_a_finding_suspect(tables, reason):
     assert reason in row["reasons"]
 
 
+@pytest.mark.parametrize("rises", [(0.021, 0.024, 0.019), (0.0, 0.0, 0.0)])
+def test_a_loss_that_rises_in_no_seed_is_none_and_ok(rises):
+    row = finding([behaviour(rise, finding="none") for rise in rises])
+    assert (row["finding"], row["verdict"], row["reasons"]) == ("none", "ok", "")
+
+
+def test_a_rise_that_is_unresolved_in_every_seed_is_suspect():
+    row = finding([behaviour(0.1, finding="unresolved", verdict="suspect")] * 3)
+    assert (row["finding"], row["verdict"]) == ("unresolved", "suspect")
+
+
 def test_critical_steps_are_averaged_as_logarithms():
     row = finding([behaviour(1.0, critical=step) for step in (9.0, 99.0, 999.0)], "critical_step")
     assert row["value"] == pytest.approx(99)
+
+
+def test_two_steps_are_printed_themselves():
+    tables = {str(seed): behaviour(1.0, critical=step) for seed, step in enumerate((100.0, 10_000.0))}
+    pooled = pool_analysis("behaviour", tables, {name: config(int(name)) for name in tables})
+    assert "critical step (true): transient ridge; 100, 1e+04 (2 of 2 seeds)" in next(iter(summary(pooled.findings)))
+
+
+def stages(*steps, change=1.0, invalid=(), error=0.05):
+    """Return a table of `stages` with boundaries at the given steps, and the change of the loss over each stage.
+
+    `invalid` are the steps of invalid boundaries, and `error` is the standard error of ln(step + 1).
+    """
+    found = [
+        {"quantity": "boundary", "value": step, "stderr": error * (1 + step), "verdict": verdict}
+        for part, verdict in ((invalid, "invalid"), (steps, "ok"))
+        for step in part
+    ]
+    changes = [
+        {"quantity": "change", "stage": stage, "signal": "loss", "value": change * stage, "stderr": 0.1}
+        for stage in range(1, len(steps) + 2)
+    ]
+    return pd.DataFrame([*found, *(row | {"verdict": "ok"} for row in changes)])
+
+
+def pooled_stages(*tables):
+    runs = {str(seed): table for seed, table in enumerate(tables)}
+    return pool_analysis("stages", runs, {name: config(int(name)) for name in runs}).findings
+
+
+def boundaries(found):
+    rows = found[found["quantity"] == "boundary"]
+    assert list(rows["number"]) == list(range(1, len(rows) + 1))
+    return [(round(row["value"]), row["num_seeds"], row["verdict"]) for row in rows.to_dict("records")]
+
+
+def test_boundaries_are_matched_by_their_steps():
+    found = pooled_stages(stages(100.0, 1000.0), stages(1000.0, 10_000.0), stages(100.0, 1000.0))
+    assert boundaries(found) == [(100, 2, "suspect"), (1000, 3, "ok"), (10_000, 1, "suspect")]
+    assert "only 2 of 3 seeds have this finding, so changes over stages are not pooled" in found["reasons"].iloc[0]
+    assert "change" not in set(found["quantity"])
+    assert any("boundary 2: 1000 ± " in line and "(3 of 3 seeds); ok." in line for line in summary(found))
+
+
+def test_invalid_boundaries_take_no_number_and_changes_of_the_same_stages_are_pooled():
+    found = pooled_stages(stages(100.0, 1000.0, invalid=[3.0]), stages(110.0, 900.0), stages(90.0, 1100.0, change=1.2))
+    assert [row[1:] for row in boundaries(found)] == [(3, "ok"), (3, "ok")]
+    changes = found[found["quantity"] == "change"]
+    assert list(changes["labels"]) == ["1, loss", "2, loss", "3, loss"]
+    assert changes["value"].to_numpy() == pytest.approx([3.2 / 3, 6.4 / 3, 3.2])
+    assert set(changes["verdict"]) == {"ok"}
+
+
+def test_a_change_whose_interval_contains_zero_is_suspect():
+    found = pooled_stages(*(stages(100.0, change=change) for change in (1.0, 1.0, -1.0)))
+    assert all("contains zero" in reasons for reasons in found.loc[found["quantity"] == "change", "reasons"])
+
+
+def test_each_seed_gives_a_boundary_at_most_once():
+    found = pooled_stages(stages(100.0, 120.0), stages(119.0), stages(125.0))
+    assert boundaries(found) == [(100, 1, "suspect"), (121, 3, "ok")]
+
+
+@pytest.mark.parametrize(("error", "num_boundaries"), [(0.1, 3), (0.6, 1)])
+def test_large_errors_explain_a_large_difference(error, num_boundaries):
+    found = pooled_stages(*(stages(step, error=error) for step in (100.0, 220.0, 500.0)))
+    assert len(boundaries(found)) == num_boundaries
 
 
 def test_curves_are_pooled_at_each_step_and_without_the_baselines():
@@ -87,9 +164,9 @@ def test_curves_are_pooled_at_each_step_and_without_the_baselines():
     ]
 
 
-def test_several_transitions_of_a_run_are_told_apart_by_direction_and_order():
+def test_several_transitions_of_a_run_are_told_apart_by_direction_and_step():
     def mixture(*transitions):
-        common = {"mixture": "fixed", "distribution": "pretrain", "position": "mean", "stderr": 1.0, "verdict": "ok"}
+        common = {"mixture": "fixed", "distribution": "pretrain", "position": "mean", "stderr": 0.5, "verdict": "ok"}
         rows = [common | {"quantity": "transition_step", "finding": f, "value": float(v)} for f, v in transitions]
         return pd.DataFrame(rows).assign(step=pd.NA)
 
@@ -101,8 +178,9 @@ def test_several_transitions_of_a_run_are_told_apart_by_direction_and_order():
     pooled = pool_analysis("mixture", tables, {name: config(seed) for seed, name in enumerate(tables)})
     found = {(row["finding"], row["number"]): row for row in pooled.findings.to_dict("records")}
     assert set(found) == {("to dMMSE", 1), ("to dMMSE", 2), ("to ridge", 1)}
-    assert found["to dMMSE", 1]["num_seeds"] == 2
-    assert found["to dMMSE", 1]["value"] == pytest.approx(math.expm1((math.log1p(5) + math.log1p(120)) / 2))
+    assert (found["to dMMSE", 1]["num_seeds"], found["to dMMSE", 1]["value"]) == (1, pytest.approx(5))
+    assert found["to dMMSE", 2]["num_seeds"] == 2
+    assert found["to dMMSE", 2]["value"] == pytest.approx(math.expm1((math.log1p(100) + math.log1p(120)) / 2))
     assert found["to ridge", 1]["num_seeds"] == 1
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from tiny_runs import TINY, change
 
-from icl.analysis.seeds import over_seeds, pool, pool_runs, seed_groups
+from icl.analysis.seeds import over_seeds, pool, pool_runs, pooled_text, seed_groups
 
 
 def test_three_seeds_have_a_mean_an_error_and_students_interval():
@@ -34,11 +34,28 @@ def test_a_seed_that_diverged_is_left_out_and_not_counted():
 
 
 def test_steps_are_averaged_as_logarithms():
-    found = over_seeds([9.0, 99.0, 999.0], is_step=True)
+    found = over_seeds([49.0, 99.0, 199.0], is_step=True)
     assert found.mean == pytest.approx(99)
-    error = math.log(10) / 3**0.5
+    error = math.log(2) / 3**0.5
     assert found.stderr == pytest.approx(100 * error)
     assert found.low == pytest.approx(100 * math.exp(-4.302653 * error) - 1, rel=1e-5)
+
+
+def test_the_interval_of_a_step_does_not_end_below_zero():
+    steps = 34 * np.exp([-1.885, 0.0, 1.885]) - 1
+    found = over_seeds(steps, is_step=True)
+    assert found.text == "33 ± 37"
+    assert 34 * math.exp(-4.302653 * 1.885 / 3**0.5) - 1 < -0.6
+    assert found.low == 0
+    assert found.high == pytest.approx(34 * math.exp(4.302653 * 1.885 / 3**0.5) - 1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"), [((100, 10_000), "100, 1e+04"), ((0, 7), "0, 7"), ((0, 0), "0, 0"), ((5, 5), "5, 5")]
+)
+def test_two_steps_are_printed_themselves(steps, text):
+    (row,) = pool(pd.DataFrame({"value": steps, "all": 0}), by=["all"], is_step=True).to_dict("records")
+    assert pooled_text(row, is_step=True) == text == over_seeds(steps, is_step=True).text
 
 
 @pytest.mark.parametrize("num_seeds", [3, 5])

@@ -199,19 +199,6 @@ def test_damage_without_a_store_is_told_with_the_way_to_make_all_again(trained, 
     assert "lacks the checkpoint of step 10." in capsys.readouterr().err
 
 
-def test_nothing_is_copied_over_a_run_that_is_further_on(s3, run, capsys):
-    status = run.read_status()
-    assert status is not None
-    run.status_file.write_text(run.status_file.read_text().replace('"step": 20', '"step": 10'))
-    assert main(["checkpoints", "tiny", "push"]) == 1
-    assert "pull instead, or push with --force" in capsys.readouterr().err
-    run.write_status(status)
-    s3.corrupt("tiny/status.json", lambda data: data)
-    open_store(f"{s3.url}/tiny").write("status.json", s3.get("tiny/status.json").replace(b'"step": 20', b'"step": 10'))
-    assert main(["checkpoints", "tiny", "pull"]) == 1
-    assert "push instead, or pull with --force" in capsys.readouterr().err
-
-
 def test_another_runs_place_is_neither_pushed_to_nor_pulled_over(s3, run, trained, monkeypatch, tmp_path, capsys):
     before = {key: s3.get(key) for key in s3.names()}
     monkeypatch.delenv("AWS_BUCKET_NAME")

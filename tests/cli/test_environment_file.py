@@ -1,5 +1,6 @@
 """`.env-template` is complete and changes nothing as shipped, and only the command line reads `.env`."""
 
+import contextlib
 import io
 import os
 import pwd
@@ -12,6 +13,7 @@ from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
 from icl.cli.env_file import load_env_file
+from icl.config.validation import ConfigError
 
 TEMPLATE = (Path(__file__).parents[2] / ".env-template").read_text(encoding="utf-8")
 NAMES = (
@@ -147,13 +149,94 @@ def test_many_names_that_are_left_out_are_one_line(clean, capsys):
     assert os.environ["LOCAL_ROOT"] == "here"
 
 
-def test_what_the_environment_has_stays_and_counts_within_values(clean, monkeypatch):
+def test_what_the_environment_has_stays_and_values_refer_only_to_the_same_file(clean, monkeypatch):
     monkeypatch.setenv("DEVICE", "cpu")
     (clean / ".env").write_text("BASE=/data\nDEVICE=cuda\nLOCAL_ROOT=${BASE}/${DEVICE}/${NOWHERE:-runs}\n")
     load_env_file()
     assert os.environ["DEVICE"] == "cpu"
-    assert os.environ["LOCAL_ROOT"] == "/data/cpu/runs"
+    assert os.environ["LOCAL_ROOT"] == "/data/cuda/runs"
     assert "BASE" not in os.environ
+
+
+# Secrets of the user
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "HF_ENDPOINT=https://evil/${AWS_SECRET_ACCESS_KEY}",
+        "WANDB_NOTES=${HF_TOKEN}",
+        "LOCAL_ROOT=/tmp/${AWS_SECRET_ACCESS_KEY}",
+        "OTHER=${HF_TOKEN}\nWANDB_NOTES=a${OTHER}\nLOCAL_ROOT=${OTHER:-b}",
+        "WANDB_NOTES=${HF_TOKEN:-none}",
+        "HF_TOKEN=mine\nWANDB_NOTES=${HF_TOKEN}",
+    ],
+)
+def test_no_value_gets_a_secret_of_the_environment(clean, monkeypatch, line, capsys):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    monkeypatch.setenv("HF_TOKEN", "the-secret")
+    (clean / ".env").write_text(f"{line}\n")
+    with contextlib.suppress(ConfigError):
+        load_env_file()
+    secret = [name for name, value in os.environ.items() if "the-secret" in value]
+    assert sorted(secret) == ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN"]
+    assert "the-secret" not in capsys.readouterr().err
+
+
+def test_a_value_that_would_need_the_environment_is_one_sentence(clean, monkeypatch, capsys):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    (clean / ".env").write_text("LOCAL_ROOT=${SCRATCH}/runs\n")
+    assert main(["runs"]) == 2
+    told = capsys.readouterr().err
+    assert "sets LOCAL_ROOT to a value with ${SCRATCH}, which the file does not set above; " in told
+    assert "export LOCAL_ROOT in the shell" in told
+
+
+KEYS = {
+    "WANDB_BASE_URL": ("WANDB_API_KEY",),
+    "HF_ENDPOINT": ("HF_TOKEN",),
+    "AWS_ENDPOINT_URL": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    "AWS_ENDPOINT_URL_S3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+}
+
+
+@pytest.mark.parametrize("endpoint", KEYS)
+@pytest.mark.parametrize("keys_in_file", ["none", "equal", "different"])
+def test_an_exported_key_is_used_only_at_addresses_that_are_exported_too(
+    clean, monkeypatch, capsys, endpoint, keys_in_file
+):
+    for key in KEYS[endpoint]:
+        monkeypatch.setenv(key, "exported")
+    value = {"none": None, "equal": "exported", "different": "other"}[keys_in_file]
+    lines = [f"{key}={value}" for key in KEYS[endpoint] if value]
+    (clean / ".env").write_text("\n".join([f"{endpoint}=https://host", *lines]))
+    load_env_file()
+    told = capsys.readouterr().err
+    if keys_in_file == "equal":
+        assert (os.environ[endpoint], told) == ("https://host", "")
+        return
+    assert endpoint not in os.environ
+    assert told == (
+        f"icl: .env sets {endpoint}, which `icl` ignores because a key that is not from this file would be used at this "
+        f"address; if you trust the address, export {endpoint} in the shell.\n"
+    )
+
+
+def test_a_login_of_the_hub_is_not_sent_to_an_address_of_the_file(clean, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(clean))
+    for token in ("", "HF_TOKEN=' '\n", "HUGGING_FACE_HUB_TOKEN=a\n", "HF_TOKEN=mine\n"):
+        for name in ("HF_ENDPOINT", "HF_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        (clean / "token").write_text("of the login")
+        (clean / ".env").write_text(f"{token}HF_ENDPOINT=https://host\n")
+        load_env_file()
+        assert ("HF_ENDPOINT" in os.environ) == ("mine" in token), token
+    (clean / "token").unlink()
+    for name in ("HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    (clean / ".env").write_text("HF_ENDPOINT=https://mirror\n")  # a mirror, used without a token
+    load_env_file()
+    assert os.environ["HF_ENDPOINT"] == "https://mirror"
 
 
 @pytest.mark.parametrize(

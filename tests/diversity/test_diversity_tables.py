@@ -166,8 +166,8 @@ def test_a_run_without_a_checkpoint_is_left_out_and_said(base, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "what to evaluate"),
-        (["run", "--checkpoint_base_dir", "b"], "what to evaluate"),
+        ([], "needs one of the two, not both"),
+        (["run", "--checkpoint_base_dir", "b"], "needs one of the two, not both"),
         (["run", "--all_steps"], "--checkpoint_base_dir"),
         (["--checkpoint_base_dir", "nowhere"], "icl diversity"),
         (["--checkpoint_base_dir", "nowhere", "--output_file", "x.txt"], ".csv or .json"),

@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import TINY, change
 
 from icl.analysis.seeds import over_seeds
-from icl.diversity.threshold import ALL, ladder_table, sentences, thresholds
+from icl.diversity.threshold import ALL, _of_seed, ladder_table, sentences, thresholds
 
 SIZES = (4, 8, 16, 32, 64)
 
@@ -44,9 +44,9 @@ def test_a_linear_ratio_gives_its_zero(true):
 
 
 def test_the_error_over_prompts_is_that_of_repeated_measurements():
-    """The error of r is exact if the errors of the two gaps are opposite, as in these measurements."""
+    """The bound is exact if the errors of the two gaps are opposite, and equal at all M, as in these measurements."""
     draw, truth, error = np.random.default_rng(0), line(13.0), 0.05
-    repeats = [ladder(truth + draw.normal(0, error, 5), run=str(i), error=error, infinite=False) for i in range(200)]
+    repeats = [ladder(truth + draw.normal(0, error), run=str(i), error=error, infinite=False) for i in range(200)]
     found = thresholds(pd.concat(repeats)).iloc[:-1]
     logs = np.log2(found["threshold"])
     assert logs.std(ddof=1) == pytest.approx(found["stderr_log2"].mean(), rel=4 / math.sqrt(400))
@@ -90,6 +90,44 @@ def test_a_ratio_that_changes_its_sign_again_is_suspect():
     )
 
 
+@pytest.mark.parametrize(
+    ("sizes", "ratios"), [([2, 8, 32], [0.01, -5.0, 5.0]), ([2, 8, 32, 128], [-5.0, 0.01, -0.01, 5.0])]
+)
+def test_a_change_from_ridge_to_dmmse_is_no_threshold(sizes, ratios):
+    row = _of_seed(np.array(sizes), np.array(ratios), np.full(len(sizes), 0.1))
+    assert math.isnan(row["threshold"])
+    assert (row["verdict"], row["reasons"]) == ("suspect", "the models with more tasks are closer to dMMSE")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reason"),
+    [
+        (
+            [5.0, 0.01, -0.01, -5.0],
+            "the standard error of the threshold is 10 octaves (factors of 2 in M), more than 0.5",
+        ),
+        ([5.0, -0.01, 0.01, -5.0], "between M = 2 and 128, r falls to zero 2 times"),
+    ],
+)
+def test_a_threshold_between_models_that_are_close_to_neither_is_suspect(ratios, reason):
+    row = _of_seed(np.array([2, 8, 32, 128]), np.array(ratios), np.full(4, 0.1))
+    assert row["verdict"] == "suspect"
+    assert row["reasons"] == reason
+
+
+def test_different_last_steps_are_suspect_and_named():
+    table = ladder([2.0, 1.0, -1.0], sizes=(2, 8, 32))
+    table = table[table["step"] == 100]
+    steps = {"2": 10, "8": 500_000, "32": 10, "inf": 7}
+    (row,) = thresholds(table.assign(step=table["num_tasks"].map(steps))).to_dict("records")
+    reason = "the threshold depends on the step, but the last steps differ: "
+    assert (row["verdict"], row["reasons"]) == ("suspect", f"{reason}10 (M = 2, 32), 500,000 (M = 8)")
+    short = [ladder(line(13.0), run=str(seed)) for seed in range(3)]
+    short[2]["step"] //= 2
+    last = thresholds(pd.concat(short)).iloc[-1]
+    assert (last["verdict"], last["reasons"]) == ("suspect", f"{reason}50 (2), 100 (0, 1)")
+
+
 def test_two_seeds_have_no_interval_and_a_missing_threshold_is_told():
     seeds = [ladder(line(10.0), run="a"), ladder(line(14.0), run="b")]
     last = thresholds(pd.concat(seeds)).iloc[-1]
@@ -115,3 +153,15 @@ def test_runs_that_differ_only_in_m_and_seeds_are_a_ladder():
     walking = {"task": {"num_tasks": 8, "pool": "walk", "pool_steps": 5}}
     assert ladder_table(numbers, configs | {"0-8": change(configs["0-8"], **walking)}) is None
     assert ladder_table(numbers, {name: config for name, config in configs.items() if name[2:] != "16"}) is None
+
+
+def test_a_rerun_with_equal_settings_and_seeds_is_left_out():
+    configs = {f"{size}": change(TINY, task={"num_tasks": size}) for size in SIZES}
+    rows = ladder(line(13.0), infinite=False)
+    rows = rows.assign(run=rows["num_tasks"])
+    again = rows[rows["run"] == "8"].assign(run="again", value=9.0)
+    configs["again"] = replace(configs["8"], run_name="again")
+    found = ladder_table(pd.concat([rows, again]), configs)
+    assert found is not None
+    assert len(found) == len(rows)
+    assert thresholds(found)["threshold"].tolist() == pytest.approx([13.0])

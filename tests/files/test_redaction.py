@@ -36,6 +36,13 @@ PASSWORD = "pass/w@rd:of-mine"
         ('{"command": "aws_secret_access_key=a/b+c", "x": 1}', '{"command": "aws_secret_access_key=***", "x": 1}'),
         ("https://host/a?token=abc&part=1", "https://host/a?token=***&part=1"),
         ("num_tokens=5 --optim.lr=1", "num_tokens=5 --optim.lr=1"),
+        ("tool --api-key=X --secret-key=X -v", "tool --api-key=*** --secret-key=*** -v"),
+        ("tool --token X --a.api-key 'X Y' file", "tool --token *** --a.api-key *** file"),
+        ("tool --token --lr 1 --tokens 5", "tool --token --lr 1 --tokens 5"),
+        ('HF_TOKEN="X Y" icl', "HF_TOKEN=*** icl"),
+        ("env 'HF_TOKEN=a b' icl train 'x y'", "env 'HF_TOKEN=***' icl train 'x y'"),
+        (r'{"command": "HF_TOKEN=\"X Y\" icl", "x": 1}', '{"command": "HF_TOKEN=***", "x": 1}'),
+        ("HF_TOKEN='no end", "HF_TOKEN=***"),
     ],
 )
 def test_credentials_in_addresses_and_commands_are_left_out(text, left):

@@ -83,6 +83,40 @@ def test_a_compressed_file_does_not_fill_the_memory(tmp_path):
     tracemalloc.stop()
 
 
+class Call:
+    """Object whose pickle calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("function", [bytearray, torch.Tensor, torch.FloatTensor, torch.UntypedStorage])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_call_that_allocates_memory_is_refused(tmp_path, function, is_zip):
+    """With `weights_only=True`, PyTorch calls these functions with any number that the file contains."""
+    torch.save({"x": Call(function, 400_000_000)}, tmp_path / "1.pt", _use_new_zipfile_serialization=is_zip)
+    tracemalloc.start()
+    with pytest.raises(OlderFileError, match=f"contains the Python object `[a-z.]*{function.__name__}`"):
+        read_pickle(tmp_path / "1.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_file_with_two_tables_of_contents_is_refused(tmp_path):
+    """PyTorch reads the table at the offset that the end of the file gives, and zipfile the table before the end of the file."""
+    buffer = io.BytesIO()
+    torch.save({"x": 1}, buffer)
+    with zipfile.ZipFile(io.BytesIO(buffer.getvalue())) as archive:
+        start = archive.start_dir
+    harmless = buffer.getvalue()
+    (tmp_path / "1.pt").write_bytes(harmless[:start] + harmless)
+    with pytest.raises(OlderFileError, match="it has bytes that do not belong to the zip file"):
+        read_pickle(tmp_path / "1.pt")
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_nested_tensor_is_refused(tmp_path):
     weights = {"input_proj.weight": torch.nested.nested_tensor([torch.ones(2)])}

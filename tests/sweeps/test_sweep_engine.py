@@ -1,5 +1,6 @@
 """The sweep engine with a fast stand-in for training: alone, in parallel, killed, and twice at once; then with two tiny real runs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,15 +18,18 @@ from tiny_runs import TINY, change
 
 from icl.cli import main
 from icl.config import flatten
-from icl.files.writing import write_atomically
+from icl.files.writing import StorageError, write_atomically
 from icl.runs.environment import environment_line
 from icl.runs.folder import RunFolder, fails_again, local_root
 from icl.runs.status import Status
+from icl.store.base import LocalStore
 from icl.sweeps import attempts
 from icl.sweeps.attempts import Attempt, last_attempt
 from icl.sweeps.engine import run_sweep
 from icl.sweeps.points import sweep_points
+from icl.sweeps.program import Program
 from icl.sweeps.schema import read_sweep_file
+from icl.sweeps.state import point_state
 from icl.training.callbacks import _describe_bad_step
 
 PROGRAM = Path(__file__).with_name("fake_program.py")
@@ -541,3 +545,56 @@ def test_a_killed_sweep_of_real_runs_ends_as_an_undisturbed_one(tmp_path, monkey
     assert main(["sweep", file, *how]) == 0
     for path in (tmp_path / "undisturbed").glob("*/metrics.csv"):
         assert path.read_text() == (tmp_path / "killed" / path.parent.name / "metrics.csv").read_text()
+
+
+# Claims are given up, whatever happens to the files
+
+
+class Ended:
+    """A process that has ended."""
+
+    returncode, pid = 3, 0
+
+    def poll(self) -> int:
+        """Return the exit status."""
+        return self.returncode
+
+
+@pytest.mark.parametrize("trouble", ["log deleted", "log unreadable", "first outcome not written"])
+def test_every_claim_of_a_pack_is_given_up(tmp_path, monkeypatch, trouble):
+    points = sweep_points(read_sweep_file(Path(write(tmp_path, [1, 2]))))
+    root = local_root()
+    claims = [attempts.claim(root / point.name, point.job, number=1) for point in points]
+    log = root / points[0].name / "sweep.log"
+    if trouble == "log unreadable":
+        log.mkdir()
+    if trouble == "first outcome not written":
+        log.write_text("last line")
+
+        def fail(path: Path, data: bytes) -> None:
+            if points[0].name in str(path):
+                raise StorageError("no space")
+            write_atomically(path, data)
+
+        monkeypatch.setattr(attempts, "write_atomically", fail)
+    program = Program(list(zip(points, claims, strict=True)), log, Ended())
+    with contextlib.suppress(StorageError):
+        program.record(stopping=None)
+    states = [point_state(point, root) for point in points]
+    assert states[1].state == "failed"
+    assert states[0].state == ("waiting" if trouble == "first outcome not written" else "failed")
+    assert states[1].reason.startswith("exit status 3")
+    for claim in claims:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(claim.descriptor)
+
+
+@pytest.mark.parametrize(("ahead", "state"), [(-10, "running"), (10, "running"), (3600, "waiting"), (-3600, "waiting")])
+def test_a_run_whose_clock_is_far_ahead_does_not_run_for_ever(tmp_path, ahead, state):
+    point = sweep_points(read_sweep_file(Path(write(tmp_path, [1], command=["icl", "train"], program=None))))[0]
+    run = RunFolder(local_root() / point.name)
+    run.write_config(point.config)
+    LocalStore(run.path).write(
+        "status.json", json.dumps(asdict(Status(state="running", updated=time.time() + ahead))).encode()
+    )
+    assert point_state(point, local_root()).state == state

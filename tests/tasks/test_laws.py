@@ -267,3 +267,9 @@ def test_a_shift_that_changes_nothing_gives_the_prompts_of_new_tasks(name):
 def test_new_tasks_of_another_prior_are_its_own():
     source = prompt_source(run(**WORLDS["sparse"]), stream="true")
     assert source.prior == Continuous(4, TaskLaw("sparse", density=0.25))
+
+
+@pytest.mark.parametrize("df", [0.9e6, 1e6, 1e8, 1e15, 1e300])
+def test_the_peak_of_students_t_with_many_degrees_of_freedom_is_that_of_a_gaussian(df):
+    expected = laws.log_peak(Law(), 0.25)
+    assert laws.log_peak(Law("student_t", df), 0.25) == pytest.approx(expected + 0.75 / df, abs=2e-9)

@@ -1,5 +1,7 @@
 """Lightning sees the true state of training: its own callbacks work, and early stopping agrees with Lightning's."""
 
+import types
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -83,9 +85,10 @@ def test_early_stopping_stops_where_lightnings_would(tmp_path, patience, min_del
     settings = EarlyStoppingConfig(monitor="loss", patience=patience, min_delta=min_delta)
     member, evaluation = Member(CONFIG, RunFolder(tmp_path)), Evaluation(lambda step: [], None, 60)
     ours = EarlyStopping([member], settings, evaluation)
+    finite = types.SimpleNamespace(check_weights=lambda: None, first_bad_step=torch.tensor([-1]))
     for step, value in enumerate(values):
         evaluation.step, evaluation.metrics = step, [{"loss": value}]
-        ours._check(step)
+        ours._check(step, finite)
     assert member.end_step == (stops.index(True) if True in stops else None)
     if member.end_step is not None:
         assert member.best == pytest.approx(min(values[: member.end_step + 1]), abs=min_delta + 1e-12)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -11,9 +12,10 @@ from tiny_runs import TINY, as_arguments, change
 
 from icl.cli import main
 from icl.config.validation import ConfigError
-from icl.runs.folder import RunFolder, is_child_rank, local_root
-from icl.training.processes import cluster_environment, join_processes
+from icl.runs.folder import RunError, RunFolder, is_child_rank, local_root
+from icl.training.processes import SameSteps, cluster_environment, join_processes
 from icl.training.run import train
+from icl.training.saving import ScheduledCheckpoints
 from icl.training.trainer import make_trainer
 
 SHORT = change(TINY, trainer={"max_steps": 4}, evaluation={"every": None}, checkpoints={"every": 2, "num_log": 0})
@@ -195,6 +197,78 @@ def test_a_rank_that_is_no_number_is_one_sentence_before_lightning_meets_it(name
     assert main(["runs"]) == (2 if value.strip() else 0)
     assert (f"{name} must be the rank of a process" in capsys.readouterr().err) == bool(value.strip())
     assert (name in os.environ) == bool(value.strip())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_would_train_from_different_steps_raise_the_same_error(rank, monkeypatch):
+    plans = [(("tiny",), 1000, 2000), (("tiny",), 0, 2000)]
+
+    def gather(gathered, plan):
+        assert plan == plans[rank]
+        gathered[:] = plans
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    names, step, until = plans[rank]
+    said = r"rank 0 would train tiny from step 1,000 to 2,000, but rank 1 would train tiny from step 0 to 2,000\. .* same command again"
+    with pytest.raises(RunError, match=said):
+        SameSteps(names, step, until).setup(types.SimpleNamespace(world_size=2))
+
+
+RANK_READS_EARLY = """
+import os, sys
+import icl.training.run as run
+if os.environ["RANK"] == "1":
+    run.read_resume_file = lambda member: 0
+    run.has_ended = lambda member: False
+from icl.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stop_at(step: int):
+    """Return a method of a callback that raises an error at a step."""
+    original = ScheduledCheckpoints.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, module, *rest):
+        if trainer.global_step == step:
+            raise RuntimeError("stop here")
+        original(self, trainer, module, *rest)
+
+    return on_train_batch_end
+
+
+@pytest.mark.slow
+def test_a_rank_that_read_its_folder_too_early_ends_both_processes(tmp_path, monkeypatch):
+    """Rank 1 finds no save, as if it had read the folder before rank 0 fetched the run."""
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    folder = RunFolder(tmp_path / "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(ScheduledCheckpoints, "on_train_batch_end", stop_at(4))
+        with pytest.raises(RuntimeError, match="stop here"):
+            train(change(SHORT, checkpoints={"resume_seconds": 0.0}))
+    (tmp_path / "early.py").write_text(RANK_READS_EARLY)
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "early.py"),
+        "train",
+    ]
+    arguments = [*as_arguments(SHORT)]
+    done = subprocess.run([sys.executable, *words, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert (
+        done.stderr.count("rank 0 would train tiny from step 2 to 4, but rank 1 would train tiny from step 0 to 4") >= 2
+    )
+    status = folder.read_status()
+    assert status is not None
+    assert status.state == "failed"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icl", "train"]
+    again = subprocess.run([sys.executable, *words, *arguments], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """Damaged resume files: every altered byte is detected, the previous save is used, and the result keeps the same bits."""
 
+import hashlib
+import io
 import random
 import shutil
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import TINY, change
 
+from icl.runs import resume_file
 from icl.runs.checkpoints import list_steps, load_step
 from icl.runs.environment import environments_of
 from icl.runs.folder import RunFolder, local_root
@@ -97,6 +102,47 @@ def test_an_altered_weight_of_an_older_file_is_found(place, tmp_path):
         altered[position] ^= 16
         with pytest.raises(ResumeFileError):
             parse_resume(bytes(altered), "it")
+
+
+class Buffer:
+    """Object whose pickle calls `bytearray`."""
+
+    def __reduce__(self):
+        return bytearray, (400_000_000,)
+
+
+def sealed(data: bytes) -> bytes:
+    """Return an archive with the digest of a resume file."""
+    data = data[:-2] + resume_file._NUM_SEAL_BYTES.to_bytes(2, "little") + resume_file._SEAL
+    return data + hashlib.sha256(data).hexdigest().encode()
+
+
+@pytest.mark.parametrize(
+    ("trick", "message"),
+    [
+        ("deflated", "it claims to contain 400,"),
+        ("called", "it contains the Python object `builtins.bytearray`"),
+        ("repeated", r"a tensor of shape \(1099511627776,\) is larger than the file"),
+        ("large", "the limit is 100"),
+    ],
+)
+def test_a_small_file_does_not_fill_the_memory(tmp_path, monkeypatch, trick, message):
+    if trick == "large":
+        monkeypatch.setattr(resume_file, "MAX_FILE", 100)
+    data = {"called": pack({"x": Buffer()}), "repeated": pack({"x": torch.zeros(1).expand(2**40)})}.get(trick, pack({}))
+    if trick == "deflated":
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+            new.writestr(f"{name.partition('/')[0]}/data/0", bytes(400_000_000))
+        data = sealed(buffer.getvalue())
+    assert len(data) < 10**6
+    tracemalloc.start()
+    with pytest.raises(ResumeFileError, match=message):
+        parse_resume(data, "it")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_a_resume_file_is_read_by_torch_as_before(place):

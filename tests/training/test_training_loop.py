@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import signal
 
+import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
@@ -17,8 +19,11 @@ from icl.model.stacked import Params, stack, unstack
 from icl.runs.checkpoints import list_steps, load_step
 from icl.runs.folder import RunError, RunFolder, local_root
 from icl.runs.metrics_file import MetricsFile
+from icl.runs.resume_file import read_resume
 from icl.tasks.prompts import sample_prompts
+from icl.training import callbacks
 from icl.training.data import PromptDataModule
+from icl.training.endings import recording_failure
 from icl.training.members import Member
 from icl.training.module import PopulationAdam, PopulationModule
 from icl.training.run import NonFiniteLossError, train
@@ -220,6 +225,56 @@ def test_the_best_checkpoint_off_the_schedule_replaces_the_one_before():
     assert list_steps(result.folder.checkpoints) == sorted({0, 60, result.status.best_step})
 
 
+FALLING = change(
+    TINY,
+    trainer={"max_steps": 5, "log_every": 1},
+    evaluation={"every": 1},
+    early_stopping={"patience": 50},
+    checkpoints={"every": 5, "num_log": 0},
+)
+
+
+@pytest.fixture
+def falling_metric(monkeypatch):
+    """Make the monitored metric fall at every evaluation."""
+    summarise, values = callbacks.summarise, itertools.count(0, -1)
+
+    def falling(*arguments, **options):
+        return [row | {"eval/pretrain/loss": float(next(values))} for row in summarise(*arguments, **options)]
+
+    monkeypatch.setattr(callbacks, "summarise", falling)
+
+
+@pytest.mark.usefixtures("falling_metric")
+@pytest.mark.parametrize("seconds", [0.0, 1000.0])
+def test_a_best_checkpoint_on_the_schedule_replaces_the_one_before(seconds):
+    result = train(change(FALLING, checkpoints={"resume_seconds": seconds, "moments": True}))
+    assert result.status.best_step == 5
+    assert list_steps(result.folder.checkpoints) == list_steps(result.folder.moments) == [0, 5]
+
+
+@pytest.mark.usefixtures("falling_metric")
+@pytest.mark.parametrize("seconds", [0.0, 1000.0])
+def test_the_best_checkpoint_that_the_resume_file_names_is_never_deleted(seconds, monkeypatch):
+    save, seen = pl.Trainer.save_checkpoint, []
+
+    def look(folder):
+        resume, _ = read_resume(folder)
+        if resume is not None and resume.member["extra_step"] is not None:
+            assert resume.member["extra_step"] in list_steps(folder.checkpoints)
+        seen.append(len(list_steps(folder.checkpoints)))
+
+    def looked(self, *arguments, **options):
+        look(RunFolder(local_root() / "tiny"))
+        save(self, *arguments, **options)
+        look(RunFolder(local_root() / "tiny"))
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", looked)
+    train(change(FALLING, checkpoints={"resume_seconds": seconds}))
+    assert seen
+    assert max(seen) <= 4
+
+
 def test_an_unknown_monitor_is_refused_with_the_metrics_that_exist():
     config = change(TINY, early_stopping={"monitor": "eval/loss", "patience": 2})
     with pytest.raises(ConfigError, match="eval/pretrain/loss"):
@@ -237,6 +292,109 @@ def test_a_non_finite_loss_fails_the_run_and_names_the_step():
     for step in list_steps(folder.checkpoints):
         params = load_step(folder.checkpoints, step).params
         assert all(tensor.isfinite().all() for tensor in params.values())
+
+
+DIVERGING = change(
+    TINY,
+    optim={"lr": 1e30, "grad_clip": None, "schedule": "constant"},
+    trainer={"max_steps": 20, "log_every": 100},
+    evaluation={"every": 10},
+)
+
+
+def failed_run(config: RunConfig, match: str) -> RunFolder:
+    """Train a run that must fail. Check that nothing that is not finite was saved."""
+    with pytest.raises(NonFiniteLossError, match=match):
+        train(config)
+    folder = RunFolder(local_root() / "tiny")
+    status = folder.read_status()
+    assert status is not None
+    assert status.state == "failed"
+    for step in list_steps(folder.checkpoints):
+        assert all(tensor.isfinite().all() for tensor in load_step(folder.checkpoints, step).params.values())
+    resume, _ = read_resume(folder)
+    assert resume is None
+    return folder
+
+
+def test_a_run_that_is_no_longer_finite_does_not_stop_early():
+    folder = failed_run(change(DIVERGING, early_stopping={"patience": 1}), r"at step [123]\b")
+    assert list_steps(folder.checkpoints)[-1] < 10
+
+
+def test_a_monitored_metric_that_is_not_finite_fails_the_run(monkeypatch):
+    summarise = callbacks.summarise
+
+    def broken(*arguments, **options):
+        return [row | {"eval/pretrain/loss": math.nan} for row in summarise(*arguments, **options)]
+
+    monkeypatch.setattr(callbacks, "summarise", broken)
+    failed_run(TINY, "`eval/pretrain/loss` became NaN or infinite at step 0")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer": {"max_steps": 1}, "optim": {"lr": 1e20}},
+        {
+            "checkpoints": {"every": 1, "resume_seconds": 0.0},
+            "evaluation": {"every": None},
+            "optim": {"weight_decay": 1e20},
+        },
+    ],
+)
+def test_weights_that_are_not_finite_are_never_saved(changes):
+    folder = failed_run(change(DIVERGING, **changes), r"at step 1\b")
+    assert list_steps(folder.checkpoints) == [0]
+
+
+def test_a_gradient_whose_norm_overflows_fails_the_run_although_the_loss_is_finite(monkeypatch):
+    step = PopulationAdam.step
+
+    def overflowing(self, closure=None, *, prompts):
+        info = step(self, prompts=prompts)
+        return info._replace(norms=info.norms * math.inf) if self.param_groups[0]["lr"] == 0 else info
+
+    monkeypatch.setattr(PopulationAdam, "step", overflowing)
+    failed_run(change(TINY, trainer={"max_steps": 3}, evaluation={"every": None}), r"gradient .* at step 3\b")
+
+
+@pytest.mark.parametrize("precision", ["64", "64-true"])
+def test_both_names_of_float64_resume_without_rounding(precision, monkeypatch, tmp_path):
+    config = change(TINY, trainer={"precision": precision, "max_steps": 12}, evaluation={"every": None})
+    expected = train(config, folder=tmp_path / "whole").folder
+    step = PopulationAdam.step
+
+    def stopping(self, closure=None, *, prompts):
+        if self.state[self.param_groups[0]["params"][0]]["step"].item() == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, prompts=prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PopulationAdam, "step", stopping)
+        assert train(config).status.state == "preempted"
+    resumed = train(config)
+    assert resumed.status.state == "finished"
+    weights, whole = (load_step(folder.checkpoints, 12).params for folder in (resumed.folder, expected))
+    for name, weight in whole.items():
+        assert weight.dtype == torch.float64
+        assert torch.equal(weights[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_memory"),
+    [
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: out of memory", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes", True),
+    ],
+)
+def test_only_a_lack_of_memory_is_reported_as_one(text, is_memory):
+    with (
+        pytest.raises(RunError if is_memory else RuntimeError, match="not have enough memory" if is_memory else text),
+        recording_failure([]),
+    ):
+        raise RuntimeError(text)
 
 
 def test_a_finished_run_is_left_alone():

@@ -1,5 +1,6 @@
 """The copy in the store: complete after every ending, never slowing down training, and sufficient to resume elsewhere."""
 
+import errno
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from icl.store.base import LocalStore
 from icl.store.opening import open_store
 from icl.training import upload
 from icl.training.run import train
+from icl.training.sender import Sender
 from icl.training.upload import Uploader, UploadError
 
 SHORT = change(TINY, trainer={"max_steps": 20}, evaluation={"every": None}, checkpoints={"every": 5, "num_log": 0})
@@ -222,6 +224,46 @@ def test_last_ckpt_is_sent_only_when_all_it_vouches_for_has_arrived(s3, proxy):
         uploader.finish()
     assert "tiny/checkpoints/step-000000015.safetensors" in s3.names()
     assert not {"tiny/last.ckpt", "tiny/status.json"} & set(s3.names())
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_sent_later(s3, monkeypatch):
+    """One ESTALE on `last.ckpt` must not end the thread that sends files."""
+    result = train(SHORT)
+    uploader = Uploader(open_mirror(result.folder, s3.url, "tiny"), SHORT, seconds=0.01)
+    read, failures = LocalStore.read, iter(["stale", "broken"])
+
+    def fail_twice(store: LocalStore, key: str, **options) -> bytes:
+        failure = next(failures, None) if key == "last.ckpt" else None
+        if failure == "stale":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        if failure == "broken":
+            raise RuntimeError("broken")
+        return read(store, key, **options)
+
+    monkeypatch.setattr(LocalStore, "read", fail_twice)
+    assert not uploader.sender.send(lambda: False)
+    assert "Stale file handle" in uploader.sender.reason
+    assert not {"tiny/last.ckpt", "tiny/status.json"} & set(s3.names())
+    uploader.start()
+    deadline = time.monotonic() + 30
+    while "tiny/status.json" not in s3.names():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert uploader.sender.reason == "RuntimeError: broken."
+    uploader.finish()
+    assert_copied(result.folder, f"{s3.url}/tiny")
+
+
+def test_a_file_that_vanished_from_the_store_is_sent_again(s3):
+    result = train(SHORT)
+    mirror = open_mirror(result.folder, s3.url, "tiny")
+    sender = Sender(mirror, SHORT)
+    assert sender.send(lambda: False)
+    mirror.there.delete("last.ckpt")
+    for name in ("last.ckpt", "status.json"):
+        os.utime(result.folder.path / name)
+    assert sender.send(lambda: False)
+    assert_copied(result.folder, f"{s3.url}/tiny")
 
 
 # Servers that fail

@@ -1,5 +1,6 @@
 """W&B logging with the real client, offline; a run never depends on W&B."""
 
+import dataclasses
 import pwd
 import subprocess
 import sys
@@ -9,11 +10,30 @@ import pytest
 from tiny_runs import TINY, as_arguments, change
 
 from icl.runs.folder import RunFolder, local_root
+from icl.training import run as run_module
 from icl.training.run import train
 from icl.training.wandb import log as wandb_log
 from icl.training.wandb.log import WandbLog, start_wandb, wandb_mode
 
 CONFIG = change(TINY, trainer={"max_steps": 20})
+
+KILLS_WANDB = """
+import os, pathlib, signal, sys, time
+from icl.cli import main
+from icl.training.wandb.log import WandbLog
+log = WandbLog.log
+def killing(self, row):
+    if row["step"] == 10:
+        for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            name, _, rest = stat.read_text().rpartition(")")
+            if "wandb" in name and int(rest.split()[1]) == os.getpid():
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+                print("killed")
+        time.sleep(1)
+    log(self, row)
+WandbLog.log = killing
+sys.exit(main({arguments!r}))
+"""
 
 
 @pytest.fixture
@@ -94,6 +114,73 @@ def test_a_backend_that_is_not_there_is_one_sentence_and_the_run_finishes_offlin
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B could not start online") == 1
     assert list((local_root() / "tiny" / "wandb").glob("offline-run-*"))
+
+
+class LostRun:
+    """A W&B run whose helper process was killed."""
+
+    summary: ClassVar = {}
+    dir = "/nowhere/files"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def _fail(self, name: str) -> None:
+        self.calls.append(name)
+        raise ConnectionResetError("Connection lost")
+
+    def log(self, row):
+        """Fail, as `wandb` does."""
+        self._fail("log")
+
+    def mark_preempting(self):
+        """Fail, as `wandb` does."""
+        self._fail("mark_preempting")
+
+    def finish(self, exit_code):
+        """Fail, as `wandb` does."""
+        self._fail("finish")
+
+
+def test_a_client_that_is_lost_during_training_stops_no_run_and_is_one_sentence(nowhere, monkeypatch, capsys):
+    monkeypatch.setattr(wandb_log, "_said_failures", set())
+    monkeypatch.setattr(wandb_log, "_has_unsent_rows", False)
+    runs: list[LostRun] = []
+
+    def start(member, step, wandb_run):
+        runs.append(LostRun())
+        return [WandbLog(runs[-1])]
+
+    monkeypatch.setattr(run_module, "start_loggers", start)
+    configs = [dataclasses.replace(change(CONFIG, seeds={"model": seed}), run_name=f"run{seed}") for seed in range(2)]
+    assert [result.status.state for result in run_module.train_population(configs)] == ["finished"] * 2
+    assert [run.calls for run in runs] == [["log", "finish"]] * 2
+    told = capsys.readouterr().err
+    assert told.count("W&B failed (Connection lost), so it lacks the rows from here on. Training goes on") == 1
+    assert wandb_log.has_unsent_rows()  # so that `icl.cli` does not run W&B's exit handlers, which would raise errors
+
+
+def test_a_lost_client_cannot_be_told_that_a_run_was_preempted(monkeypatch, capsys):
+    monkeypatch.setattr(wandb_log, "_said_failures", set())
+    monkeypatch.setattr(wandb_log, "_has_unsent_rows", False)
+    run = LostRun()
+    wandb_log.end_run(run, 128 + 15)
+    assert run.calls == ["mark_preempting"]
+    assert capsys.readouterr().err.count("W&B failed") == 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_if_the_helper_process_of_wandb_is_killed(nowhere, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS_WANDB.format(arguments=["train", *as_arguments(CONFIG)])],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "killed" in done.stdout
+    assert done.stderr.count("W&B failed") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_rows_that_wandb_has_are_not_sent_again():

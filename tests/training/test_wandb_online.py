@@ -125,7 +125,7 @@ def test_an_agent_runs_every_point_and_a_crashed_one_is_reported_and_left_behind
     assert end_of(start([*WANDB, "agent", sweep])) == 0
     said = (tmp_path / "said").read_text()
     assert "Traceback" not in said
-    assert said.count("icl: The loss became NaN or infinite at step 2.") == 1
+    assert said.count("icl: The loss, the gradient or a weight became NaN or infinite at step 2.") == 1
     assert wandb_server.refused == []
     crashed, good = wandb_server.runs.values()
     assert (crashed.exit_codes, good.exit_codes) == ([1], [0])

@@ -61,21 +61,18 @@ icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
 icl llc "$RUNS/L2H4/seed=1" --steps 1465,5517,9375,20202,40292,80808,126262,202020,318181,500000 $BAOAB
 
 ## LLCs of L2H4, seed 1, with a localization that follows the weights
-# The weights grow by the factors 2.1, 7.0 and @@ from the end of LR2 to the ends of LR3, LR4 and LR5.
+# The weights grow by the factors 2.15, 7.0 and 7.9 from the end of LR2 to the ends of LR3, LR4 and LR5.
 WEAKER="--sampler.kernel baoab --sampler.lr 1e-5 --sampler.friction 0.8 --sampler.num_samples 131072 --sampler.batch_size 512"
-icl llc "$RUNS/L2H4/seed=1" --steps 126262 $WEAKER --sampler.num_chains 4 --sampler.localization 230 \
+icl llc "$RUNS/L2H4/seed=1" --steps 126262 $WEAKER --sampler.num_chains 4 --sampler.localization 216 \
     --sampler.num_burnin_steps 400 --sampler.num_draws 600
-icl llc "$RUNS/L2H4/seed=1" --steps 318181 $WEAKER --sampler.num_chains 4 --sampler.localization 20 \
+icl llc "$RUNS/L2H4/seed=1" --steps 318181 $WEAKER --sampler.num_chains 4 --sampler.localization 20.3 \
     --sampler.num_burnin_steps 1500 --sampler.num_draws 1500
-icl llc "$RUNS/L2H4/seed=1" --steps 500000 $WEAKER --sampler.num_chains 4 --sampler.localization @@ \
+icl llc "$RUNS/L2H4/seed=1" --steps 500000 $WEAKER --sampler.num_chains 4 --sampler.localization 16 \
     --sampler.num_burnin_steps 2000 --sampler.num_draws 2000
 
 ## LLCs of L2H4, seed 1, with the published sampler
-icl llc "$RUNS/L2H4/seed=1" --published --steps 1465,5517,9375,20202,40292,80808 \
+icl llc "$RUNS/L2H4/seed=1" --published --steps 1465,5517,9375,20202,40292,80808,126262,202020,318181,500000 \
     --sampler.num_chains 2 --sampler.num_draws 1000 --sampler.batch_size 32 || test $? -eq 1
-# From the end of LR3 on, the chains need more moves, as published. Their minibatches are still smaller (64 instead of 1,024 prompts).
-icl llc "$RUNS/L2H4/seed=1" --published --steps 126262,318181,500000 \
-    --sampler.num_chains 4 --sampler.num_draws 5000 --sampler.batch_size 64 || test $? -eq 1
 
 ## refined LLCs of L2H4, seed 1: heads and layers
 REFINED="--sampler.kernel baoab --sampler.lr 5e-6 --sampler.friction 0.7 --sampler.num_samples 32768 --sampler.batch_size 128
@@ -90,12 +87,6 @@ icl analyse "$RUNS/L2H4/seed=1" --what essential-dynamics
 ## embeddings and attention of L2H4, seed 1
 icl analyse "$RUNS/L2H4/seed=1" --what embeddings
 icl analyse "$RUNS/L2H4/seed=1" --what attention
-
-## Hessian of L2H4, seed 1, at twelve steps
-for step in 0 1465 5517 9375 20202 40292 80808 126262 202020 318181 409090 500000; do
-    icl analyse "$RUNS/L2H4/seed=1/checkpoints/step-$(printf %09d $step).safetensors" --what hessian --num_prompts 1024 \
-        --out "$RUNS/L2H4/seed=1/results/hessian-$step.csv"
-done
 
 ## behaviour and stages of L2H4, seed 1
 icl analyse "$RUNS/L2H4/seed=1" --what behaviour

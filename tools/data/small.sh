@@ -2,17 +2,11 @@
 # The commands that make data/small, in an evening on two CPU cores. `make data` runs them one phase (##) after the other, records
 # the times, and then makes the tables. If it is interrupted, the same command continues. To run them by hand: bash tools/data/small.sh
 #
-# This is less than what was published. L2H4 keeps the published learning rate, but stops after 40,293 of 500,000 steps, where
-# stage LR2 ends (tools/data/published-run.sh trains all 500,000 steps). The ladder, a set of runs that differ in the number of tasks M,
-# has the other settings of the quickstart. There are fewer LLC chains, they are shorter, and their minibatches are smaller.
+# This is less than what was published: tools/data/published-run.sh makes the tables of L2H4. The ladder, a set of runs that differ in the number
+# of tasks M, has the other settings of the quickstart. There are fewer LLC chains, they are shorter, and their minibatches are smaller.
 set -euo pipefail
 export LOCAL_ROOT=${LOCAL_ROOT:-runs} RUNS=${LOCAL_ROOT:-runs}
 DIVERSITIES="1 2 4 8 16 32 64 128 256 512 1024 inf"
-
-l2h4() {
-    icl train --preset L2H4 --model.double_residual true --optim.schedule_steps 500000 --trainer.max_steps 40293 \
-        --trainer.compile true --checkpoints.num_linear 55 --run_name L2H4 --population.seeds "$1"
-}
 
 ## train the quickstart
 icl train --preset quickstart
@@ -20,14 +14,8 @@ icl train --preset quickstart
 ## train the ladder
 icl train --preset quickstart --run_name ladder --population.num_tasks "${DIVERSITIES// /,}" --trainer.compile true
 
-## train L2H4, seeds 0 and 1
-l2h4 0,1
-
 ## evaluate the quickstart
 icl evaluate "$RUNS/quickstart" --num_prompts 4096
-
-## evaluate L2H4, seed 1
-icl evaluate "$RUNS/L2H4/seed=1" --num_prompts 8192 --num_ood_prompts 512
 
 ## evaluate the ladder
 for m in $DIVERSITIES; do icl evaluate "$RUNS/ladder/num_tasks=$m" --num_prompts 2048 --num_ood_prompts 512; done
@@ -94,9 +82,6 @@ icl analyse "$RUNS/quickstart" --what gradients
 ## behaviour and stages of the quickstart
 icl analyse "$RUNS/quickstart" --what behaviour
 icl analyse "$RUNS/quickstart" --what stages
-
-## essential dynamics of L2H4, seed 1
-icl analyse "$RUNS/L2H4/seed=1" --what essential-dynamics
 
 ## essential dynamics of the ladder, together
 finite=$(printf "$RUNS/ladder/num_tasks=%s," ${DIVERSITIES% inf})

@@ -213,17 +213,18 @@ def _make_traces(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataF
     rows: list[pd.DataFrame] = []
     for path, run in runs.items():
         by_settings: dict[str, list] = {}
-        for one in read_all(run):
-            by_settings.setdefault(one.row["settings"], []).append(one)
+        for record in read_all(run):
+            if not record.row["component"]:
+                by_settings.setdefault(record.row["settings"], []).append(record)
         for settings, records in by_settings.items():
-            records.sort(key=lambda one: one.row["step"])
-            for one in (records[place] for place in sorted({0, len(records) // 2, len(records) - 1})):
-                points = np.unique(np.linspace(0, one.traces.shape[1] - 1, _TRACE_POINTS).round().astype(int))
-                for chain, losses in enumerate(one.traces[:_TRACE_CHAINS]):
-                    own = {"move": one.stride * points, "loss": losses[points]}
-                    rows.append(
-                        pd.DataFrame(own).assign(run=path, settings=settings, step=one.row["step"], chain=chain)
-                    )
+            records.sort(key=lambda record: record.row["step"])
+            for index in sorted({0, len(records) // 2, len(records) - 1}):
+                record = records[index]
+                points = np.unique(np.linspace(0, record.traces.shape[1] - 1, _TRACE_POINTS).round().astype(int))
+                for chain, losses in enumerate(record.traces[:_TRACE_CHAINS]):
+                    trace = pd.DataFrame({"move": record.stride * points, "loss": losses[points]})
+                    labels = {"run": path, "settings": settings, "step": record.row["step"], "chain": chain}
+                    rows.append(trace.assign(**labels))
     return pd.concat(rows, ignore_index=True) if rows else None
 
 

@@ -2,7 +2,8 @@
 
 W&B is used if `WANDB_MODE` is `online` or `offline`, if the environment has an API key, or if `.netrc` has a login.
 `WANDB_MODE=disabled` overrides all of these. If W&B cannot be reached at the start, a message says so and the run is
-logged offline. If the network fails later, the end of the program is delayed by at most a minute for each run. The W&B
+logged offline. If the network fails later, the end of the program is delayed by at most a minute for each run. If W&B
+itself fails, for example because its helper process was killed, a message says so and training goes on without it. The W&B
 id of a run is stored in its folder, so that a resumed run continues the same W&B run. All metrics have `step` as their
 x axis.
 """
@@ -35,6 +36,8 @@ _MODES = ("", "online", "offline", "disabled", "dryrun", "run", "shared")
 
 _has_unsent_rows = False
 _is_unreachable = False
+_said_failures: set[str] = set()
+"""Messages about failures of W&B that were printed. Usually, W&B fails in the same way for all members of a population."""
 _ended_runs: weakref.WeakSet = weakref.WeakSet()
 """W&B runs of this process that have ended."""
 
@@ -71,14 +74,21 @@ class WandbLog:
     def __init__(self, run: Any, *, is_lent: bool = False) -> None:
         self.run, self.is_lent = run, is_lent
         self.sent = sent_step(run)
+        self.has_failed = False
 
     def log(self, row: Mapping[str, int | float]) -> None:
         """Send one row, unless W&B already has the row.
 
-        W&B has some rows already if a run resumes, because the run repeats the steps after its last save.
+        W&B has some rows already if a run resumes, because the run repeats the steps after its last save. If W&B fails, it receives no
+        more rows.
         """
-        if row["step"] > self.sent:
+        if row["step"] <= self.sent or self.has_failed:
+            return
+        try:
             self.run.log(row)
+        except Exception as error:  # wandb raises many types of errors; none may stop a run
+            self.has_failed = True
+            _say_failure(error)
 
     def finish(self, exit_code: int) -> None:
         """End the W&B run with the program's exit code, unless the code that began it also ends it (`is_lent`)."""
@@ -110,15 +120,25 @@ def end_run(run: Any, exit_code: int) -> None:
     if run in _ended_runs:
         return
     _ended_runs.add(run)
-    if exit_code > 128:
-        run.mark_preempting()
-    thread = threading.Thread(target=run.finish, kwargs={"exit_code": exit_code}, daemon=True)
+    thread = threading.Thread(target=_finish, args=(run, exit_code), daemon=True)
     thread.start()
     thread.join(_FINISH_SECONDS)
     if thread.is_alive():
         _has_unsent_rows = True
         folder = Path(run.dir).parent
         _say(f"W&B did not receive everything within {_FINISH_SECONDS} s. To send the rest, run `wandb sync {folder}`.")
+
+
+def _finish(run: Any, exit_code: int) -> None:
+    """End a W&B run, and mark it if a signal stopped it. If W&B fails, only say so."""
+    global _has_unsent_rows
+    try:
+        if exit_code > 128:
+            run.mark_preempting()
+        run.finish(exit_code=exit_code)
+    except Exception as error:  # wandb raises many types of errors
+        _has_unsent_rows = True
+        _say_failure(error)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -205,6 +225,14 @@ def _has_login() -> bool:
         return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _say_failure(error: Exception) -> None:
+    """Say that W&B failed, unless the same was said before."""
+    sentence = f"W&B failed ({first_line(error)}), so it lacks the rows from here on. Training goes on, and metrics.csv contains every row."
+    if sentence not in _said_failures:
+        _said_failures.add(sentence)
+        _say(sentence)
 
 
 def _say(sentence: str) -> None:
