@@ -1,9 +1,12 @@
 """Embeddings, layer norms and unembedding over training: spectra, overlaps and collapse.
 
-All numbers are exact functions of the weights, so they have no standard errors. W_E (C, D + 1) embeds tokens. W_P
-(2K, C) embeds positions, one in each row. W_U maps the residual stream to the outputs, one in each row. With
-`model.output` `scalar`, W_U has one row. With `token`, only row 0 of W_U gives predictions. With `gaussian`, row 0
-gives the mean of the predictive distribution. With `mixture`, row 0 gives the mean of the first component.
+All numbers are exact functions of the weights, so they have no standard errors. If a weight of a checkpoint is not
+finite, all numbers of this checkpoint are NaN.
+
+W_E (C, D + 1) embeds tokens. W_P (2K, C) embeds positions, one in each row. W_U maps the residual stream to the
+outputs, one in each row. With `model.output` `scalar`, W_U has one row. With `token`, only row 0 of W_U gives
+predictions. With `gaussian`, row 0 gives the mean of the predictive distribution. With `mixture`, row 0 gives the mean
+of the first component.
 
 Some rows get no gradient: the last row of W_P, and with `token` all rows of W_U except row 0. Only weight decay changes
 these rows. They still enter the spectra of W_P and W_U, the overlaps of W_P, and the shares of dead weights.
@@ -34,6 +37,7 @@ Rows of the table, by `quantity`:
   of dead weights.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +97,7 @@ def analyse(path: Path, settings: Settings) -> Result:
 def measure_members(members: Members, *, settings: Settings) -> list[Measurement]:
     """Measure the weights of every checkpoint, in float64."""
     params = {name: tensor.cpu().double() for name, tensor in members.params.items()}
-    return [Measurement([*_matrix_rows(each, settings), *_weight_rows(each, settings)]) for each in unstack(params)]
+    return [Measurement(_rows(each, settings)) for each in unstack(params)]
 
 
 def effective_unembedding(params: Params) -> Readout:
@@ -133,6 +137,14 @@ def principal_cosines(first: Float[Tensor, "C r"], second: Float[Tensor, "C s"])
         second: Orthonormal basis of the other subspace.
     """
     return torch.linalg.svdvals(first.mT @ second).clamp(max=1)
+
+
+def _rows(params: Params, settings: Settings) -> list[Row]:
+    if all(bool(tensor.isfinite().all()) for tensor in params.values()):
+        return [*_matrix_rows(params, settings), *_weight_rows(params, settings)]
+    # The singular value decomposition would raise an error. Weights of zero give the same rows, except those of `cosine`.
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
+    return [row | {"value": torch.nan} for row in _rows(zeros, settings)]
 
 
 def _matrix_rows(params: Params, settings: Settings) -> Iterator[Row]:
@@ -200,4 +212,9 @@ def _summary(entries: list[Entry], settings: Settings) -> list[str]:
             change = f"{first[quantity, part]:.3f} -> " if len(entries) > 1 else ""
             name = f"share below {settings.threshold:g}" if is_share else quantity.replace("_", " ")
             lines.append(f"  {name:17s} {part:38s} {change}{value:.3f}{chance}")
+    diverged = [entry.step for entry in entries if all(math.isnan(row["value"]) for row in entry.rows)]
+    if diverged:
+        steps = f"{len(diverged)} of {len(entries)} saved steps, first at step {diverged[0]:,}"
+        advice = "Check the loss in metrics.csv: training may have diverged."
+        lines.append(f"Weights are not finite at {steps}, so the numbers of these steps are NaN. {advice}")
     return lines

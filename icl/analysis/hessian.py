@@ -24,9 +24,12 @@ Rows of the table, by `quantity`:
 - `spectral_node`, `spectral_weight`: approximate eigenvalues, and the share of all P eigenvalues that each of them represents.
   The shares are estimated from one random start vector.
 - `num_parameters`: P.
+
+If the Hessian of a checkpoint is not finite, its numbers are NaN and their verdict is `invalid`.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +44,7 @@ from torch.func import grad, vjp
 from icl import rng
 from icl.analysis.prompts import PromptSettings, fixed_prompts, prompts_at_once, require_multiple
 from icl.analysis.run import Members, Result, as_table, over_checkpoints, setting
-from icl.compute.linalg import Products, Ritz, Trace, lanczos, ritz, trace
+from icl.compute.linalg import Krylov, Products, Ritz, Trace, lanczos, ritz, trace
 from icl.config import ModelConfig
 from icl.config.validation import require_count
 from icl.model.flat import layout_of
@@ -58,6 +61,7 @@ _MEMBERS_AT_ONCE = 4
 number is hardly faster."""
 _MAX_LANCZOS_ERROR = 0.01
 _MAX_PROBE_ERROR = 0.05
+_NOT_FINITE = "the Hessian of the loss is not finite; check the loss in metrics.csv: training may have diverged"
 
 Row = dict[str, Any]
 
@@ -105,7 +109,7 @@ def measure_members(members: Members, *, settings: Settings) -> list[Measurement
         vectors = _random_vectors(key, steps[start : start + group], params)
         krylov = lanczos(products, next(vectors), settings.num_steps)
         signs = (next(vectors).sign() for _ in range(settings.num_probes))
-        traces, eigenvalues, num_parameters = trace(products, krylov, signs), ritz(krylov), krylov.basis.shape[-1]
+        traces, eigenvalues, num_parameters = trace(products, krylov, signs), _ritz(krylov), krylov.basis.shape[-1]
         for member in range(len(krylov.basis)):
             rows = [*_eigenvalue_rows(eigenvalues, member, settings.num_eigenvalues), _trace_row(traces, member)]
             measurements.append(Measurement(rows + _spectrum_rows(eigenvalues, member, num_parameters)))
@@ -149,6 +153,16 @@ def hessian_products(
     return lambda vectors: torch.cat([pullback(first)(vectors) for first in firsts], dim=1)
 
 
+def _ritz(krylov: Krylov) -> Ritz:
+    """Return the eigenvalues of each checkpoint; NaN for a checkpoint whose Hessian is not finite.
+
+    For such a matrix, the eigenvalue solver raises an error for all checkpoints together.
+    """
+    is_finite = krylov.projected.isfinite().flatten(1).all(1)
+    projected = krylov.projected.where(is_finite[:, None, None, None], 0.0)
+    return Ritz(*(tensor.where(is_finite[:, None], torch.nan) for tensor in ritz(krylov._replace(projected=projected))))
+
+
 def _random_vectors(key: rng.Stream, steps: Tensor, params: Params) -> Iterator[Float[Tensor, "N P"]]:
     """Yield vectors of standard normal numbers without end. Each vector depends only on the seed, the step and the vector's index."""
     example = next(iter(params.values()))
@@ -165,7 +179,7 @@ def _eigenvalue_rows(eigenvalues: Ritz, member: int, num_eigenvalues: int) -> It
     count = min(num_eigenvalues, len(values))
     ends = [(f"top {i}", -i) for i in range(1, count + 1)] + [(f"bottom {i}", i - 1) for i in range(1, count + 1)]
     for part, index in ends:
-        is_far = errors[index] > _MAX_LANCZOS_ERROR * abs(values[index])
+        is_far = not errors[index] <= _MAX_LANCZOS_ERROR * abs(values[index])
         reason = f"Lanczos has not converged (error up to about {errors[index]:.2g}); raise num_steps" if is_far else ""
         yield _row("eigenvalue", part, values[index], stderr[index], errors[index], reason)
 
@@ -173,7 +187,7 @@ def _eigenvalue_rows(eigenvalues: Ritz, member: int, num_eigenvalues: int) -> It
 def _trace_row(traces: Trace, member: int) -> Row:
     value, stderr = (column[member].item() for column in traces.whole)
     probe_stderr = traces.probe_stderr[member].item()
-    is_rough = probe_stderr > _MAX_PROBE_ERROR * abs(value)
+    is_rough = not probe_stderr <= _MAX_PROBE_ERROR * abs(value)
     reason = (
         f"the probes' standard error is {probe_stderr:.2g}, above 5 % of the trace; raise num_probes"
         if is_rough
@@ -196,14 +210,15 @@ def _spectrum_rows(eigenvalues: Ritz, member: int, num_parameters: int) -> list[
 def _row(
     quantity: str, part: str, value: float, stderr: float = torch.nan, error: float = torch.nan, reason: str = ""
 ) -> Row:
+    is_finite = math.isfinite(value)
     return {
         "quantity": quantity,
         "part": part,
         "value": value,
         "stderr": stderr,
         "lanczos_error": error,
-        "verdict": "suspect" if reason else "ok",
-        "reasons": reason,
+        "verdict": ("suspect" if reason else "ok") if is_finite else "invalid",
+        "reasons": reason if is_finite else _NOT_FINITE,
     }
 
 
@@ -211,7 +226,9 @@ def _summary(entries: list[Entry]) -> list[str]:
     lines = []
     for quantity, name in (("eigenvalue", "eigenvalues"), ("trace", "traces")):
         verdicts = [row["verdict"] for entry in entries for row in entry.rows if row["quantity"] == quantity]
-        lines.append(f"Suspect {name}: {sum(verdict != 'ok' for verdict in verdicts)} of {len(verdicts)}.")
+        num_invalid = verdicts.count("invalid")
+        invalid = f", and {num_invalid} invalid" if num_invalid else ""
+        lines.append(f"Suspect {name}: {verdicts.count('suspect')} of {len(verdicts)}{invalid}.")
     lines.append(f"At step {entries[-1].step:,}, the last of {len(entries)} saved steps:")
     for row in entries[-1].rows:
         if row["quantity"] in ("eigenvalue", "trace"):

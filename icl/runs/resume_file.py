@@ -76,7 +76,9 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         require_plain_tensors(content, len(data))
     except ContentError as error:
-        raise ResumeFileError(f"{name} is damaged: {error}.") from None
+        reason = str(error)
+        sentence = "is damaged or was cut short" if reason.startswith("it is damaged") else f"cannot be used: {reason}"
+        raise ResumeFileError(f"{name} {sentence}.") from None
     except ResumeFileError:
         raise
     except Exception as error:  # torch raises many kinds of errors for a damaged file

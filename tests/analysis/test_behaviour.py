@@ -138,6 +138,14 @@ def test_a_run_that_goes_straight_to_ridge_is_not_transient():
     assert (place["value"], place["verdict"]) == (0, "suspect")
 
 
+def test_a_run_halfway_between_ridge_and_dmmse_is_closest_to_neither():
+    """At the only saved step, the mean difference of the gaps is zero, which does not say that there is no crossing."""
+    found = findings(path_parts({7: mixture("ridge", "dmmse", 0.5)}), sets())
+    for distribution in ("pretrain", "true"):
+        (row,) = by_name(found, "crossing_step", distribution)
+        assert (row["finding"], row["verdict"]) == ("unresolved", "suspect")
+
+
 def test_with_infinitely_many_tasks_ridge_is_the_optimum():
     path = {step: mixture("zero", "ridge", share) for step, share in enumerate([0, 0.5, 1, 0.8, 0.6, 0.4])}
     parts = path_parts(path, GAUSSIAN)

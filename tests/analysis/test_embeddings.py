@@ -146,6 +146,22 @@ def test_a_model_without_layer_norms_has_no_rows_of_them():
     assert found["spectrum_share", "unembedding", 1] == pytest.approx(1)
 
 
+def test_a_diverged_checkpoint_is_nan_and_the_others_are_measured(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "r")
+    folder.write_config(TINY)
+    for step, bad in ((0, 0.0), (7, math.nan), (9, math.inf)):
+        params = weights()
+        params["token_embedding.weight"] = params["token_embedding.weight"] + bad
+        save_checkpoint(folder.checkpoints, step, TINY, params)
+    assert main(["analyse", str(folder.path), "--what", "embeddings"]) == 0
+    assert "Weights are not finite at 2 of 3 saved steps, first at step 7" in capsys.readouterr().out
+    table = pd.read_csv(folder.results / "embeddings.csv")
+    assert table.loc[table["step"] > 0, "value"].isna().all()
+    assert table.loc[table["step"] == 0, "value"].notna().all()
+    kept = table[table["quantity"] != "cosine"].groupby("step").size()
+    assert kept[0] == kept[7] == kept[9]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layer_norm", ["pre", pytest.param("none", marks=pytest.mark.slow)])
 def test_the_embeddings_of_a_run_from_the_command_line(tmp_path, capsys, layer_norm):

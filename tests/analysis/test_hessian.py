@@ -114,6 +114,26 @@ def test_what_has_not_converged_is_suspect():
     assert all(row["verdict"] == "suspect" and "num_steps" in row["reasons"] for row in doubtful)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_diverged_checkpoint_is_invalid_and_the_others_are_measured(tmp_path, capsys, bad):
+    folder = RunFolder(tmp_path / "r")
+    folder.write_config(SMALL)
+    diverged = {name: tensor + bad for name, tensor in weights(SMALL, dtype=torch.float32).items()}
+    save_checkpoint(folder.checkpoints, 0, SMALL, weights(SMALL, dtype=torch.float32))
+    save_checkpoint(folder.checkpoints, 5, SMALL, diverged)
+    assert main(["analyse", str(folder.path), "--what", "hessian", *QUICK]) == 0
+    assert "4 invalid" in "".join(line for line in capsys.readouterr().out.splitlines() if "Suspect eig" in line)
+    table = pd.read_csv(folder.results / "hessian.csv")
+    table = table[table["quantity"] != "num_parameters"]
+    first, last = table[table["step"] == 0], table[table["step"] == 5]
+    assert len(first) == len(last)
+    assert last["value"].isna().all()
+    assert set(last["verdict"]) == {"invalid"}
+    assert last["reasons"].str.contains("not finite").all()
+    assert first["value"].notna().all()
+    assert "invalid" not in set(first["verdict"])
+
+
 @pytest.mark.slow
 def test_the_hessian_of_a_run_from_the_command_line(tmp_path, capsys):
     folder = RunFolder(tmp_path / "r")

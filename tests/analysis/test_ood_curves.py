@@ -98,6 +98,14 @@ def test_rows_of_zero_and_of_ridge():
     assert abs(last["value"] - expected) < 5 * last["stderr"]
 
 
+def test_predictions_that_are_not_finite_have_no_error_either():
+    scaled = scaled_prompts(prompts(20), "input_scale", FACTORS)
+    found = curve(torch.full_like(scaled.ys, math.nan), scaled.ys, FACTORS)
+    for estimate in found:
+        assert estimate.value.isnan().all()
+        assert estimate.stderr.isnan().all()
+
+
 @pytest.mark.parametrize("wrong", [{"num_scales": 1}, {"num_scales": -1}, {"num_ood_prompts": 1}])
 def test_settings_that_cannot_be_are_sentences(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

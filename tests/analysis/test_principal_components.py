@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from tiny_runs import TINY
 
 from icl.analysis.essential_dynamics import principal_components as pca
-from icl.analysis.essential_dynamics.trajectories import centred_products
+from icl.analysis.essential_dynamics.trajectories import Trajectory, centred_products
 
 NONE = np.zeros((0, 30))
 
@@ -124,3 +125,39 @@ def test_walks_of_several_runs_begin_where_the_runs_do():
     np.testing.assert_allclose(found, values[:4] / values.sum())
     assert pca.displacement_ratios(gram(points), first).shape == (2,)
     assert pca.flipped_walks(gram(points), first, num_components=2).displacement.shape == (99, 2)
+
+
+def compared(*runs, num_components=6):
+    """Return the PCA of runs whose states are given, saved at steps 0, 1, 2 and so on."""
+    trajectories = [
+        Trajectory(f"run {number}", TINY, list(range(len(states))), ["x"] * len(states), list(states), [])
+        for number, states in enumerate(runs)
+    ]
+    return pca.fit_components(trajectories, {}, num_components=num_components)
+
+
+def noisy_line(size, seed):
+    """Return a straight line in 200 dimensions, with noise."""
+    return np.outer(np.arange(float(size)), np.ones(200)) + 0.3 * np.random.default_rng(seed).normal(size=(size, 200))
+
+
+@pytest.mark.parametrize("size", [4, 5, 6])
+def test_few_states_are_too_few_for_a_test_at_five_percent(size):
+    """At least 6 % of the walks are then the run itself. Rounding used to decide."""
+    assert all(compared(noisy_line(size, seed)).is_reached.all() for seed in range(10))
+
+
+def test_a_sum_of_shares_that_every_walk_reaches_is_reached():
+    """The last component of seven states brings every sum to 1, in the run and in the walks."""
+    for seed in range(10):
+        fit = compared(noisy_line(7, seed))
+        assert len(fit.is_reached) == 6
+        assert fit.is_reached[-1]
+    assert not compared(noisy_line(12, 0)).is_reached[0]
+
+
+def test_short_runs_together_have_as_many_walks_as_signs_of_their_steps():
+    """Two runs of three states have 16 walks, so each of them is 6 %; with one state more there are 32."""
+    runs = noisy_line(3, 0), -3 - noisy_line(4, 1)
+    assert compared(runs[0], runs[1][:3]).is_reached.all()
+    assert not compared(*runs).is_reached.all()

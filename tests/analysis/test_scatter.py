@@ -61,6 +61,13 @@ def test_the_covariance_is_that_of_an_autoregression():
     assert covariance == pytest.approx(expected)
 
 
+def test_the_variance_of_a_difference_is_that_of_the_covariance():
+    scatter = Scatter(white=3.0, wander=2.0, tau=2.5)
+    covariance = scatter.covariance(5)
+    for lag in (1, 4):
+        assert scatter.difference_variance(lag) == pytest.approx(2 * (covariance[0, 0] - covariance[0, lag]))
+
+
 @pytest.mark.parametrize(
     ("kind", "phi", "num_runs", "low", "high"),
     [

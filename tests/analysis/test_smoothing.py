@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from icl.analysis.stages.smoothing import MAX_POINTS, fit, in_bins
+from icl.analysis.stages.smoothing import MAX_POINTS, fit, in_bins, is_too_sparse
 
 TIMES = np.linspace(0, 8, 60)
 LENGTHS = {"shortest": 0.25, "longest": 1.0}
@@ -63,6 +63,17 @@ def test_many_points_are_averaged_in_bins():
     assert [len(one) for one in means] == [MAX_POINTS] * 3
     assert means[1] == pytest.approx(2 * means[0])
     assert means[2] == pytest.approx(np.full(MAX_POINTS, 10**-0.5), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("distance", "longest", "expected"), [(0.55, 1.0, False), (0.65, 1.0, True), (0.55, 0.5, True)]
+)
+def test_sparse_points_are_those_far_apart_for_the_longest_kernel(distance, longest, expected):
+    times = distance * np.arange(12)
+    assert is_too_sparse(times, longest=longest) == expected
+    assert (
+        is_too_sparse(np.r_[times[0] - 9, times], longest=longest) == expected
+    )  # one gap, as after step 0, does no harm
 
 
 def test_samples_have_the_curves_mean_and_covariance():

@@ -29,6 +29,7 @@ WORDS = dataclasses.replace(
     language=LanguageConfig(vocab_size=12, context_size=20),
     model=dataclasses.replace(preset("language-quickstart").model, num_heads=2, embed_size=8),
 )
+ASKED = {"num_prompts": 8, "llc_settings": None, "worst_llc": "suspect", "longest": 1.0}
 NBETA = 66.67
 SAVED = np.unique(np.r_[500_000 ** np.linspace(0, 1, 100), np.linspace(0, 499_999, 100)].astype(int)).clip(max=499_999)
 FEWER = SAVED[::2]
@@ -287,7 +288,7 @@ def test_llc_estimates_are_of_one_kind_and_good_enough(tmp_path):
     folder.write_result("llc.csv", pd.DataFrame(rows).to_csv(index=False))
 
     def read(**asked):
-        return read_signals(folder.path, **({"num_prompts": 8, "llc_settings": None, "worst_llc": "suspect"} | asked))
+        return read_signals(folder.path, **(ASKED | asked))
 
     (llc,), missing = read()
     assert len(llc.points) == 12
@@ -310,12 +311,11 @@ def test_the_loss_comes_from_the_first_source_that_has_it(tmp_path):
     metrics = pd.DataFrame({"step": steps, "eval/pretrain/loss": 1.0})
     folder.write_result("x.csv", "")
     folder.metrics_file.write_text(metrics.to_csv(index=False))
-    asked = {"num_prompts": 8, "llc_settings": None, "worst_llc": "suspect"}
-    assert [(one.name, one.source) for one in read_signals(folder.path, **asked)[0]] == [("loss", "metrics.csv")]
+    assert [(one.name, one.source) for one in read_signals(folder.path, **ASKED)[0]] == [("loss", "metrics.csv")]
     folder.write_config(TINY)
     for step in steps:
         save_checkpoint(folder.checkpoints, step, TINY, build_model(change(TINY, seeds={"model": step})).state_dict())
-    computed, missing = read_signals(folder.path, **asked)
+    computed, missing = read_signals(folder.path, **ASKED)
     assert [one.name for one in computed] == ["loss", "icl_score", "prior_task_score"]
     assert {one.source for one in computed} == {"checkpoints"}
     assert "no LLC" in missing[0]
@@ -329,7 +329,7 @@ def test_the_loss_comes_from_the_first_source_that_has_it(tmp_path):
         ]
     )  # fmt: skip
     folder.write_result("behaviour.csv", table.to_csv(index=False))
-    mixed = {one.name: one.source for one in read_signals(folder.path, **asked)[0]}
+    mixed = {one.name: one.source for one in read_signals(folder.path, **ASKED)[0]}
     assert mixed["loss"] == mixed["icl_score"] == "results/behaviour.csv"
 
 
@@ -349,7 +349,7 @@ def test_signals_of_a_language_run_are_those_of_the_heads_with_the_largest_score
         ]
     )  # fmt: skip
     folder.write_result("language-behaviour.csv", table.to_csv(index=False))
-    signals, missing = read_signals(folder.path, num_prompts=8, llc_settings=None, worst_llc="suspect")
+    signals, missing = read_signals(folder.path, **ASKED)
     assert {one.name: (one.points["value"].iloc[-1], one.group) for one in signals} == {
         "loss": (8, "loss"),
         "icl_score": (16, "loss"),
@@ -362,11 +362,27 @@ def test_signals_of_a_language_run_are_those_of_the_heads_with_the_largest_score
     assert "no LLC" in missing[0]
     flat = table.assign(value=table["value"].where(table["quantity"] != "previous_token", 0.03 + 0.001 * table["step"]))
     folder.write_result("language-behaviour.csv", flat.to_csv(index=False))
-    signals, missing = read_signals(folder.path, num_prompts=8, llc_settings=None, worst_llc="suspect")
+    signals, missing = read_signals(folder.path, **ASKED)
     assert "previous_token" not in {one.name for one in signals}
     assert (
         missing[0] == "There is no previous_token with at least 8 steps that rises by 3 standard errors over the run."
     )
+
+
+def test_a_head_that_never_rises_is_no_signal_if_its_last_scores_are_missing(tmp_path):
+    folder = RunFolder(tmp_path / "r")
+    folder.write_config(WORDS)
+    steps = np.arange(10)
+    rows = pd.DataFrame({"step": steps, "checkpoint_hash": "x", "quantity": "previous_token", "position": ""})
+    heads = [rows.assign(part=part, value=np.where(steps < 9, level, np.nan), stderr=0.01)
+             for part, level in (("h0", 0.9), ("h1", 0.1))]  # fmt: skip
+    loss = rows.assign(quantity="loss", position="mean", part="", value=1.0 * steps, stderr=0.01)
+    folder.write_result("language-behaviour.csv", pd.concat([*heads, loss]).to_csv(index=False))
+    assert [one.name for one in read_signals(folder.path, **ASKED)[0]] == ["loss"]
+    heads[0]["value"] = np.where(steps < 9, 0.1 * steps, np.nan)
+    folder.write_result("language-behaviour.csv", pd.concat([*heads, loss]).to_csv(index=False))
+    head = read_signals(folder.path, **ASKED)[0][1]
+    assert (head.source.rpartition(" ")[2], head.points["step"].max()) == ("h0", 8)
 
 
 def test_a_language_run_without_tables_has_the_loss_of_its_test_rows(tmp_path, capsys):
@@ -386,6 +402,46 @@ def test_a_language_run_without_tables_has_the_loss_of_its_test_rows(tmp_path, c
     at_the_end = points[(points["signal"] == "loss") & (points["step"] == 7)]["value"]
     assert at_the_end.item() == pytest.approx(float(losses.mean()), rel=1e-6)
     assert "nats per token" in plot(table, title="x").axes[0].get_ylabel()
+
+
+def log_spaced(num_steps):
+    """Return step 0 and log-spaced steps to 500,000."""
+    return np.r_[0, np.geomspace(1, 500_000, num_steps - 1).astype(int)]
+
+
+@pytest.mark.parametrize("num_steps", [8, 12])
+def test_signals_that_are_too_sparse_for_their_time_are_left_out(tmp_path, num_steps):
+    """White noise at 8 log-spaced steps had a boundary in 9 of 24 runs. Its LLC has standard errors, so it is kept."""
+    noise = [signal(name, log_spaced(num_steps), np.zeros(num_steps), noise=1.0, seed=3) for name in ("loss", "llc")]
+    folder = write_tables(RunFolder(tmp_path / "r"), noise[:1])
+    reason = (
+        rf"The loss is left out: the {num_steps} steps in results/evaluation.csv are too far .* Save more checkpoints"
+    )
+    with pytest.raises(RunError, match=reason):
+        analyse("stages", folder.path)
+    signals, missing = read_signals(write_tables(folder, noise).path, **ASKED)
+    assert [one.name for one in signals] == ["llc"]
+    assert missing[0].startswith("The loss is left out")
+    no_errors = noise[1]._replace(points=noise[1].points.assign(stderr=np.nan))
+    with pytest.raises(RunError):
+        read_signals(write_tables(folder, [no_errors]).path, **ASKED)
+
+
+def test_dense_steps_are_enough_where_the_kernel_is_long_enough(tmp_path):
+    folder = write_tables(RunFolder(tmp_path / "r"), [signal("loss", log_spaced(26), np.zeros(26), noise=1.0)])
+    assert [one.name for one in read_signals(folder.path, **ASKED)[0]] == ["loss"]
+    with pytest.raises(RunError, match=r"at most 0\.3 is allowed"):
+        read_signals(folder.path, **(ASKED | {"longest": 0.5}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [8, 12, 25])
+def test_an_llc_of_white_noise_has_no_boundary_however_sparse_its_steps(num_steps):
+    shown = [
+        bool(usable(found([signal("llc", log_spaced(num_steps), np.zeros(num_steps), noise=1.0, seed=seed)])[0]))
+        for seed in range(24)
+    ]
+    assert np.mean(shown) <= 0.05
 
 
 def test_a_constant_or_a_file_are_answered_in_a_sentence(tmp_path, capsys):

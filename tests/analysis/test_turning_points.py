@@ -82,6 +82,35 @@ def test_one_step_on_the_other_side_is_in_doubt():
     assert "only one saved step" in found[0].point.reasons[0]
 
 
+def log_steps(num_steps, last=10_000):
+    return torch.logspace(0, math.log10(last), num_steps).round().long()
+
+
+@pytest.mark.parametrize("num_steps", [8, 38])
+def test_a_flat_curve_that_fluctuates_has_no_turning_points(num_steps):
+    """The fluctuation between steps (0.02) is far above the error over prompts (0.003). One in 20 may be `ok`."""
+    steps = torch.linspace(0, 10_000, num_steps).round().long()
+    flat = [around(torch.zeros(num_steps), noise=0.06, shared=0.0, shake=0.02, seed=seed) for seed in range(20)]
+    assert sum(minimum(steps, curve).verdict == "ok" for curve in flat) <= 1
+    assert sum(any(each.point.verdict == "ok" for each in crossings(steps, curve)) for curve in flat) <= 1
+    assert sum(unresolved_signs(steps, curve) == () for curve in flat) <= 1
+
+
+def test_turning_points_of_ten_times_the_scatter_are_found():
+    """A minimum and a crossing at half of the log time. The standard errors of the crossing include the fluctuation of the steps."""
+    steps = log_steps(38)
+    half = steps.double().log1p()[-1] / 2
+    line, scores = (steps.double().log1p() - half) / half, []
+    for seed in range(20):
+        place = minimum(steps, around(0.3 * line.abs(), noise=0.06, shared=0.0, shake=0.02, seed=seed))
+        assert place.verdict == "ok"
+        assert place.lower < step_at(half) < place.upper
+        (found,) = crossings(steps, around(0.2 * line, noise=0.06, shared=0.0, shake=0.02, seed=seed))
+        assert found.point.verdict == "ok"
+        scores.append((math.log1p(found.point.step) - half) * (found.point.step + 1) / found.point.stderr)
+    assert torch.tensor(scores).square().mean().sqrt() < 1 + 4 / 40**0.5
+
+
 def test_without_a_clear_change_there_is_no_crossing():
     above = around(0.5 + LOGS, shared=0.1)
     assert crossings(STEPS, above) == []
@@ -92,6 +121,15 @@ def test_without_a_clear_change_there_is_no_crossing():
         assert "standard errors of zero" in unresolved_signs(STEPS, noise)[0]
 
 
+@pytest.mark.parametrize("num_steps", [1, 20])
+def test_without_a_clear_step_the_sign_is_unresolved(num_steps):
+    """All means have the same sign, but they are 0.86 standard errors from zero."""
+    prompts = around(torch.zeros(1), noise=1.0, shared=0.0)
+    samples = (prompts - prompts.mean() - 0.86 * prompts.std() / 20).expand(num_steps, -1)
+    assert f"{num_steps} of {num_steps} saved steps are within" in unresolved_signs(STEPS[:num_steps], samples)[-1]
+    assert unresolved_signs(STEPS[:0], samples[:0]) != ()
+
+
 def test_steps_that_are_not_finite_are_left_out():
     samples = around((LOGS - 5.0) ** 2 / 4)
     samples[-1, 0] = math.nan
@@ -100,6 +138,21 @@ def test_steps_that_are_not_finite_are_left_out():
     assert place.reasons == ("the values of 1 saved step(s) are not finite",)
     assert minimum(STEPS, samples * math.nan).verdict == "invalid"
     assert transience(STEPS, samples * math.nan, zero=ZERO, ridge=RIDGE).verdict == "invalid"
+
+
+def test_steps_that_are_not_finite_are_reasons_for_and_against_a_crossing():
+    """A curve may cross zero at a step without a value, so both a crossing and its absence are in doubt."""
+    samples = around(LOGS - LOGS[20] - 0.1, noise=0.2, shared=0.2)
+    samples[20] = math.nan
+    (found,) = crossings(STEPS, samples)
+    assert (found.point.lower, found.point.upper) == (STEPS[19], STEPS[21])
+    assert (found.point.verdict, found.point.reasons) == ("suspect", ("the values of 1 saved step(s) are not finite",))
+    assert unresolved_signs(STEPS[18:], samples[18:].abs()) == ("the values of 1 saved step(s) are not finite",)
+    few = torch.stack((samples[20], *samples[-4:]))  # a step without a value, then four that are clearly positive
+    assert unresolved_signs(STEPS[-5:], few) == (
+        "the values of 1 saved step(s) are not finite",
+        "4 saved steps are too few to know how much the curve fluctuates between steps",
+    )
 
 
 def falls_and_rises(low, end, *, at=5.0):
@@ -148,6 +201,38 @@ def test_a_rise_that_may_be_chance_is_unresolved():
         curves = (around(falls_and_rises(1.2, 1.2 + rise), noise=0.01, shake=0.01, seed=seed) for seed in range(40))
         found = [transience(STEPS, curve, zero=ZERO, ridge=RIDGE).finding for curve in curves]
         assert found.count(finding) > 10
+
+
+@pytest.mark.parametrize("num_steps", [4, 5, 6, 8, 12])
+def test_few_steps_of_a_flat_loss_do_not_show_transience(num_steps):
+    """The fluctuation between steps has standard deviation 0.02. With few steps, a flexible trend would follow it."""
+    steps = log_steps(num_steps)
+    for seed in range(30):
+        curve = around(torch.full((num_steps,), 1.5), noise=0.05, shared=1.0, shake=0.02, seed=seed, count=1024)
+        zero, ridge = torch.full((1024,), 4.0).double(), torch.full((1024,), 1.0).double()
+        found = transience(steps, curve, zero=zero, ridge=ridge)
+        assert found.verdict == "suspect" if num_steps < 8 else found.finding in ("none", "unresolved")
+        assert num_steps >= 8 or "too few" in found.reasons[0]
+
+
+def test_twenty_steps_show_a_rise_of_ten_standard_errors():
+    logs = log_steps(20, last=500_000).double().log1p()
+    curve = 1.2 + 2.8 / (1 + (2 * (logs - 5)).exp()) + 0.28 * ((logs - 8) / (logs[-1] - 8)).clamp(min=0)
+    curves = (around(curve, noise=0.05, shared=0.1, shake=0.02, seed=seed) for seed in range(20))
+    found = [transience(log_steps(20, last=500_000), each, zero=ZERO, ridge=RIDGE) for each in curves]
+    assert sum((each.finding, each.verdict) == ("transient ridge", "ok") for each in found) >= 10
+
+
+def test_a_rise_is_in_doubt_if_its_minimum_may_have_been_missed():
+    """The loss rises from the first saved step on, which is step 10,000 or, without a dip, step 0."""
+    curve = 1.1 + 0.05 * torch.arange(20)
+    late = torch.linspace(10_000, 40_000, 20).long()
+    found = transience(late, around(curve, noise=0.1, shared=0.1), zero=ZERO, ridge=RIDGE)
+    assert (found.finding, found.verdict) == ("transient ridge", "suspect")
+    assert found.reasons == found.critical.reasons == ("the curve is lowest at the first saved step",)
+    for steps, verdict in ((late, "suspect"), (late - 10_000, "ok")):
+        found = transience(steps, around(curve + 3, noise=0.1, shared=0.1), zero=ZERO, ridge=RIDGE)
+        assert (found.finding, found.verdict) == ("rise without a dip", verdict)
 
 
 def test_two_steps_cannot_show_transience():

@@ -57,7 +57,7 @@ def test_a_hostile_name_is_neither_read_nor_printed_as_it_is(hub: HubServer, fol
 def test_an_address_stays_in_its_repository(address):
     with pytest.raises(ConfigError, match="must be hf://USER/REPO"):
         load_model(address)
-    with pytest.raises(StorageError, match="is hf://USER/REPO"):
+    with pytest.raises(StorageError, match="must be hf://USER/REPO"):
         open_store(address)
 
 

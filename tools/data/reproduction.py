@@ -165,7 +165,10 @@ def _published_llc(rows: pd.DataFrame, quantity: str, step: float) -> Measuremen
     if quantity.startswith("sampled loss"):
         return llc._replace(value=nearest["mean_loss"], stderr=nearest["stderr"] / nearest["nbeta"])
     stage = re.search("LR[1-5]", quantity)
-    first = published.iloc[(published["step"] - STAGE_STARTS[stage[0] if stage else "LR1"]).abs().argmin()]
+    start = STAGE_STARTS[stage[0] if stage else "LR1"]
+    first = published.iloc[(published["step"] - start).abs().argmin()]
+    if abs(math.log((first["step"] + 1) / (start + 1))) > _NEAR:
+        return None
     change, stderr = nearest["llc"] - first["llc"], math.hypot(nearest["stderr"], first["stderr"])
     return llc._replace(value=change, stderr=stderr, is_resolved=bool(min(nearest["ess"], first["ess"]) >= _MIN_ESS))
 

@@ -95,6 +95,7 @@ TABLES: dict[str, Table] = {
             "eval/true/loss": _number("loss on fixed prompts of new tasks", may_miss=True),
         },
         "train",
+        "about a thousand rows of each run",
     ),
     "positions": Table(
         "losses of the model and of the baselines at the last step, by position",

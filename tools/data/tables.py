@@ -30,7 +30,7 @@ RATIO = 1.2
 """Smallest ratio of two consecutive steps in a thinned table. The ratio to the last step may be smaller."""
 MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1465, 500_000)}
 """Steps of each run at which the weights are shipped. The nearest saved steps are used."""
-_TRACE_POINTS, _TRACE_CHAINS = 150, 2
+_TRACE_POINTS, _TRACE_CHAINS, _LEARNING_ROWS = 150, 2, 1000
 
 Runs = Mapping[str, RunFolder]
 
@@ -166,8 +166,10 @@ def _make_checkpoints(name: str, runs: Runs, root: Path, record: Mapping) -> pd.
 
 
 def _make_learning(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
+    """Keep about a thousand rows of each run."""
     parts = [pd.read_csv(run.metrics_file).assign(run=path) for path, run in runs.items()]
-    return pd.concat(parts, ignore_index=True) if parts else None
+    few = [rows[rows["step"] % max(1, int(rows["step"].max()) // _LEARNING_ROWS) == 0] for rows in parts]
+    return pd.concat(few, ignore_index=True) if few else None
 
 
 def _make_positions(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:

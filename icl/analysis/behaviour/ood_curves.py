@@ -84,7 +84,7 @@ def curve(predictions: Float[Tensor, "*N P K"], targets: Float[Tensor, "P K"], f
     errors = metrics.squared_error(predictions, targets).mean(-1) / squares  # *N S B
     ratio = metrics.ratio_of_means(predictions.square().mean(-1), targets.square().mean(-1))
     root = ratio.value.sqrt()
-    stderr = (ratio.stderr / (2 * root)).nan_to_num(nan=0.0)  # predicting zero gives 0 / 0
+    stderr = torch.where(root == 0, 0.0, ratio.stderr / (2 * root))  # predicting zero gives 0 / 0
     return Curve(metrics.overall_mean(errors.unsqueeze(-1)), Estimate(root, stderr))
 
 

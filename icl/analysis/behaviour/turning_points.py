@@ -7,10 +7,10 @@ standard error of this average is far below the standard error of either mean. T
 
 All standard errors in this module have two parts: an error over prompts, and an error due to fluctuations of training.
 The second part is the scatter of the saved steps around a smooth curve, which is correlated between saved steps
-(`icl.analysis.scatter`). A smooth curve that is too flexible follows the scatter of the steps, if there are few of them.
-We therefore require at least `STEPS_PER_LENGTH` saved steps per length of the smooth curve. With fewer than
-`FEWEST_STEPS` saved steps, the scatter is unknown and every result is `suspect`. The scatter is estimated separately
-before and after a turning point, because many curves are smooth at first and fluctuate later.
+(`icl.analysis.scatter`). If there are few steps, a smooth curve that is too flexible follows their scatter. We
+therefore require at least `STEPS_PER_LENGTH` saved steps per length of the smooth curve. With fewer than `FEWEST_STEPS`
+saved steps, the scatter is unknown and every result is `suspect`. The scatter is estimated separately before and after
+a minimum or a crossing, because many curves are smooth at first and fluctuate later.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
   `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. The minimum
@@ -211,17 +211,22 @@ def _scatters(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"], split: 
 def _sign_scatters(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> list[Scatter]:
     """Return the scatter at each saved step, estimated separately before and after the main change of sign.
 
-    `FEWEST_STEPS` steps suffice here, because an `ok` crossing needs two clear steps on both sides.
+    If the scatter of the whole curve has a larger correlated part, we use that part, because a slow fluctuation can
+    look like a change of sign. `FEWEST_STEPS` steps suffice here: an `ok` crossing needs two clear steps on both sides.
     """
     if not len(steps):
         return []
     signs = samples.mean(1).sign()
     split = int((2 * signs.cumsum(0) - signs.sum()).abs().argmax()) + 1
-    return _scatters(steps, samples, split, FEWEST_STEPS)
+    whole = _scatter(steps, samples)
+    return [
+        part if part.wander > whole.wander else whole._replace(white=part.white)
+        for part in _scatters(steps, samples, split, FEWEST_STEPS)
+    ]
 
 
 def _share_scatter(samples: Float[Tensor, "S B"], scatters: Sequence[Scatter], before: int, after: int) -> float:
-    """Return the first-order standard error of the share u / (u - v) that is due to the scatter of the means u and v."""
+    """Return the first-order standard error of u / (u - v) that is due to the scatter of the means u and v."""
     (u, v), (first, second) = samples[[before, after]].mean(1).tolist(), (scatters[before], scatters[after])
     covariance = first.wander * second.wander * max(first.phi, second.phi) ** (after - before)
     return math.sqrt((v * first.total) ** 2 + (u * second.total) ** 2 - 2 * u * v * covariance) / (u - v) ** 2

@@ -46,6 +46,8 @@ _MANY = 2500
 """Number of checkpoints above which only `SCORED_WALKS` walks are drawn."""
 _LEAST_SHARE = 1e-10
 """Components with a smaller share of the variance are rounding errors."""
+_SHARE_TOLERANCE = 1e-9
+"""Sums of shares count as equal up to this difference, because run and walks have different solvers."""
 SCORED_WALKS = 19
 """Number of walks whose scores are kept."""
 
@@ -91,11 +93,16 @@ class ComparedPCA(NamedTuple):
 
     @property
     def is_reached(self) -> Bool[np.ndarray, " C"]:
-        """For every k, whether the sum of the run's first k shares is at most `high_shares`.
+        """For every k, whether the sum of the run's first k shares is at most `high_shares`, up to rounding.
 
-        If so, about 5 % or more of the walks reach this sum.
+        If so, about 5 % or more of the walks reach this sum. The same is true for every k if there are few steps, because
+        more than 5 % of the walks are then the run itself. A single run needs at least seven states.
         """
-        return np.cumsum(self.components.shares) <= self.high_shares
+        num_runs = len(self.displacement)
+        num_steps = len(self.components.scores) - num_runs
+        # Changing all signs of a single run gives the same shares, so two of its 2^num_steps walks are the run itself.
+        probability_of_run = 0.5 ** (num_steps - 1 if num_runs == 1 else num_steps)
+        return (np.cumsum(self.components.shares) <= self.high_shares + _SHARE_TOLERANCE) | (probability_of_run > 0.05)
 
     @property
     def displacement_limits(self) -> Float[np.ndarray, " r"]:

@@ -15,6 +15,10 @@ standard errors as independent, because the chains of different checkpoints have
 et al. fixes the seed, so their chains have the same noise.) The chains of all checkpoints use the same minibatches.
 Differences between steps may therefore be less noisy than we assume, but not noisier.
 
+A signal needs at least `MIN_POINTS` steps that are close enough in log time (`smoothing.MAX_SPACING`). Otherwise the
+smoothed curve follows the scatter of the points, and turns where the signal does not. An LLC whose standard errors are
+all known may have sparse steps, because the smoothing never assumes less noise than these errors.
+
 The LLC is nbeta (E[L] - L(w0)). If E[L] hardly changes while L(w0) does, the LLC is the loss with its sign reversed, and is not an
 independent signal (`mirrors_loss`). The published LLC up to step 46,000 is an example, because its chains left the basin.
 """
@@ -27,8 +31,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from icl.analysis.run import Members, family_of, over_checkpoints, setting
+from icl.analysis.stages.smoothing import MAX_SPACING, is_too_sparse
 from icl.config.validation import require, require_count
 from icl.evaluation.predictors import predictor
 from icl.evaluation.scores import evaluate
@@ -40,6 +46,7 @@ from icl.runs.folder import RunError, RunFolder, run_of
 from icl.runs.measure import Measurement, entry_rows
 
 MIN_POINTS = 8
+"""Smallest number of steps of a signal."""
 MIRROR = 0.2
 """An LLC mirrors the loss if the standard deviation of E[L] over steps is below this share of the standard deviation of L(w0)."""
 VERSION = 2
@@ -85,6 +92,17 @@ class Signal(NamedTuple):
         """
         return _GROUPS.get(self.name, self.name)
 
+    @property
+    def errors(self) -> Float[np.ndarray, " S"]:
+        """Independent standard error of every point; 0 if it is unknown, so that only the scatter counts as noise.
+
+        Only the LLC has independent errors. Other signals are measured on the same prompts at every step, so their errors
+        mostly shift the whole curve.
+        """
+        if self.name != "llc":
+            return np.zeros(len(self.points))
+        return self.points["stderr"].fillna(0.0).to_numpy(float)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SignalSettings:
@@ -99,9 +117,16 @@ class SignalSettings:
 
 
 def read_signals(
-    path: Path, *, num_prompts: int, llc_settings: str | None, worst_llc: Verdict
+    path: Path, *, num_prompts: int, llc_settings: str | None, worst_llc: Verdict, longest: float
 ) -> tuple[list[Signal], list[str]]:
-    """Return the signals of a run that have at least `MIN_POINTS` steps, and a message for each missing signal.
+    """Return the signals of a run that have enough steps, and a message for each missing signal.
+
+    Args:
+        path: The run's folder.
+        num_prompts: Number of prompts for signals that are computed from checkpoints.
+        llc_settings: Settings of the LLC estimates to use; None uses the settings with the most usable estimates.
+        worst_llc: Worst verdict with which an LLC estimate is used.
+        longest: Maximum length of the smoothing kernel, in ln(step + 1).
 
     Raises:
         RunError: If there is no signal, or the path is a file.
@@ -112,8 +137,8 @@ def read_signals(
         raise RunError(f"Stages need a whole run, but {path} is a single file; give the run's folder.")
     folder = run_of(path)
     is_language = family_of(path) == "language"
-    signals, missing = _behaviour(path, folder, num_prompts)
-    llc = _llc(folder, llc_settings, worst_llc)
+    signals, missing = _behaviour(path, folder, num_prompts, longest)
+    llc = _llc(folder, llc_settings, worst_llc, longest)
     if isinstance(llc, Signal):
         signals.append(llc)
     else:
@@ -122,8 +147,9 @@ def read_signals(
         if not folder.metrics_file.is_file() and not folder.results.is_dir():
             checkpoint_files(path)  # raises an error if there is no checkpoint at all
         raise RunError(
-            f"Stages need a signal with at least {MIN_POINTS} steps, and {folder.path} has none. Train with more checkpoints "
-            "(--checkpoints.num_log 60), or copy the run's results/evaluation.csv or results/llc.csv into its folder."
+            f"Stages need a signal with at least {MIN_POINTS} steps that are close enough in log time, and {folder.path} "
+            f"has none. {missing[0]} Train with more checkpoints (--checkpoints.num_log 60), or copy the run's "
+            "results/evaluation.csv or results/llc.csv into its folder."
         )
     return [signal._replace(has_onsets=is_language) for signal in signals], missing
 
@@ -138,22 +164,45 @@ def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
     return len(near) >= 4 and bool(moves["mean_loss"] < MIRROR * moves["init_loss"])
 
 
-def _behaviour(path: Path, folder: RunFolder, num_prompts: int) -> tuple[list[Signal], list[str]]:
+def _behaviour(path: Path, folder: RunFolder, num_prompts: int, longest: float) -> tuple[list[Signal], list[str]]:
     """Return loss and scores, each from the first source with enough steps, and a message for each missing signal."""
     signals: dict[str, Signal] = {}
+    sparse: dict[str, str] = {}
+
+    def add(found: Mapping[str, Signal]) -> None:
+        """Add each signal that has enough steps, unless an earlier source has it."""
+        for name, signal in found.items():
+            reason = _sparse_reason(signal, longest)
+            if reason:
+                sparse.setdefault(name, reason)
+            else:
+                signals.setdefault(name, signal)
+
     quantities = _QUANTITIES[family_of(path) or "regression"]
     for name in _TABLES:
-        signals = _select_signals(_read(folder.results / name), f"results/{name}", quantities) | signals
+        add(_select_signals(_read(folder.results / name), f"results/{name}", quantities))
     if "loss" not in signals:
-        signals = _select_signals(_computed(path, num_prompts), "checkpoints", quantities) | signals
+        add(_select_signals(_computed(path, num_prompts), "checkpoints", quantities))
     if "loss" not in signals:
         metrics = _read(folder.metrics_file)
         for column in (f"eval/{name}/loss" for name in _MEASURED_SETS if f"eval/{name}/loss" in metrics):
             points = metrics.rename(columns={column: "value"}).assign(checkpoint_hash=None, stderr=np.nan)
-            signals = _signal("loss", "metrics.csv", points) | signals
+            add(_signal("loss", "metrics.csv", points))
     names = list(quantities.values())
-    missing = [_missing(name, folder) for name in names if name not in signals]
+    missing = [sparse.get(name) or _missing(name, folder) for name in names if name not in signals]
     return [signals[name] for name in names if name in signals], missing
+
+
+def _sparse_reason(signal: Signal, longest: float) -> str:
+    """Return why a signal with too sparse steps is left out, and what to do; empty if the steps are close enough."""
+    times = np.log1p(signal.points["step"].to_numpy(float))
+    if (signal.errors > 0).all() or not is_too_sparse(times, longest=longest):
+        return ""
+    return (
+        f"The {signal.name} is left out: the {len(times)} steps in {signal.source} are too far apart to tell stages from "
+        f"scatter (the median distance is {np.median(np.diff(times)):.2f} in ln(step + 1), and at most "
+        f"{MAX_SPACING * longest:.2g} is allowed). Save more checkpoints, for example with --checkpoints.num_log 60."
+    )
 
 
 def _missing(name: str, folder: RunFolder) -> str:
@@ -208,13 +257,16 @@ def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signa
 
     The score of a head that learns nothing only fluctuates. It shows no stages, although its values on fixed rows form a smooth curve.
     """
-    if rows.empty or "part" not in rows:
+    if "part" not in rows:
+        return {}
+    rows = rows[np.isfinite(rows["value"].astype(float))]  # a diverged run may end with NaN
+    if rows.empty:
         return {}
     last = rows[rows["step"] == rows["step"].max()].sort_values("value")
     head = last["part"].iloc[-1]
     scores = rows[rows["part"] == head].sort_values("step")
     (first, first_error), (final, final_error) = (scores[["value", "stderr"]].iloc[index] for index in (0, -1))
-    if final - first <= _RISE * np.hypot(first_error, final_error):
+    if not final - first > _RISE * np.hypot(first_error, final_error):
         return {}
     return _signal(name, f"{source}, head {head}", scores)
 
@@ -245,7 +297,7 @@ def _measure(members: Members, *, num_prompts: int) -> list[Measurement]:
     return [Measurement([row for row in rows if row["quantity"] in quantities]) for rows in by_member]
 
 
-def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | str:
+def _llc(folder: RunFolder, settings: str | None, worst: Verdict, longest: float) -> Signal | str:
     """Return the usable estimates with the same settings, or a message that says why there are too few."""
     table = _read(folder.results / "llc.csv")
     if not {"step", "llc", "stderr", "verdict"} <= set(table.columns):
@@ -270,7 +322,7 @@ def _llc(folder: RunFolder, settings: str | None, worst: Verdict) -> Signal | st
     rows = rows.assign(checkpoint_hash=_column(rows, "checkpoint_hash", None))
     signal = _signal("llc", source, rows).get("llc")
     if signal is not None:
-        return signal
+        return _sparse_reason(signal, longest) or signal
     reasons = _column(table, "reasons", "")[chosen & ~usable]
     example = next((f" (for example: {reason.split('; ')[0]})" for reason in reasons if reason), "")
     return (

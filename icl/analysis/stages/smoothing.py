@@ -25,6 +25,11 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, Whi
 
 from icl.analysis.scatter import estimate_scatter
 
+MAX_SPACING = 0.6
+"""Largest median distance between neighbouring points, as a share of `longest` (our choice). If the points are farther
+apart, the curve follows their scatter. We simulated signals of white noise with `longest` = 1, at steps from 0 to 500,000
+that are evenly spaced in log time. Of these signals, 1 to 3 % had a false boundary for distances of 0.53 to 0.63, but 5 to
+8 % for 0.69, and about 30 % for 1 and more."""
 MAX_POINTS = 400
 """Largest number of observations for the fit. If there are more, they are averaged in bins of equal width in log time."""
 NUM_GRID = 161
@@ -129,6 +134,15 @@ def fit(
     mean, covariance = _posterior(_kernel(amplitude, length), times, scaled, noise, grid)
     if_correlated = Curve(grid, centre + unit * mean, unit**2 * covariance)
     return SmoothedSignal(curves[0], tuple(curves[1:]), if_correlated, Points(times, values, unit * np.sqrt(variances)))
+
+
+def is_too_sparse(times: Float[np.ndarray, " S"], *, longest: float) -> bool:
+    """Return whether points without known errors are too far apart to be smoothed (see `MAX_SPACING`).
+
+    The scatter is estimated from points that are close together. So half of the points are enough, and single gaps do
+    no harm.
+    """
+    return bool(np.median(np.diff(times)) > MAX_SPACING * longest)
 
 
 def in_bins(
