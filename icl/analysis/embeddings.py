@@ -142,7 +142,7 @@ def principal_cosines(first: Float[Tensor, "C r"], second: Float[Tensor, "C s"])
 def _rows(params: Params, settings: Settings) -> list[Row]:
     if all(bool(tensor.isfinite().all()) for tensor in params.values()):
         return [*_matrix_rows(params, settings), *_weight_rows(params, settings)]
-    # The singular value decomposition would raise an error. Weights of zero give the same rows, except those of `cosine`.
+    # Singular value decomposition would raise an error. Weights of zero give the same rows, except those of `cosine`.
     zeros = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
     return [row | {"value": torch.nan} for row in _rows(zeros, settings)]
 

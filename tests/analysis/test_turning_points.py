@@ -55,15 +55,15 @@ def test_a_minimum_at_an_end_is_in_doubt(curve, reason):
 def test_a_crossing_of_a_line_is_off_by_its_standard_error():
     """Over draws, the z score has mean 0 and deviation 1. The prompts share much of their noise, which moves all steps together."""
     crossing_log, scores = LOGS[20] + 0.4 * (LOGS[21] - LOGS[20]), []
-    for seed in range(300):
+    for seed in range(100):
         (found,) = crossings(STEPS, around(0.5 * (LOGS - crossing_log), noise=0.2, shared=0.2, seed=seed))
         assert found.is_upward
         assert found.point.lower <= found.point.step <= found.point.upper
         assert found.point.verdict == "ok"
         scores.append((math.log1p(found.point.step) - crossing_log) * (found.point.step + 1) / found.point.stderr)
     scores = torch.tensor(scores)
-    assert abs(scores.mean()) < 4 / 300**0.5
-    assert abs(scores.std() - 1) < 4 / 600**0.5
+    assert abs(scores.mean()) < 4 / 100**0.5
+    assert abs(scores.std() - 1) < 4 / 200**0.5
 
 
 def test_crossings_there_and_back():
@@ -83,24 +83,25 @@ def test_one_step_on_the_other_side_is_in_doubt():
 
 
 def log_steps(num_steps, last=10_000):
-    return torch.logspace(0, math.log10(last), num_steps).round().long()
+    """Return at most `num_steps` steps, spaced evenly in log time."""
+    return torch.cat((torch.tensor([0]), torch.logspace(0, math.log10(last), num_steps - 1).round().long().unique()))
 
 
 @pytest.mark.parametrize("num_steps", [8, 38])
 def test_a_flat_curve_that_fluctuates_has_no_turning_points(num_steps):
     """The fluctuation between steps (0.02) is far above the error over prompts (0.003). One in 20 may be `ok`."""
-    steps = torch.linspace(0, 10_000, num_steps).round().long()
-    flat = [around(torch.zeros(num_steps), noise=0.06, shared=0.0, shake=0.02, seed=seed) for seed in range(20)]
+    steps = log_steps(num_steps)
+    flat = [around(torch.zeros(len(steps)), noise=0.06, shared=0.0, shake=0.02, seed=seed) for seed in range(20)]
     assert sum(minimum(steps, curve).verdict == "ok" for curve in flat) <= 1
     assert sum(any(each.point.verdict == "ok" for each in crossings(steps, curve)) for curve in flat) <= 1
     assert sum(unresolved_signs(steps, curve) == () for curve in flat) <= 1
 
 
 def test_turning_points_of_ten_times_the_scatter_are_found():
-    """A minimum and a crossing at half of the log time. The standard errors of the crossing include the fluctuation of the steps."""
+    """A minimum and a crossing at half of the log time. The error of the crossing includes the fluctuation of the steps."""
     steps = log_steps(38)
-    half = steps.double().log1p()[-1] / 2
-    line, scores = (steps.double().log1p() - half) / half, []
+    half = float(steps.double().log1p()[-1]) / 2
+    line, scores = steps.double().log1p() / half - 1, []
     for seed in range(20):
         place = minimum(steps, around(0.3 * line.abs(), noise=0.06, shared=0.0, shake=0.02, seed=seed))
         assert place.verdict == "ok"

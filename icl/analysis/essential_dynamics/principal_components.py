@@ -95,8 +95,8 @@ class ComparedPCA(NamedTuple):
     def is_reached(self) -> Bool[np.ndarray, " C"]:
         """For every k, whether the sum of the run's first k shares is at most `high_shares`, up to rounding.
 
-        If so, about 5 % or more of the walks reach this sum. The same is true for every k if there are few steps, because
-        more than 5 % of the walks are then the run itself. A single run needs at least seven states.
+        If so, about 5 % or more of the walks reach this sum. The same is true for every k if there are few steps,
+        because more than 5 % of the walks are then the run itself. A single run needs at least seven states.
         """
         num_runs = len(self.displacement)
         num_steps = len(self.components.scores) - num_runs

@@ -96,8 +96,8 @@ class Signal(NamedTuple):
     def errors(self) -> Float[np.ndarray, " S"]:
         """Independent standard error of every point; 0 if it is unknown, so that only the scatter counts as noise.
 
-        Only the LLC has independent errors. Other signals are measured on the same prompts at every step, so their errors
-        mostly shift the whole curve.
+        Only the LLC has independent errors. Other signals are measured on the same prompts at every step, so their
+        errors mostly shift the whole curve.
         """
         if self.name != "llc":
             return np.zeros(len(self.points))
@@ -147,9 +147,9 @@ def read_signals(
         if not folder.metrics_file.is_file() and not folder.results.is_dir():
             checkpoint_files(path)  # raises an error if there is no checkpoint at all
         raise RunError(
-            f"Stages need a signal with at least {MIN_POINTS} steps that are close enough in log time, and {folder.path} "
-            f"has none. {missing[0]} Train with more checkpoints (--checkpoints.num_log 60), or copy the run's "
-            "results/evaluation.csv or results/llc.csv into its folder."
+            f"Stages need a signal with at least {MIN_POINTS} steps that are close enough in log time, and "
+            f"{folder.path} has none. {missing[0]} Train with more checkpoints (--checkpoints.num_log 60), or copy "
+            "the run's results/evaluation.csv or results/llc.csv into its folder."
         )
     return [signal._replace(has_onsets=is_language) for signal in signals], missing
 
@@ -199,8 +199,8 @@ def _sparse_reason(signal: Signal, longest: float) -> str:
     if (signal.errors > 0).all() or not is_too_sparse(times, longest=longest):
         return ""
     return (
-        f"The {signal.name} is left out: the {len(times)} steps in {signal.source} are too far apart to tell stages from "
-        f"scatter (the median distance is {np.median(np.diff(times)):.2f} in ln(step + 1), and at most "
+        f"The {signal.name} is left out: the {len(times)} steps in {signal.source} are too far apart to tell stages "
+        f"from scatter (the median distance is {np.median(np.diff(times)):.2f} in ln(step + 1), and at most "
         f"{MAX_SPACING * longest:.2g} is allowed). Save more checkpoints, for example with --checkpoints.num_log 60."
     )
 

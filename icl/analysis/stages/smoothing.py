@@ -27,9 +27,9 @@ from icl.analysis.scatter import estimate_scatter
 
 MAX_SPACING = 0.6
 """Largest median distance between neighbouring points, as a share of `longest` (our choice). If the points are farther
-apart, the curve follows their scatter. We simulated signals of white noise with `longest` = 1, at steps from 0 to 500,000
-that are evenly spaced in log time. Of these signals, 1 to 3 % had a false boundary for distances of 0.53 to 0.63, but 5 to
-8 % for 0.69, and about 30 % for 1 and more."""
+apart, the curve follows their scatter. We simulated signals of white noise with `longest` = 1, at steps from 0 to
+500,000 that are evenly spaced in log time. Of these signals, 1 to 3 % had a false boundary for distances of 0.53 to
+0.63, but 5 to 8 % for 0.69, and about 30 % for 1 and more."""
 MAX_POINTS = 400
 """Largest number of observations for the fit. If there are more, they are averaged in bins of equal width in log time."""
 NUM_GRID = 161
