@@ -99,3 +99,16 @@ def test_the_error_at_a_stop_is_the_larger_of_two_estimates_with_students_t():
     assert convergence.standard_error_at_stop(draws[:, :3]) == convergence.standard_error(
         draws[:, :3]
     )  # shorter than the batches
+
+
+def test_chains_that_all_still_spread_do_not_change_the_sensitivity():
+    """The excess and the spread of all chains grow together, but their fluctuations are independent. A covariance over draws would be 1,300."""
+    rng = np.random.default_rng(0)
+    trend = np.arange(400.0)
+    excess = 0.01 * trend + rng.standard_normal((8, 400))
+    spread = 10 * trend + 30 * rng.standard_normal((8, 400))
+    pull = 100 * rng.standard_normal((8, 400))  # its extrapolation is too imprecise to be chosen
+    value, stderr = convergence.sensitivity(excess, pull, spread)
+    assert abs(value) < 4 * stderr
+    assert stderr < 1
+    assert abs(float(((excess - excess.mean()) * (spread - spread.mean())).mean())) > 1000

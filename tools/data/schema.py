@@ -406,7 +406,7 @@ TABLES: dict[str, Table] = {
             "part": Column("text", "name of the eigenvalue, or of a node of the spectrum", may_miss=True),
             "value": _VALUE,
             "stderr": _MAY_STDERR,
-            "verdict": Column("text", "`ok` or `suspect`", may_miss=True),
+            "verdict": Column("text", "`ok`, `suspect` or `invalid`", may_miss=True),
         },
         "Hessian",
     ),
