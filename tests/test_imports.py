@@ -58,6 +58,7 @@ LAYERS = (
         "runs.copied_files",
         "runs.card",
         "runs.stored",
+        "runs.transfer",
         "runs.mirror",
         "runs.verification",
         "runs.delivery",

@@ -18,7 +18,8 @@ from icl.files.writing import StorageError, write_atomically
 from icl.run_names import run_name
 from icl.runs.copied_files import copied_names
 from icl.runs.folder import RunFolder
-from icl.runs.mirror import digest_or_none, open_mirror, same_file, store_url, write_card
+from icl.runs.mirror import open_mirror, store_url, write_card
+from icl.runs.transfer import digest_or_none, same_file
 from icl.store.base import sha256
 
 _NOTE = ".delivered"

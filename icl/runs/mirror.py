@@ -13,45 +13,23 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-from tqdm import tqdm
 
 from icl.config import RunConfig
 from icl.config.validation import ConfigError
 from icl.files.writing import StorageError
-from icl.progress import progress_bar
 from icl.runs.card import CARD, card_text
-from icl.runs.checkpoints import CheckpointError
 from icl.runs.claims import claim
 from icl.runs.copied_files import (
-    LAST,
-    NEEDED,
-    VOUCHERS,
-    copied_names,
-    read_vouchers,
     require_no_links_out,
-    require_whole,
-    size_limit,
 )
 from icl.runs.folder import RunError, RunFolder, parse_config, require_same_config
 from icl.runs.resume_file import NAMES, ResumeFileError, parse_resume
 from icl.runs.status import parse_status
-from icl.store import waiting
+from icl.runs.transfer import same_file, transfer
 from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, read_or_none
 from icl.store.opening import open_store
-
-_NUM_WORKERS = 8
-_MAX_BATCH = 2**29
-"""A batch of files is written once it has more than this number of bytes, so that memory does not fill up."""
-_MAX_ROUNDS = 3
-"""Largest number of times that a run is copied if it is trained or uploaded at the same time."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -141,7 +119,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
             is_same = same_file(mirror.here, mirror.there, "last.ckpt")
             if is_same or saved_step(mirror.there, skip_damaged=False) <= our_step:
                 return False
-        copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force=False)
+        copied, damaged = transfer(mirror.there, mirror.here, "pulling", force=False)
     except (DamagedError, ResumeFileError) as error:
         if our_step < 0:  # there is nothing here from which the run could continue
             raise DamagedError(_describe_unusable(mirror, error)) from None
@@ -184,7 +162,7 @@ def pull(mirror: Mirror, *, force: bool = False) -> list[str]:
             f"{mirror.there} contains another run, not the one in {mirror.run.path}; to fetch it, first move {mirror.run.path} away."
         )
     _require_not_behind(mirror.there, mirror.here, "pull", force)
-    copied, damaged = _transfer(mirror.there, mirror.here, "pulling", force)
+    copied, damaged = transfer(mirror.there, mirror.here, "pulling", force)
     if damaged:
         raise DamagedError(f"{describe_damaged(mirror, damaged)} {len(copied):,} other files were fetched.")
     return copied
@@ -207,7 +185,7 @@ def push(mirror: Mirror, *, force: bool = False) -> list[str]:
     config = mirror.run.read_config()
     _require_not_behind(mirror.here, mirror.there, "push", force)
     claim(mirror.here, mirror.there, config)
-    copied, damaged = _transfer(mirror.here, mirror.there, "pushing", force)
+    copied, damaged = transfer(mirror.here, mirror.there, "pushing", force)
     write_card(mirror)
     if damaged:
         raise DamagedError(f"{'; '.join(map(_bare, damaged))}; {len(copied):,} other files were sent.")
@@ -268,20 +246,6 @@ def saved_step(store: Store, *, skip_damaged: bool = True) -> int:
     return status.step if status else -1
 
 
-def same_file(source: Store, target: Store, name: str) -> bool:
-    """Return whether both stores have a file with this name and the same bytes."""
-    digest = digest_or_none(source, name)
-    return digest is not None and digest == digest_or_none(target, name)
-
-
-def digest_or_none(store: Store, name: str) -> str | None:
-    """Return the SHA-256 of a file in hex, or None if there is no such file."""
-    try:
-        return store.digest(name)
-    except MissingKeyError:
-        return None
-
-
 def _is_new(run: RunFolder) -> bool:
     """Return whether a run's folder contains nothing of the run's training yet, so that a copy may be fetched into it."""
     return not any((run.path / name).exists() for name in ("run-id", "config.yaml", "status.json", *NAMES))
@@ -309,112 +273,3 @@ def describe_damaged(mirror: Mirror, damaged: Sequence[str]) -> str:
 
 def _bare(sentence: str) -> str:
     return sentence.rstrip(".")
-
-
-def _transfer(source: Store, target: Store, label: str, force: bool) -> tuple[list[str], list[str]]:
-    """Copy the files that differ, or all files if `force` is true. The files in `LAST` are copied after all others.
-
-    If `last.ckpt` or `status.json` changed in the source during the copying, files that have changed are copied again, in at most
-    `_MAX_ROUNDS` rounds. The run can be resumed from the target after each round.
-
-    Returns:
-        The names of the copied files, and a sentence for each file in the source that is damaged but not needed to resume.
-
-    Raises:
-        StorageError, ResumeFileError: If a file that is needed to resume the run cannot be copied.
-    """
-    copied: dict[str, None] = {}
-    damaged: set[str] = set()
-    for number in range(_MAX_ROUNDS):
-        before = [digest_or_none(source, name) for name in VOUCHERS]
-        names, problems = _transfer_once(source, target, read_vouchers(source), label, force and number == 0)
-        copied |= dict.fromkeys(names)
-        damaged |= set(problems)
-        if before == [digest_or_none(source, name) for name in VOUCHERS]:
-            break
-    return list(copied), sorted(damaged)
-
-
-def _transfer_once(
-    source: Store, target: Store, vouchers: Mapping[str, bytes | DamagedError], label: str, force: bool
-) -> tuple[list[str], list[str]]:
-    """Copy the files that differ, or all files if `force` is true. See `_transfer`.
-
-    Args:
-        source: The folder or copy from which the files are copied.
-        target: The folder or copy to which they are copied.
-        vouchers: The content of `last.ckpt` and `status.json`, which was read before the other files.
-        label: Text in front of the progress bar.
-        force: Whether to copy all files.
-    """
-    names = [name for name in copied_names(source) if name not in VOUCHERS or name in vouchers]
-    damaged: list[str] = []
-
-    def read_source(name: str) -> bytes:
-        data = vouchers[name] if name in VOUCHERS else source.read(name, limit=size_limit(name))
-        if isinstance(data, DamagedError):
-            raise data
-        return data
-
-    def read(name: str) -> bytes | None:
-        if not force and same_file(source, target, name):
-            return None
-        try:
-            data = read_source(name)
-            require_whole(name, data, f"{source}/{name}")
-        except (DamagedError, CheckpointError) as error:
-            if name in NEEDED:
-                raise
-            damaged.append(str(error))
-            return None
-        return data
-
-    def copy(name: str) -> str | None:
-        data = read(name)
-        if data is not None:
-            target.write(name, data)
-        return None if data is None else name
-
-    with progress_bar(label, len(names), "file") as bar:
-        if target.files_per_write > 1:
-            return _write_in_batches(names, read, target, bar), damaged
-        copied = in_parallel(copy, [name for name in names if name not in LAST], bar)
-        copied += _counted(map(copy, (name for name in names if name in LAST)), bar)
-    return [name for name in copied if name], damaged
-
-
-def _write_in_batches(names: Sequence[str], read: Callable[[str], bytes | None], target: Store, bar: tqdm) -> list[str]:
-    """Write files in the order of `names`, many at once. Return the names of the files that had to be written."""
-    batch: dict[str, bytes] = {}
-    written: list[str] = []
-    for index, name in enumerate(names):
-        data = read(name)
-        if data is not None:
-            batch[name] = data
-        is_full = len(batch) == target.files_per_write or sum(map(len, batch.values())) > _MAX_BATCH
-        if batch and (is_full or index == len(names) - 1):
-            target.write_many(batch)
-            written += batch
-            batch = {}
-        bar.update()
-    return written
-
-
-def in_parallel(act: Callable[[Item], Result], items: Sequence[Item], bar: tqdm) -> list[Result]:
-    """Apply a function to all items, several at once, and return the results in the order of the items. The first error is raised."""
-    with ThreadPoolExecutor(_NUM_WORKERS) as pool:
-        try:
-            return _counted(pool.map(act, items), bar)
-        except KeyboardInterrupt:
-            with waiting.giving_up():  # otherwise a store that does not answer would delay the exit by a minute
-                pool.shutdown()
-            raise
-
-
-def _counted(results: Iterable[Result], bar: tqdm) -> list[Result]:
-    """Return results as a list, and advance the progress bar for each result."""
-    done = []
-    for result in results:
-        done.append(result)
-        bar.update()
-    return done

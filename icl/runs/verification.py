@@ -35,11 +35,12 @@ from icl.runs.copied_files import CHECKPOINT_FOLDERS, copied_names, is_checkpoin
 from icl.runs.folder import RunFolder, parse_config
 from icl.runs.measure import parse_entry
 from icl.runs.metrics_file import are_rows_altered, logged_steps, metric_columns
-from icl.runs.mirror import Mirror, in_parallel
+from icl.runs.mirror import Mirror
 from icl.runs.resume_file import Resume, parse_resume
 from icl.runs.status import Status, parse_status
 from icl.runs.tasks_file import NAME as TASKS_NAME
 from icl.runs.tasks_file import parse_tasks
+from icl.runs.transfer import in_parallel
 from icl.store.base import MissingKeyError, Store
 from icl.tasks.priors import table_digest
 

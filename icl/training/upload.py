@@ -21,7 +21,8 @@ from icl.run_names import run_name
 from icl.runs.copied_files import copied_names, is_checkpoint
 from icl.runs.delivery import UploadError, describe_left, is_delivered, note_delivered
 from icl.runs.folder import RunFolder
-from icl.runs.mirror import Mirror, open_mirror, read_config, same_file, saved_step, store_url, take_up
+from icl.runs.mirror import Mirror, open_mirror, read_config, saved_step, store_url, take_up
+from icl.runs.transfer import same_file
 from icl.signals import handling
 from icl.store import waiting
 from icl.training.sender import Sender
