@@ -52,7 +52,10 @@ def _draw_over_training(axes: Axes, table: pd.DataFrame, colours: dict[str, obje
             marked = select(rows, verdict=verdict)
             marks = {key: value for key, value in style.items() if key != "color"}
             axes.plot(marked["step"], marked["llc"], linestyle="", color=colour, markersize=5, **marks)
-    if table["step"].min() < table["step"].max() / 20:
+    first, last = table["step"].min(), table["step"].max()
+    if 0 < first < last / 20:
+        axes.set_xscale("log")
+    elif first < last / 20:
         scale_steps(axes)
     axes.set(xlabel="step (updates)", ylabel="refined LLC (bars: 2 standard errors)")
     axes.set_title("dot: ok, triangle: suspect, cross: invalid", fontsize=9)
