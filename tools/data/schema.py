@@ -59,6 +59,17 @@ def _number(meaning: str, *, may_miss: bool = False) -> Column:
     return Column("number", meaning, may_miss)
 
 
+_ESTIMATE = {
+    "llc": _number("estimate, nbeta (E[L] - L(w0))", may_miss=True),
+    "stderr": _number("standard error of the estimate, over chains and draws", may_miss=True),
+    "interval_low": _number(
+        "lower end of the 95 % interval, minus `bias_bound` if it exceeds half of `stderr`", may_miss=True
+    ),
+    "interval_high": _number("upper end of the 95 % interval", may_miss=True),
+    "init_loss": _number("L(w0), the checkpoint's loss"),
+    "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
+}
+"""Columns of an LLC and its interval."""
 TABLES: dict[str, Table] = {
     "runs": Table(
         "the trained runs (those in the folder `ladder` differ only in M)",
@@ -159,14 +170,7 @@ TABLES: dict[str, Table] = {
             ),
             "rescale": _number("factor by which the weights were rescaled; 1 for the original weights"),
             "step": _STEP,
-            "llc": _number("estimate, nbeta (E[L] - L(w0))", may_miss=True),
-            "stderr": _number("standard error of the estimate, over chains and draws", may_miss=True),
-            "interval_low": _number(
-                "lower end of the 95 % interval, minus `bias_bound` if it exceeds half of `stderr`", may_miss=True
-            ),
-            "interval_high": _number("upper end of the 95 % interval", may_miss=True),
-            "init_loss": _number("L(w0), the checkpoint's loss"),
-            "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
+            **_ESTIMATE,
             "trivial_loss": _number("loss of predicting zero"),
             "kernel": Column("text", "Markov kernel of the chains"),
             **{name: _number("sampler setting") for name in ("lr", "nbeta", "localization")},
@@ -204,14 +208,7 @@ TABLES: dict[str, Table] = {
             ),
             "num_params": Column("integer", "number of weights of the component"),
             "step": _STEP,
-            "llc": _number("estimate, nbeta (E[L] - L(w0))", may_miss=True),
-            "stderr": _number("standard error of the estimate, over chains and draws", may_miss=True),
-            "interval_low": _number(
-                "lower end of the 95 % interval, minus `bias_bound` if it exceeds half of `stderr`", may_miss=True
-            ),
-            "interval_high": _number("upper end of the 95 % interval", may_miss=True),
-            "init_loss": _number("L(w0), the checkpoint's loss"),
-            "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
+            **_ESTIMATE,
             **{name: _number("sampler setting") for name in ("lr", "nbeta", "localization")},
             **{
                 name: Column("integer", "sampler setting")
