@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icl.analysis import NotApplicableError
 from icl.config.validation import ConfigError, UserError
 from icl.files.writing import write_atomically
 
@@ -47,6 +48,10 @@ def analyse_runs(
             print(f"\n{run}: {name}")
             try:
                 tables[run] = analyse(name, path, copy.copy(options)).table
+            except NotApplicableError as error:
+                print(f"icl: {run}: {name} is left out: {error}", file=sys.stderr)
+                if options.what != "all":
+                    told.add(str(error))
             except UserError as error:
                 if str(error) not in told:  # a wrong setting causes the same error in every run
                     print(f"icl: {run}: {error}", file=sys.stderr)

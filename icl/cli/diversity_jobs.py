@@ -44,10 +44,11 @@ def run_in_job(runs: list[ExperimentRun], options: argparse.Namespace, draw: Cal
     base, job = options.base_checkpoint_dir, SlurmJob(options.in_job)
     require_same_settings(runs, base)
     result, metadata = run_job(runs, base=base, max_power=options.max_power, retry=options.retry, job=job)
+    status = job.end(result)
     if result.is_over:
         done = [entry["num_tasks"] for entry in metadata.entries() if metadata.is_done(entry["num_tasks"])]
         draw(done)
-    return job.end(result)
+    return status
 
 
 def show_states(runs: list[ExperimentRun], base: Path) -> int:

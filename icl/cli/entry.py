@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from icl import __version__
@@ -29,13 +29,11 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit status, which is 0 only if the work of the command is done."""
+    if arguments is None:
+        _open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if words[0] == "--version":
-        print(f"icl {__version__}")
-        return 0
+    if not words or words[0] in ("-h", "--help", "help", "--version"):
+        return _reporting_errors(lambda: _introduce(words), only_prints=True)
     if words[0] not in COMMANDS:
         older = modern_command(words)
         if older is not None:
@@ -50,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f" Did you mean `icl {near[0]}`?" if near else ""
         return _complain(f"There is no command `{words[0]}`.{hint} `icl --help` lists the commands.", 2)
-    status = _run(words[0], words[1:])
+    only_prints = words[0] == "runs" or bool({"-h", "--help"} & set(words))
+    status = _reporting_errors(lambda: _run(words[0], words[1:]), only_prints=only_prints)
     wandb_log = sys.modules.get("icl.training.wandb.log")
     if wandb_log is not None and wandb_log.has_unsent_rows():
         sys.stdout.flush()
@@ -64,29 +63,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    """Run a command and return its exit status. An error is printed in one line."""
+    """Run a command, and return its exit status."""
+    _require_working_folder()
+    load_env_file()
+    _require_ranks()
+    _share_the_machine()
+    with handling(_signals_of_a_point()):
+        module = importlib.import_module(f"icl.cli.{command}")
+    return module.run([_with_home(word) for word in words])
+
+
+def _reporting_errors(work: Callable[[], int], *, only_prints: bool) -> int:
+    """Return the exit status of some work. An error is printed in one line.
+
+    If the work only prints, it is no error if the program that reads the output, such as `head`, has ended.
+    """
     try:
-        Path.cwd()
-    except OSError as error:  # checked first, because PyTorch would end the process with a message of its own
-        is_gone = isinstance(error, FileNotFoundError)
-        reason = "no longer exists" if is_gone else f"cannot be used ({error.strerror})"
-        return _complain(
-            f"The working folder {reason}; change to another folder (cd), and run the same command there.", 1
-        )
-    try:
-        load_env_file()
-        _require_ranks()
-        _share_the_machine()
-        with handling(_signals_of_a_point()):
-            module = importlib.import_module(f"icl.cli.{command}")
-        return module.run([_with_home(word) for word in words])
+        try:
+            return work()
+        finally:
+            _flush()  # while an error can still be reported
     except UserError as error:
         return _complain(str(error), error.exit_status)
-    except (
-        BrokenPipeError
-    ):  # the program that read our output, such as `head`, has ended; if the command only prints, this is not a failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if command == "runs" or {"-h", "--help"} & set(words) else 141
+    except BrokenPipeError:
+        return 0 if only_prints else 141
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or 'a file'}.", 1)
     except (MemoryError, RuntimeError) as error:
@@ -95,6 +95,54 @@ def _run(command: str, words: list[str]) -> int:
         return _complain("there is not enough memory; use fewer prompts, a smaller batch or a smaller model.", 1)
     except KeyboardInterrupt:
         return _complain("interrupted; run the same command again to continue from the last save.", 130)
+
+
+def _flush() -> None:
+    """Send all printed text to its reader. If this fails, discard the text, because Python would try to send it again at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _require_working_folder() -> None:
+    """Refuse a working folder that cannot be used. PyTorch would end the process with a message of its own.
+
+    Raises:
+        UserError: If there is no usable working folder. The message says why.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        is_gone = isinstance(error, FileNotFoundError)
+        reason = "no longer exists" if is_gone else f"cannot be used ({error.strerror})"
+        raise UserError(
+            f"The working folder {reason}; change to another folder (cd), and run the same command there."
+        ) from None
+
+
+def _open_streams() -> None:
+    """Make it safe to print. Every output stream is open, and prints `?` for a character that its encoding lacks, such as ± in ASCII.
+
+    A stream that the user has closed (`>&-`) is replaced by the null device. Otherwise, the next file that the program opens would get the
+    stream's number, and messages of libraries would be written into this file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", errors="replace", closefd=False))
+        elif stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _introduce(words: Sequence[str]) -> int:
+    """Print the version, or the list of commands."""
+    print(f"icl {__version__}" if words[:1] == ["--version"] else _overview())
+    return 0
 
 
 def _overview() -> str:

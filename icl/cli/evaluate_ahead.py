@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from icl.config import RunConfig
+from icl.config.validation import UserError
 
 _SHARE = 16
 """The time is estimated from two trials (`_seconds`). The larger one uses the prompts of a full evaluation, divided by this number."""
@@ -42,13 +43,13 @@ def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None
 
 
 def _groups(runs: Sequence[Sequence[Path]]) -> list[_Group]:
-    from icl.runs.checkpoints import CheckpointError, load_checkpoint_file
+    from icl.runs.checkpoints import load_checkpoint_file
 
     groups: dict[object, _Group] = {}
     for files in runs:
         try:
             config = load_checkpoint_file(files[0]).config if files else None
-        except CheckpointError:  # the error is reported when the run is evaluated
+        except UserError:  # the error is reported when the run is evaluated
             config = None
         if config is not None:
             group = groups.setdefault((config.model, config.task, config.language), _Group(config, files[0], []))
@@ -65,7 +66,6 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
     import torch
 
     from icl.analysis.run import torch_device
-    from icl.runs.checkpoints import CheckpointError
 
     wanted = num_prompts or group.config.evaluation.num_prompts
     least = [2 / wanted, max(2, min(wanted // _SHARE, _MOST)) / wanted]
@@ -73,7 +73,7 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
         (_, constant), (first, again) = (
             _trial(group.file, share, wanted, num_ood_prompts or wanted) for share in least
         )
-    except CheckpointError:  # the error is reported when the run is evaluated
+    except UserError:  # the error is reported when the run is evaluated
         return 0.0
     side_by_side = torch.get_num_threads() if torch_device().type == "cpu" else 1
     scale = 1 / least[1]

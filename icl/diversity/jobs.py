@@ -5,15 +5,18 @@ Each run becomes a point of a sweep, that is, one combination of settings. The j
 other way round.
 """
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from icl.config import flatten
+from icl.config.validation import ConfigError, require_run_name
 from icl.diversity.metadata import Metadata
-from icl.diversity.runs import ExperimentRun
-from icl.files.writing import remove_temporaries
+from icl.diversity.runs import ExperimentRun, run_folder
+from icl.files.writing import StorageError, remove_temporaries
 from icl.progress import print_at_once
 from icl.runs.folder import local_root
 from icl.sweeps.engine import SweepResult, run_sweep
@@ -30,9 +33,13 @@ _COMMAND = ("${env}", "icl", "train")
 def root_of(base: Path) -> Path:
     """Return the folder to which the names of an experiment's runs are relative. The names are the same as without Slurm."""
     root = local_root()
-    if base.is_relative_to(root):
-        return root
-    return base.parent if base.is_absolute() or ".." in base.parts else Path()
+    if not base.is_relative_to(root):
+        root = base.parent if base.is_absolute() or ".." in base.parts else Path()
+    try:
+        require_run_name(run_folder(base, math.inf).path.relative_to(root).as_posix())
+    except ConfigError:  # the folder may have any name, such as `my experiment`, but the name of a run may not
+        return base
+    return root
 
 
 def experiment_points(runs: Sequence[ExperimentRun], base: Path) -> list[Point]:
@@ -78,9 +85,11 @@ def run_job(
     if result.is_over:
         failed = [label for label, state in states.items() if state.state == "failed"]
         reason = f"failed: M = {', '.join(failed)}" if failed else None
-        metadata.end(state="failed" if failed else "finished", reason=reason)
+        with contextlib.suppress(StorageError):
+            metadata.end(state="failed" if failed else "finished", reason=reason)
     return result, metadata
 
 
 def _update(metadata: Metadata, states: dict[str, PointState]) -> None:
-    metadata.update_states({label: (state.state, state.reason) for label, state in states.items()})
+    with contextlib.suppress(StorageError):  # the file is only for information
+        metadata.update_states({label: (state.state, state.reason) for label, state in states.items()})

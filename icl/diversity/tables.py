@@ -16,7 +16,7 @@ import pandas as pd
 
 from icl.analysis.seeds import pool
 from icl.config import config_differences
-from icl.config.validation import ConfigError
+from icl.config.validation import ConfigError, UserError
 from icl.diversity.threshold import thresholds
 from icl.files.writing import plain_rows, write_atomically
 from icl.plotting.diversity import plot_diversity
@@ -86,7 +86,7 @@ def evaluate_seeds(
             bar.update()
             try:
                 numbers, baselines = evaluator(folder.path if all_steps else checkpoint_files(folder.path)[-1])
-            except CheckpointError as error:
+            except UserError as error:
                 problems[name, label] = str(error)
                 continue
             steps = numbers[["step", "checkpoint_hash"]].drop_duplicates()

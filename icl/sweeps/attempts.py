@@ -105,16 +105,20 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except FileExistsError:
         return None
-    attempt = Attempt(
-        number=number,
-        job=job,
-        host=platform.node(),
-        kernel=_kernel(),
-        locked=lock_file(descriptor, path.parent),
-        pid=os.getpid(),
-        started=round(time.time(), 3),
-    )
-    os.write(descriptor, _encode(attempt))  # after locking, so that every reader of the file can rely on the lock
+    try:
+        attempt = Attempt(
+            number=number,
+            job=job,
+            host=platform.node(),
+            kernel=_kernel(),
+            locked=lock_file(descriptor, path.parent),
+            pid=os.getpid(),
+            started=round(time.time(), 3),
+        )
+        os.write(descriptor, _encode(attempt))  # after locking, so that every reader of the file can rely on the lock
+    except OSError:
+        os.close(descriptor)
+        raise
     return Claim(path, descriptor, attempt)
 
 

@@ -257,7 +257,10 @@ class _Engine:
             own_claim = claim(self.root / point.name, point.job, number=state.attempt + 1)
         except OSError as error:
             if self._storage.is_there(now=True):
-                self._close(point, f"failed   {point.name}: cannot write its folder ({error.strerror})")
+                self.pending.remove(point)
+                self._num_over += 1
+                self.num_failed += 1
+                self._report(f"failed   {point.name}: cannot write its folder ({error.strerror})")
             return None
         if own_claim is not None:
             earlier = f" ({state.reason})" if state.attempt or state.state == "failed" else ""

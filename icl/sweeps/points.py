@@ -19,7 +19,7 @@ from typing import Any
 
 from icl.command_line import llc_parser, train_parser
 from icl.config import RunConfig, config_differences, flatten, is_free_on_resume
-from icl.config.validation import ConfigError
+from icl.config.validation import ConfigError, UserError
 from icl.resolve import read_config_file, refuse_conflicts, refuse_twice_set, resolve
 from icl.run_names import run_name, sampler_name
 from icl.runs.folder import RunFolder, local_root
@@ -168,7 +168,7 @@ def _is_done(config: RunConfig) -> bool:
     status = run.read_status()
     try:
         return status is not None and status.is_done and not config_differences(run.read_config(), config)
-    except ConfigError:
+    except UserError:
         return False
 
 
@@ -181,6 +181,8 @@ def _name(sweep: SweepFile, number: int, settings: Settings) -> str:
 
 def _own_config(command: str, arguments: list[str], settings: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of `icl train` or `icl llc`, from the arguments of the command and the point."""
+    if {"-h", "--help"} & set(arguments):
+        raise ConfigError("The command of the sweep only prints a help text; leave out `--help`.")
     options = (train_parser() if command == "train" else llc_parser()).parse_args(arguments)
     given = options.settings
     if command == "llc" and options.steps is not None:

@@ -44,7 +44,7 @@ class Program:
         self.is_lost = False  # whether another worker has taken over a point
         self.has_lost_storage = False  # whether the folder of the runs could not be reached while the program ran
         self._started = time.monotonic()
-        self._log_start = log.stat().st_size if log.exists() else 0
+        self.log_start = 0  # size of the log before the output of the process
         self._first_amounts = {point.number: _amount(point, claim.folder) for point, claim in work}
 
     @property
@@ -107,10 +107,13 @@ class Program:
     def _outcome(self, point: Point, claim: Claim, stopping: str | None, code: int) -> tuple[Outcome, str | None]:
         """Return the outcome of the attempt at a point, and the reason if the point is not done."""
         status = RunFolder(claim.folder).read_status() if point.trains else None
+        is_ended = not point.trains or (status is not None and status.is_done)
+        if code == 0 and is_ended:
+            return "done", None
         if status is not None and status.updated < claim.attempt.started:
             status = None  # an earlier program wrote it
         # A packed program also fails if only one of its runs fails, so read the status of each run.
-        if code == 0 or (len(self.work) > 1 and status is not None and status.is_done):
+        if len(self.work) > 1 and status is not None and status.is_done:
             return "done", None
         if stopping:
             return "preempted", stopping
@@ -124,7 +127,9 @@ class Program:
         """Return the reason in the run's status if the run has failed. Otherwise return the exit status and the last line of the log."""
         if status is not None and status.state == "failed":
             return status.reason or "failed"
-        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        if code == 0:
+            return "exit status 0, but the run has not ended; the program must wait until `icl train` has ended"
+        end = f"killed by {_signal_name(-code)}" if code < 0 else f"exit status {code}"
         line = self._last_line(f"icl: {claim.folder.resolve()} failed: ")
         return redact(f"{end}: {line}" if line else end)
 
@@ -140,7 +145,7 @@ class Program:
         try:
             with self.log.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(self._log_start, size - _TAIL_BYTES))
+                file.seek(max(self.log_start, size - _TAIL_BYTES))
                 lines = file.read().decode(errors="replace").split("\n")
         except FileNotFoundError:
             return ""
@@ -177,6 +182,7 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
         with log.open("ab") as output:
             output.write(f"{heading} {redact(' '.join(words))}\n".encode())
             output.flush()
+            program.log_start = output.tell()
             program.process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
@@ -187,8 +193,8 @@ def start_program(sweep: SweepFile, work: Sequence[tuple[Point, Claim]], *, root
                 pass_fds=[claim.descriptor for _, claim in work],  # the claim stays locked as long as the program runs
                 preexec_fn=_end_with_engine if sys.platform == "linux" else None,  # noqa: PLW1509 (one thread only)
             )
-    except OSError as error:
-        program.process = f"cannot start `{words[0]}`: {error.strerror or error}"
+    except (OSError, ValueError) as error:  # ValueError: an argument contains the character \0
+        program.process = f"cannot start `{words[0]}`: {getattr(error, 'strerror', None) or error}"
     return program
 
 
@@ -198,8 +204,16 @@ def _amount(point: Point, folder: Path) -> int:
         status = RunFolder(folder).read_status()
         return 0 if status is None else status.step
     own = ("sweep.log", "point.json")
-    files = itertools.chain(folder.rglob("*"), RunFolder(folder.parents[1]).results.rglob("*"))
+    results = [folder.parents[1] / "results"] if folder.parent.name == "llc" else []  # where `icl llc` writes
+    files = itertools.chain.from_iterable(path.rglob("*") for path in (folder, *results))
     return sum(path.name not in own and "attempts" not in path.parts for path in files)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python has no name for most real-time signals
+        return f"signal {number}"
 
 
 def _end_with_engine() -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from icl.config.validation import ConfigError
+from icl.config.validation import UserError
 from icl.runs.folder import RunFolder, fails_again, require_same_config
 from icl.runs.status import Status
 from icl.sweeps import attempts
@@ -50,6 +50,8 @@ def _state(point: Point, run: RunFolder, status: Status | None, current: Attempt
     attempt = last_attempt(run.path, point.job)
     if status is not None:
         return _state_of_run(point, run, status, attempt, number)
+    if attempt is not None and point.trains and attempt.outcome == "done":
+        return PointState("waiting", "its status.json is missing or damaged", number)
     if attempt is not None:
         return _state_of_attempt(attempt, None, number)
     return PointState("waiting", "not started", number)
@@ -59,7 +61,7 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
     """Return the state of a point whose run has been started by `icl train`, in a sweep or outside of one."""
     try:
         require_same_config(run.read_config(), point.config, run)
-    except ConfigError as error:
+    except UserError as error:
         return PointState("failed", str(error), number)
     if attempt is not None and attempt.ended is not None and attempt.ended < status.updated:
         attempt = None  # after this attempt, the run was trained outside of a sweep

@@ -24,12 +24,15 @@ from icl.cli import main
 from icl.cli.diversity import _parser, _read_config
 from icl.config import RunConfig, flatten
 from icl.config.validation import ConfigError
-from icl.diversity import metadata
+from icl.diversity import jobs, metadata
 from icl.diversity.experiment import run_experiment
+from icl.diversity.jobs import experiment_points, root_of
 from icl.diversity.metadata import read_metadata
 from icl.diversity.runs import experiment_runs, find_runs
+from icl.files.writing import StorageError
 from icl.runs.checkpoints import list_steps, load_step
 from icl.runs.folder import RunFolder
+from icl.sweeps.engine import SweepResult
 from icl.sweeps.points import sweep_points
 from icl.sweeps.schema import read_sweep_file
 from icl.training.run import train
@@ -308,6 +311,34 @@ def test_a_login_node_without_the_device_submits_and_shows_jobs_for_it(tmp_path,
     assert "waiting   M = inf: not started" in capsys.readouterr().out
     assert main([*words, "--slurm", "--background"]) == 2
     assert "`--background` cannot be given with `--slurm`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", ["my experiment", "..", "a%b/c", "/tmp/x (1)", "checkpoints", "../checkpoints"])
+def test_jobs_train_the_same_folders_whatever_their_name(tmp_path, monkeypatch, base):
+    """The folder of an experiment may have a name that a run may not have."""
+    monkeypatch.chdir(tmp_path)
+    runs = experiment_runs(QUICK, max_power=1, base=Path(base))
+    points = experiment_points(runs, Path(base))
+    assert [root_of(Path(base)) / point.name for point in points] == [run.folder.path for run in runs]
+    assert [point.config.run_name for point in points] == [point.name for point in points]
+
+
+def test_a_job_goes_on_if_the_metadata_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """The metadata are only for information. An error would end the job between the claim on a run and its start."""
+
+    def fail(_: metadata.Metadata) -> None:
+        raise StorageError("No space left on device")
+
+    def run_sweep(*_: object, say, **__: object) -> SweepResult:
+        monkeypatch.setattr(metadata.Metadata, "write", fail)
+        say("[0/2] started")
+        return SweepResult({})
+
+    monkeypatch.setattr(jobs, "run_sweep", run_sweep)
+    runs = experiment_runs(QUICK, max_power=1, base=tmp_path / "base")
+    result, _ = jobs.run_job(runs, base=tmp_path / "base", max_power=1, retry=False, job=None)
+    assert result.is_over
+    assert capsys.readouterr().out == "[0/2] started\n"
 
 
 def test_two_processes_cannot_hold_one_experiment(tmp_path, capsys):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +12,9 @@ from tiny_runs import TINY, change
 
 from icl.analysis.seeds import over_seeds
 from icl.cli import main
+from icl.cli.evaluate_ahead import work_ahead
 from icl.config.validation import ConfigError
+from icl.diversity import tables
 from icl.diversity.experiment import run_experiment
 from icl.diversity.runs import find_runs
 from icl.diversity.tables import COLUMNS, evaluate_experiment, evaluate_seeds, pool_seeds, require_same_experiment
@@ -19,6 +22,7 @@ from icl.plotting.diversity import plot_diversity
 from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file, save_checkpoint
 from icl.runs.folder import RunFolder
 from icl.runs.status import Status
+from icl.runs.tasks_file import TasksError
 from icl.whole_runs import RunEvaluator, evaluate_run
 
 QUICK = change(TINY, trainer={"max_steps": 10, "log_every": 5}, checkpoints={"every": 5, "num_log": 0})
@@ -222,3 +226,25 @@ def test_a_figure_of_infinity_alone_or_of_nothing_finite_can_be_drawn():
     for label, value in (("inf", 1.0), ("8", math.nan)):
         figure = plot_diversity(pd.DataFrame([{"num_tasks": label, "value": value, **row}]), title="one")
         assert len(figure.axes) == 2
+
+
+def test_a_run_with_a_damaged_table_of_tasks_is_left_out_and_the_others_are_evaluated(base):
+    def evaluator(path):
+        if path.name == "checkpoints_M4":
+            raise TasksError("The table of tasks is damaged.")
+        return pd.DataFrame({"step": [1], "checkpoint_hash": ["a"], "value": [2.0]}), pd.DataFrame({"value": [3.0]})
+
+    columns = [name for name in COLUMNS if name not in ("num_tasks", "step", "checkpoint_hash", "value")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "COLUMNS", [name for name in COLUMNS if name not in columns])
+        table, problems = evaluate_seeds({"": find_runs(base)}, evaluator, all_steps=True)
+    assert problems == {("", "4"): "The table of tasks is damaged."}
+    assert list(table["num_tasks"].unique()) == ["2", "8", "inf"]
+
+
+def test_the_estimate_of_the_work_leaves_out_a_run_with_a_damaged_table_of_tasks(monkeypatch):
+    def fail(path):
+        raise TasksError("The table of tasks is damaged.")
+
+    monkeypatch.setattr("icl.runs.checkpoints.load_checkpoint_file", fail)
+    assert work_ahead([[Path("a")]], num_prompts=2, num_ood_prompts=2).startswith("1 runs, 1 checkpoints: about 1 s")

@@ -3,6 +3,7 @@
 `test_slurm_cluster.py` tests sweeps on a real Slurm.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -17,7 +18,10 @@ import yaml
 from icl.cli import main
 from icl.files.writing import StorageError
 from icl.runs.folder import local_root
+from icl.sweeps import engine
 from icl.sweeps.engine import SweepResult
+from icl.sweeps.points import sweep_points
+from icl.sweeps.schema import read_sweep_file
 from icl.sweeps.slurm import commands, submission
 from icl.sweeps.slurm.commands import parse_duration, seconds_left
 from icl.sweeps.slurm.job import SlurmJob
@@ -283,6 +287,28 @@ def test_a_preempted_job_goes_on_whether_or_not_the_site_queues_it_again(
     assert record is not None
     assert (record.job, record.state, record.reason) == ("12_0", "waiting", "goes on after its preemption")
     assert (tmp_path / "queue").exists() is not queued_by_slurm
+
+
+@pytest.fixture
+def job(tmp_path, program_of_slurm, monkeypatch):
+    """Return the only job of a submission."""
+    program_of_slurm("squeue", "echo 1:02:03")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    write_submission(tmp_path, Submission(submitted=1.5, num_jobs=1, array="12"))
+    return SlurmJob(tmp_path)
+
+
+def test_a_job_fails_if_it_cannot_write_the_folder_of_a_run(tmp_path, job, sweep, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(engine, "claim", refuse)
+    file, lines = read_sweep_file(sweep), []
+    result = engine.run_sweep(file, sweep_points(file, count=1), local_root(), job=job, say=lines.append)
+    assert lines == ["[1/1] failed   quickstart,num_tasks=1: cannot write its folder (Disk quota exceeded)"]
+    assert job.end(result) == 1
+    assert read_record(tmp_path, 0).reason == "1 of its points failed"
 
 
 @pytest.mark.slow

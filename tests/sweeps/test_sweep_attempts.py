@@ -1,5 +1,6 @@
 """Claims of a sweep's points: only one worker works on a point, whatever other workers race, die or pause."""
 
+import errno
 import json
 import math
 import os
@@ -126,6 +127,20 @@ def test_a_program_that_outlives_its_worker_keeps_the_point(tmp_path):
     program.kill()
     program.wait()
     assert not is_alive(tmp_path, last_attempt(tmp_path))
+
+
+def test_a_claim_on_a_full_disk_leaves_no_open_file(tmp_path, monkeypatch):
+    opened = []
+
+    def fail(descriptor: int, data: bytes) -> int:
+        opened.append(descriptor)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(OSError, match="No space"):
+        claim(tmp_path, "job", number=1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def test_a_file_that_is_just_being_written_is_somebodys(tmp_path):

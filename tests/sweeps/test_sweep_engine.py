@@ -148,6 +148,52 @@ def test_a_program_that_cannot_be_started_is_a_failure_with_its_reason(tmp_path)
     assert result.states[1].reason == f"cannot start `{program}`: Exec format error"
 
 
+def test_a_setting_that_cannot_be_an_argument_is_a_failure_with_its_reason(tmp_path):
+    parameters = {"early_stopping.monitor": {"value": "a\0b"}}
+    sweep = read_sweep_file(write(tmp_path, [], command=["true", "${args}"], parameters=parameters))
+    result = run_sweep(sweep, sweep_points(sweep), local_root(), say=lambda line: None)
+    assert result.states[1].reason == "cannot start `true`: embedded null byte"
+
+
+def test_a_program_killed_by_a_signal_without_a_name_fails_alone(tmp_path):
+    command = ["bash", "-c", "test $(grep -c 1 $ICL_SWEEP_POINT) = 0 || kill -40 $$"]
+    sweep = read_sweep_file(write(tmp_path, [1, 2], command=command))
+    result = run_sweep(sweep, sweep_points(sweep), local_root(), say=lambda line: None)
+    assert [state.state for state in result.states.values()] == ["failed", "done"]
+    assert result.states[1].reason == "killed by signal 40"
+
+
+def test_runs_may_be_in_the_working_folder(tmp_path, ledger, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_ROOT", ".")
+    assert main(["sweep", write(tmp_path, [1])]) == 0
+    assert ledger.count("ended") == {1: 1}
+
+
+def test_a_program_that_does_not_wait_for_its_run_has_not_trained_it(tmp_path, capsys):
+    """For example, the command `sbatch job.sh icl train` ends at once, with exit status 0."""
+    file = write(tmp_path, [1], command=["echo", "icl", "train"], program=None)
+    assert main(["sweep", file]) == 1
+    assert "failed   quickstart,num_tasks=1: exit status 0, but the run has not ended" in capsys.readouterr().out
+    assert main(["sweep", file, "--status"]) == 1
+
+
+def test_a_run_is_trained_again_after_its_status_was_deleted(tmp_path):
+    """`icl checkpoints RUN verify` gives this advice for a run with damaged files."""
+    point = sweep_points(read_sweep_file(write(tmp_path, [1], command=["icl", "train"], program=None)))[0]
+    run = RunFolder(local_root() / point.name)
+    run.write_config(point.config)
+    attempts.claim(run.path, point.job, number=1).finish("done", exit_status=0)
+    assert point_state(point, local_root()).state == "waiting"
+
+
+def test_a_command_that_asks_for_help_is_refused(tmp_path, capsys):
+    assert main(["sweep", write(tmp_path, [1], command=["icl", "train", "--help"], program=None)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "only prints a help text; leave out `--help`" in captured.err
+
+
 @pytest.mark.parametrize("words", [["--dry-run"], [], ["--pack"]])
 @pytest.mark.parametrize(
     ("keys", "said"),

@@ -12,6 +12,7 @@ from tiny_runs import TINY, as_arguments, change
 from icl.runs.folder import RunFolder, local_root
 from icl.training import run as run_module
 from icl.training.run import train
+from icl.training.wandb import agent
 from icl.training.wandb import log as wandb_log
 from icl.training.wandb.log import WandbLog, start_wandb, wandb_mode
 
@@ -158,6 +159,18 @@ def test_a_client_that_is_lost_during_training_stops_no_run_and_is_one_sentence(
     told = capsys.readouterr().err
     assert told.count("W&B failed (Connection lost), so it lacks the rows from here on. Training goes on") == 1
     assert wandb_log.has_unsent_rows()  # so that `icl.cli` does not run W&B's exit handlers, which would raise errors
+
+
+def test_a_client_that_is_lost_before_training_stops_no_point_of_a_sweep(nowhere, monkeypatch, capsys):
+    monkeypatch.setattr(wandb_log, "_said_failures", set())
+    metrics = nowhere.parent / "metrics.csv"
+    metrics.write_text("step,train/loss\n10,2.5\n20,2.25\n")
+    run = LostRun()
+    agent.describe_run(run, CONFIG)
+    agent.replay(run, metrics, 20)
+    assert run.calls == ["log"]
+    told = capsys.readouterr().err
+    assert told.count("W&B failed") == told.count("\n") == 2
 
 
 def test_a_lost_client_cannot_be_told_that_a_run_was_preempted(monkeypatch, capsys):

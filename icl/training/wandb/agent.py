@@ -21,7 +21,7 @@ from icl.files.reading import MAX_YAML, ContentError, first_line, parse_yaml, re
 from icl.run_names import run_name
 from icl.runs.metrics_file import whole_rows
 from icl.signals import defer, deferred, handling
-from icl.training.wandb.log import end_run, exit_code_of, init_settings, sent_step, use_steps
+from icl.training.wandb.log import WandbLog, end_run, exit_code_of, init_settings, say_failure, use_steps
 
 PARENT_PROCESS = os.getppid()
 """Process id of the agent. We read the id before slow imports, because the agent may die while torch is imported."""
@@ -111,20 +111,26 @@ def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
 
 
 def describe_run(run: Any, config: RunConfig) -> None:
-    """Set the name of the W&B run, and its configuration without the swept keys, which W&B locks."""
-    run.name = run_name(config)
-    names = _swept_names() or set()
-    locked = names | {name.partition(".")[0] for name in names if name not in dict(run.config)}
-    settings = {key: value for key, value in config.to_dict().items() if key not in locked}
-    run.config.update(settings, allow_val_change=True)
+    """Set the name of the W&B run, and its configuration without the swept keys, which W&B locks. If W&B fails, only say so."""
+    try:
+        run.name = run_name(config)
+        names = _swept_names() or set()
+        locked = names | {name.partition(".")[0] for name in names if name not in dict(run.config)}
+        settings = {key: value for key, value in config.to_dict().items() if key not in locked}
+        run.config.update(settings, allow_val_change=True)
+    except Exception as error:  # wandb raises many types of errors
+        say_failure(error)
 
 
 def replay(run: Any, metrics_file: Path, until: int) -> None:
-    """Send the rows of earlier W&B runs of this point up to the step `until`, except rows that this W&B run already has."""
-    sent = sent_step(run)
+    """Send the rows of earlier W&B runs of this point up to the step `until`, except rows that this W&B run already has.
+
+    If W&B fails, only say so.
+    """
+    log = WandbLog(run, is_lent=True)
     for row in whole_rows(metrics_file):
-        if sent < int(row["step"]) <= until:
-            run.log({key: int(value) if key == "step" else float(value) for key, value in row.items() if value})
+        if int(row["step"]) <= until:
+            log.log({key: int(value) if key == "step" else float(value) for key, value in row.items() if value})
 
 
 def _swept_names() -> set[str] | None:

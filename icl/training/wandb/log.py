@@ -88,7 +88,7 @@ class WandbLog:
             self.run.log(row)
         except Exception as error:  # wandb raises many types of errors; none may stop a run
             self.has_failed = True
-            _say_failure(error)
+            say_failure(error)
 
     def finish(self, exit_code: int) -> None:
         """End the W&B run with the program's exit code, unless the code that began it also ends it (`is_lent`)."""
@@ -138,7 +138,7 @@ def _finish(run: Any, exit_code: int) -> None:
         run.finish(exit_code=exit_code)
     except Exception as error:  # wandb raises many types of errors
         _has_unsent_rows = True
-        _say_failure(error)
+        say_failure(error)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -227,7 +227,7 @@ def _has_login() -> bool:
         return False
 
 
-def _say_failure(error: Exception) -> None:
+def say_failure(error: Exception) -> None:
     """Say that W&B failed, unless the same was said before."""
     sentence = f"W&B failed ({first_line(error)}), so it lacks the rows from here on. Training goes on, and metrics.csv contains every row."
     if sentence not in _said_failures:
