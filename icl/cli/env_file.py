@@ -8,6 +8,7 @@ The file cannot send the user's secrets anywhere. `${NAME}` in a value stands fo
 of the environment. An address of a server is ignored if a key that is not from the file would be used at this server.
 """
 
+import io
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from icl.config.validation import ConfigError
+from icl.files.reading import ContentError, read_bytes
 
 _NAMES = frozenset(
     (
@@ -30,7 +32,12 @@ _ENDPOINTS = {
     "AWS_ENDPOINT_URL_S3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 }
 """Variables with the address of a server, each with the variables of the credentials that are used at this server."""
+_AWS_KEY = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _MAX_BYTES = 2**20
+_MAX_REFERENCES = 100
+"""Largest number of `${NAME}` in a value."""
+_MANY_SPACES = re.compile(r"[^\S\n]{200}")
+"""The time that python-dotenv needs grows with the square of the number of spaces in a row."""
 _WANDB = re.compile(r"WANDB_[A-Z0-9][A-Z0-9_]*")
 _NOT_OF_WANDB = re.compile(
     r"WANDB_(X_.*|.*(CONFIG|SETTINGS|LAUNCH|DOCKER|SERVICE|PROXY|PROXIES|SSL|HEADERS|JUPYTER|NOTEBOOK|SWEEP).*"
@@ -44,8 +51,8 @@ def load_env_file(path: Path = Path(".env")) -> None:
     """Set the allowed variables of a `.env` file. Variables that are already in the environment keep their values.
 
     Raises:
-        ConfigError: If the file is too large or not text in UTF-8, or if a value contains a null character or refers to a variable
-            that the file does not set.
+        ConfigError: If the file is too large, cannot be read or is not text in UTF-8, or if a value contains a null character, is too
+            long, or refers to a variable that the file does not set.
     """
     if not path.is_file():
         return
@@ -87,18 +94,15 @@ def _read_variables(path: Path) -> dict[str, str]:
     from dotenv.main import DotEnv
     from dotenv.variables import Variable, parse_variables
 
-    try:
-        raw = DotEnv(path, encoding="utf-8-sig", interpolate=False).dict()
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"{path.absolute()} is not text in UTF-8, so it was not read; save it as UTF-8, or remove it."
-        ) from None
     variables: dict[str, str] = {}
-    for name, value in raw.items():
+    known = {"HOME": os.environ.get("HOME", "~")}  # the home folder is no secret
+    left = _MAX_BYTES
+    for name, value in DotEnv(None, stream=io.StringIO(_read_text(path)), interpolate=False).dict().items():
         if value is None:
             continue
+        if value.count("${") > _MAX_REFERENCES:
+            raise ConfigError(f"{path.absolute()} has more than {_MAX_REFERENCES} `${{` in a value; write it again.")
         atoms = list(parse_variables(value))
-        known = {"HOME": os.environ.get("HOME", "~")} | variables  # the home folder is no secret
         unknown = [
             atom.name
             for atom in atoms
@@ -109,8 +113,29 @@ def _read_variables(path: Path) -> dict[str, str]:
                 f"{path.absolute()} sets {name} to a value with ${{{_shown(unknown[0])}}}, which the file does not set above; "
                 f"`icl` inserts no other variables, so write the value itself, or export {name} in the shell."
             )
-        variables[name] = "".join(atom.resolve(known) for atom in atoms)
+        parts = [atom.resolve(known) for atom in atoms]
+        left -= sum(map(len, parts))
+        if left < 0:
+            raise ConfigError(
+                f"The values in {path.absolute()} have more than {_MAX_BYTES:,} characters together; shorten them."
+            )
+        variables[name] = known[name] = "".join(parts)
     return variables
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = read_bytes(path, limit=_MAX_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{path.absolute()} is not text in UTF-8, so it was not read; save it as UTF-8, or remove it."
+        ) from None
+    except (ContentError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path.absolute()} cannot be read: {reason}; check its permissions, or remove it.") from None
+    if _MANY_SPACES.search(text):
+        raise ConfigError(f"{path.absolute()} contains 200 spaces in a row; remove them.")
+    return text
 
 
 def _would_use_key(endpoint: str, variables: Mapping[str, str]) -> bool:
@@ -118,6 +143,8 @@ def _would_use_key(endpoint: str, variables: Mapping[str, str]) -> bool:
     keys = _ENDPOINTS[endpoint]
     if any(os.environ.get(key) and os.environ[key] != variables.get(key) for key in keys):
         return True
+    if endpoint.startswith("AWS_"):  # boto3 finds keys in many places, such as ~/.aws/credentials or the machine's role
+        return not all(variables.get(key) for key in _AWS_KEY)
     # W&B has a separate login for each address, but the login of the Hub is used at any address, unless there is a token.
     token = os.environ.get("HF_TOKEN", variables.get("HF_TOKEN", "")).strip()
     return endpoint == "HF_ENDPOINT" and not token and _has_hub_login()

@@ -2,17 +2,39 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icl.command_line import CommandParser
 from icl.config.validation import ConfigError
 from icl.config.values import whole_number
 from icl.runs.folder import local_root
 
+if TYPE_CHECKING:
+    from icl.importing.run import ImportedRun
+
 HELP = "convert checkpoints of older code into a run"
+_HUB = "hf://"
 
 
 def run(words: list[str]) -> int:
     """Import checkpoints, and print what is known about the run."""
+    options = _parser().parse_args(words)
+    from icl.importing.run import import_run
+
+    result = import_run(
+        _fetched(options.path, options.source),
+        options.source,
+        _folder(options.out, options.path),
+        options=options.settings,
+        tasks=options.tasks,
+        step=options.step,
+    )
+    _print_result(result)
+    return 0
+
+
+def _parser() -> CommandParser:
+    """Return the parser with all options of the command."""
     parser = CommandParser(
         "import",
         """\
@@ -51,27 +73,27 @@ If the files do not contain a setting, give it as an option, such as --task.nois
         "the step of a single file, if neither its name nor its content contains the step",
         type=whole_number(0, 10**15),
     )
-    options = parser.parse_args(words)
-    from icl.importing import timaeus_lm
-    from icl.importing.models import describe
-    from icl.importing.run import import_run
+    return parser
 
-    source = Path(options.path)
-    if options.path.startswith("hf://"):
-        if options.source != timaeus_lm.NAME:
-            raise ConfigError(
-                f"{options.path} is on the Hugging Face Hub, from which only --from {timaeus_lm.NAME} reads; for other code, copy the files to a "
-                "folder, and import this folder."
-            )
-        source = timaeus_lm.fetch(options.path)
-    result = import_run(
-        source,
-        options.source,
-        _folder(options.out, Path(options.path)),
-        options=options.settings,
-        tasks=options.tasks,
-        step=options.step,
-    )
+
+def _fetched(path: str, code: str) -> Path:
+    """Return the local path of the files to import. A repository of the Hugging Face Hub is fetched."""
+    from icl.importing import timaeus_lm
+
+    if not path.startswith(_HUB):
+        return Path(path)
+    if code != timaeus_lm.NAME:
+        raise ConfigError(
+            f"{path} is on the Hugging Face Hub, from which only --from {timaeus_lm.NAME} reads; for other code, copy the files to a "
+            "folder, and import this folder."
+        )
+    return timaeus_lm.fetch(path)
+
+
+def _print_result(result: "ImportedRun") -> None:
+    """Print what is known about an imported run, and where it is."""
+    from icl.importing.models import describe
+
     config, steps = result.settings.config, result.steps
     print(f"Model   {describe(config)}")
     print(f"Tasks   {result.tasks}")
@@ -82,23 +104,26 @@ If the files do not contain a setting, give it as an option, such as --task.nois
         )
     print(f"Steps   {len(steps):,}, from {steps[0]:,} to {steps[-1]:,}")
     print(f"Run     {result.folder.path}")
-    return 0
 
 
-def _folder(out: str | None, source: Path) -> Path:
+def _folder(out: str | None, path: str) -> Path:
     """Return the new run's folder.
 
     If `out` contains a slash, it is the path of the folder. Otherwise it is the name of a folder in `$LOCAL_ROOT`. Without `out`, this
-    folder is named after the file or folder `source`.
+    folder is named after the imported file, folder or repository.
     """
     if out is not None:
         if not out.strip():
             raise ConfigError("`--out` must name a run or a folder, got nothing.")
         return Path(out) if "/" in out else local_root() / out
-    name = source.resolve().name if source.is_dir() else source.stem
+    source = Path(path)
+    if path.startswith(_HUB):
+        name = source.name  # not the stem: the dot in hf://USER/model-0.5 begins no suffix
+    else:
+        name = source.resolve().name if source.is_dir() else source.stem
     slug = re.sub(r"[^\w.,=+-]", "-", name).lstrip("-.")
     if not slug:
         raise ConfigError(
-            f"No run name can be made from the name {name!r} of {source}; give the new run a name with --out RUN."
+            f"No run name can be made from the name {name!r} of {path}; give the new run a name with --out RUN."
         )
     return local_root() / slug

@@ -87,6 +87,7 @@ def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
     Raises:
         ContentError: If the file is missing or damaged, or if a header claims more numbers than the file contains.
     """
+    _require_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             _require_bounded(archive, path.stat().st_size)
@@ -99,10 +100,17 @@ def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 def _map_array(path: Path) -> np.memmap:
     """Map a `.npy` file into memory. NumPy then compares the size that the header claims with the size of the file."""
+    _require_regular(path)
     try:
         return np.lib.format.open_memmap(path, mode="r")  # unlike np.load, this function refuses a zip file
     except Exception as error:  # NumPy raises a dozen kinds of errors for damaged files
         raise ContentError(f"it is damaged ({type(error).__name__})") from None
+
+
+def _require_regular(path: Path) -> None:
+    """Refuse a path that is missing, a folder, or a pipe, which NumPy would read for ever."""
+    if not path.is_file():
+        raise ContentError("it is missing, or is not a regular file")
 
 
 def _require_bounded(archive: zipfile.ZipFile, size: int) -> None:

@@ -5,6 +5,7 @@ name the cause. This module refuses the whole table instead, with a short reason
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ _NUMBERS = frozenset(
     )
 )
 _NUMBER_ENDS = ("_stderr", "/loss", "/delta_ridge", "/delta_dmmse", "/icl_score")
+_MAX_COLUMNS = 10_000
 _LARGEST = 1e100
 """Largest magnitude of a number. Sums of squares of larger numbers may be infinite, and no axis of a plot can show them."""
 
@@ -67,8 +69,15 @@ def read_table(path: Path, *, columns: Sequence[str] = ()) -> pd.DataFrame:
         OSError: If there is no such file, or it cannot be read.
     """
     data = read_bytes(path, limit=MAX_TABLE)
+    if data.partition(b"\n")[0].count(b",") >= _MAX_COLUMNS:
+        raise ContentError(f"it has more than {_MAX_COLUMNS:,} columns")
     try:
-        table = pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(TEXTS, str), low_memory=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "error", pd.errors.ParserWarning
+            )  # raised if the rows have more cells than the header
+            # Without `index_col`, pandas would take the first cell of such rows as the row's name, and shift the others.
+            table = pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(TEXTS, str), low_memory=False, index_col=False)
     except Exception as error:  # pandas raises many kinds of errors for damaged text
         raise ContentError(f"it is not a CSV table ({first_line(error)})") from None
     missing = [name for name in columns if name not in table]

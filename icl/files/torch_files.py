@@ -1,33 +1,81 @@
-"""Check files of `torch.save` before PyTorch reads them, so that a small file of unknown origin cannot fill the memory.
+"""Read files of `torch.save` without unpickling them.
 
-`torch.load` with `weights_only=True` runs no code of the file, but three tricks remain. A zip archive can be compressed: 0.4 MB
-of zeros become 400 MB. A pickle can call `bytearray(n)` or `torch.Tensor(n)` with any n. A tensor can claim to repeat one number
-many times. `require_uncompressed`, `pickled_names` and `require_plain_tensors` detect these tricks. They raise `ContentError`,
-whose message completes a sentence such as "last.ckpt cannot be used: ...".
+`torch.load` with `weights_only=True` runs no code of the file, but it calls functions with any arguments that the file contains. So a
+small file can fill the memory or take hours: `bytearray(n)`, a tensor that repeats one number many times, the set of this tensor's
+elements, or text in the codec punycode. In files of old versions of PyTorch, it can also leave tensors uninitialised. This module
+reads the pickle itself (`icl.files.pickled`). It makes only tensors, numbers, strings and containers, and compares each claimed size
+with the number of bytes that the file has.
+
+PyTorch 1.6 and later write a zip file with the pickle in `data.pkl` and the numbers of each storage in `data/KEY`. Earlier versions
+write five pickles: a magic number, a version, facts about the machine, the content, and the keys of the storages. The storages
+follow, each as its length and its numbers. A storage contains the numbers of one or several tensors.
+
+Errors are `ContentError`, whose message completes a sentence such as "last.ckpt cannot be used: ...".
 """
 
 import io
-import pickletools
-import re
+import math
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from icl.files.pickled import CONTAINERS, Name, Objects, UnknownObjectError, as_tuple, parse_pickle
 from icl.files.reading import ContentError
 
-_NUM_OLD_PICKLES = 5
-"""Number of pickles at the beginning of a file that PyTorch wrote before version 1.6. Such a file is not a zip archive."""
-_PLAIN_NAMES = re.compile(
-    r"collections\.(OrderedDict|Counter)|builtins\.(set|complex)|_codecs\.encode"
-    r"|torch\.(Size|device|[A-Z]\w+Storage|bool|(bfloat|float|complex|q?u?int)\w+|per_\w+)|torch\.serialization\._get_layout"
-    r"|torch\._utils\._rebuild_(parameter|parameter_with_state|tensor|tensor_v2|tensor_v3)"
-    r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|meta_tensor_no_storage|nested_tensor)"
-)
-"""Names of the Python objects that tensors, numbers, strings and containers need. None of these objects allocates memory of a size
-that the file chooses freely."""
+_MAX_PARTS = 10**5
+"""Largest number of parts of a zip file."""
+_MAX_GROWTH = 2**26
+"""The tensors of a file may have at most this number of bytes plus four times the file's size. Several tensors may share numbers."""
+_OLD_MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
+_STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.ComplexFloatStorage": torch.complex64,
+}
+_CONSTANTS = frozenset((*_STORAGES, *map(str, _STORAGES.values())))
+_REBUILD = "torch._utils._rebuild_"
+_ODD_TENSORS = [f"{_REBUILD}{kind}" for kind in ("qtensor", "sparse_tensor", "meta_tensor_no_storage", "nested_tensor")]
+_MAX_AXES = 16
+
+
+def parse_torch_file(data: bytes, *, is_kept: Callable[[str], bool] = lambda name: False) -> Any:
+    """Return the content of a file of `torch.save`, with all tensors on the CPU.
+
+    Args:
+        data: The whole file.
+        is_kept: Function that says whether the data of an object of this name are returned, as a `PickledObject`. Without it, only
+            tensors, numbers, strings and containers are accepted.
+
+    Raises:
+        UnknownObjectError: If the file contains an object that is not accepted.
+        ContentError: If the file is damaged, or could need much more memory than it has bytes.
+    """
+    require_uncompressed(data)
+    try:
+        return _read_zip(data, is_kept) if _is_archive(data) else _read_old(data, is_kept)
+    except UnknownObjectError as error:
+        if error.name in _ODD_TENSORS:
+            raise ContentError("it contains a sparse, nested or quantized tensor") from None
+        raise
+    except ContentError:
+        raise
+    except Exception as error:  # zipfile, pickletools and torch raise many kinds of errors for a damaged file
+        raise ContentError(f"it is damaged ({type(error).__name__})") from None
 
 
 def require_uncompressed(data: bytes) -> None:
@@ -38,6 +86,8 @@ def require_uncompressed(data: bytes) -> None:
     """
     if not _is_archive(data):
         return
+    if data.count(b"PK\x01\x02") > _MAX_PARTS:  # zipfile makes an object of each part
+        raise ContentError(f"it has more than {_MAX_PARTS:,} parts")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             parts = archive.infolist()
@@ -46,83 +96,157 @@ def require_uncompressed(data: bytes) -> None:
     size = sum(part.file_size for part in parts)
     if size > len(data):
         raise ContentError(f"it claims to contain {size:,} bytes, but has only {len(data):,}")
-    # If there were bytes before the archive, zipfile and PyTorch could read different tables of contents.
     if min((part.header_offset for part in parts), default=0) != 0:
         raise ContentError("it has bytes that do not belong to the zip file")
 
 
-def pickled_names(data: bytes) -> set[str]:
-    """Return the names of all Python objects to which a file of `torch.save` refers, without unpickling anything.
-
-    The names have the form `module.name`. PyTorch reads no opcode other than GLOBAL that refers to an object by its name.
-
-    Raises:
-        ContentError: If the file is damaged.
-    """
-    try:
-        return {name for pickle in _pickles(data) for name in _names(pickle)}
-    except Exception as error:  # zipfile and pickletools raise many kinds of errors for a damaged file
-        raise ContentError(f"it is damaged ({type(error).__name__})") from None
-
-
-def is_plain(name: str) -> bool:
-    """Return whether a Python object is needed for tensors, numbers, strings or containers, and cannot fill the memory."""
-    return bool(_PLAIN_NAMES.fullmatch(name))
-
-
-def require_plain_tensors(tree: Any, size: int) -> None:
-    """Refuse tensors that are not dense, or that are larger than the file.
-
-    A tensor in a file can claim to repeat one number many times, and so need much more memory than the file.
-
-    Args:
-        tree: The content of the file.
-        size: Number of bytes of the file.
-
-    Raises:
-        ContentError: If a tensor is refused.
-    """
-    for tensor in _tensors(tree):
-        if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ContentError("it contains a sparse, nested or quantized tensor")
-        if tensor.numel() * tensor.element_size() > size:
-            raise ContentError(f"a tensor of shape {tuple(tensor.shape)} is larger than the file")
-
-
 def _is_archive(data: bytes) -> bool:
-    """Return whether PyTorch reads a file as a zip archive."""
     return data[:4] == b"PK\x03\x04"
 
 
-def _pickles(data: bytes) -> Iterator[io.BytesIO]:
-    """Yield the pickles of a file."""
-    if not _is_archive(data):
-        stream = io.BytesIO(data)  # each pickle begins where the one before it ends
-        yield from (stream for _ in range(_NUM_OLD_PICKLES))
-        return
+def _read_zip(data: bytes, is_kept: Callable[[str], bool]) -> Any:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for part in archive.infolist():
-            if part.filename.lower().endswith(".pkl"):  # PyTorch's zip reader ignores case
-                yield io.BytesIO(archive.read(part))
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise ContentError("it contains a part twice")
+        root = names[0].partition("/")[0]
+        if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
+            raise ContentError("its numbers are not in little-endian order")
+        objects = _objects(_ZipStorages(archive, root), len(data), is_kept)
+        return parse_pickle(io.BytesIO(archive.read(f"{root}/data.pkl")), objects)
 
 
-def _names(pickle: io.BytesIO) -> Iterator[str]:
-    for opcode, argument, _ in pickletools.genops(pickle):
-        if opcode.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            yield f"{'builtins' if module == '__builtin__' else module}.{name}"
+def _read_old(data: bytes, is_kept: Callable[[str], bool]) -> Any:
+    stream, storages = io.BytesIO(data), _OldStorages(len(data))
+    objects = _objects(storages, len(data), is_kept)
+    magic, version, machine, tree, keys = (parse_pickle(stream, objects) for _ in range(5))
+    if (magic, version) != (_OLD_MAGIC, _OLD_VERSION):
+        raise ContentError("it is damaged (it does not begin as a file of torch.save does)")
+    if machine.get("little_endian") is not True:
+        raise ContentError("its numbers are not in little-endian order")
+    storages.fill(as_tuple(keys), stream)
+    return tree
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a tree. A container that appears many times is visited once, so that a small file cannot take long."""
-    stack, seen = [tree], set()
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
-            seen.add(id(value))
-            stack.extend(value.values() if isinstance(value, Mapping) else value)
-        elif isinstance(fields := getattr(value, "__dict__", None), dict) and id(value) not in seen:  # a config object
-            seen.add(id(value))
-            stack.extend(fields.values())
+class _ZipStorages:
+    """The storages in a zip file. Each is read once, so tensors that shared their numbers still share them."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        self.archive, self.root = archive, root
+        self.known: dict[str, Tensor] = {}
+
+    def get(self, dtype: torch.dtype, key: str, length: int) -> Tensor:
+        """Return the numbers of a storage."""
+        if key not in self.known:
+            part = self.archive.getinfo(f"{self.root}/data/{key}")
+            self.known[key] = torch.empty(part.file_size, dtype=torch.uint8)
+            _fill(self.known[key], self.archive.read(part))  # zipfile compares the checksum
+        return _typed(self.known[key], dtype, length)
+
+
+class _OldStorages:
+    """The storages of a file that PyTorch wrote before version 1.6. Their numbers follow the pickles, so they are read last."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+        """Number of bytes of the file that no storage claims yet."""
+        self.known: dict[str, Tensor] = {}
+        self.sizes: dict[str, int] = {}
+        """Number of bytes of each number of a storage."""
+
+    def get(self, dtype: torch.dtype, key: str, length: int, view: Any = None) -> Tensor:
+        """Return the numbers of a storage, which `fill` reads. `view` is the key, offset and length of a part of the storage."""
+        if key not in self.known:
+            self.left -= length * dtype.itemsize
+            if self.left < 0:
+                raise ContentError("a storage is larger than the file")
+            self.known[key] = torch.empty(length * dtype.itemsize, dtype=torch.uint8)
+            self.sizes[key] = dtype.itemsize
+        numbers = _typed(self.known[key], dtype, length)
+        if view is None:
+            return numbers
+        _, offset, size = as_tuple(view)
+        if not (_is_size(offset) and _is_size(size) and offset + size <= length):
+            raise ContentError("a part of a storage is outside the storage")
+        return numbers[offset : offset + size]
+
+    def fill(self, keys: tuple[Any, ...], stream: io.BytesIO) -> None:
+        """Read the numbers of all storages. `keys` gives the order of the storages in the file."""
+        if not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(self.known):
+            raise ContentError("it does not contain the numbers of all tensors")
+        for key in keys:
+            (length,) = struct.unpack("<q", stream.read(8))
+            if length * self.sizes[key] != len(self.known[key]):
+                raise ContentError("a storage has two lengths")
+            _fill(self.known[key], stream.read(len(self.known[key])))
+
+
+def _fill(numbers: Tensor, data: bytes) -> None:
+    """Copy bytes to a tensor. `torch.frombuffer` needs no copy, but results of some kernels depend on the alignment of the memory."""
+    if len(data) != len(numbers):
+        raise ContentError("it was cut short")
+    numbers.numpy()[:] = np.frombuffer(data, np.uint8)
+
+
+def _typed(numbers: Tensor, dtype: torch.dtype, length: int) -> Tensor:
+    """Return the bytes of a storage as `length` numbers."""
+    if len(numbers) != length * dtype.itemsize:
+        raise ContentError(f"it has {len(numbers):,} bytes where it claims to have {length * dtype.itemsize:,}")
+    return numbers.view(dtype)
+
+
+@dataclass(eq=False, repr=False)
+class _Storage:
+    numbers: Tensor
+
+
+def _objects(storages: _ZipStorages | _OldStorages, size: int, is_kept: Callable[[str], bool]) -> Objects:
+    """Return the objects that a file of `size` bytes may contain."""
+    left = _MAX_GROWTH + 4 * size
+
+    def load(kind: str, name: Name, key: str, _: str, length: int, *view: Any) -> _Storage:
+        if not (kind == "storage" and isinstance(key, str) and _is_size(length)):
+            raise ContentError("it is damaged (it contains a storage without a size)")
+        return _Storage(storages.get(_STORAGES[name.text], key, length, *view))
+
+    def rebuild(storage: _Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
+        nonlocal left
+        tensor = _tensor(storage.numbers, offset, as_tuple(shape), as_tuple(stride), size)
+        left -= tensor.numel() * tensor.element_size()
+        if left < 0:
+            raise ContentError("its tensors together are much larger than the file")
+        if rest[2:] and rest[2]:  # `rest` also has two values about gradients
+            raise ContentError("it contains a view of a complex tensor")
+        return tensor
+
+    functions: dict[str, Callable[..., Any]] = {
+        **CONTAINERS,
+        "torch.Size": as_tuple,
+        "torch.device": lambda *parts: parts,
+        **dict.fromkeys((f"{_REBUILD}tensor", f"{_REBUILD}tensor_v2"), rebuild),
+        **dict.fromkeys((f"{_REBUILD}parameter", f"{_REBUILD}parameter_with_state"), _without_gradient),
+    }
+    return Objects(functions=functions, constants=_CONSTANTS, is_kept=is_kept, load=load)
+
+
+def _without_gradient(tensor: Tensor, *_: Any) -> Tensor:
+    """Return the tensor of a parameter."""
+    return tensor
+
+
+def _tensor(numbers: Tensor, offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...], size: int) -> Tensor:
+    """Return a tensor: some numbers of a storage in a shape. The tensor may have at most `size` bytes."""
+    if not all(map(_is_size, (offset, *shape, *stride))) or len(shape) != len(stride) or len(shape) > _MAX_AXES:
+        raise ContentError("it contains a tensor of an impossible shape")
+    count = math.prod(shape)
+    if count * numbers.element_size() > size:
+        raise ContentError(f"a tensor of shape {shape} is larger than the file")
+    if not count:
+        return numbers.new_empty(shape)
+    if offset + sum((axis - 1) * step for axis, step in zip(shape, stride, strict=True)) >= len(numbers):
+        raise ContentError(f"a tensor of shape {shape} is larger than its storage")
+    return numbers.as_strided(shape, stride, offset + int(numbers.storage_offset()))
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**60

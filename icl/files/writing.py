@@ -128,7 +128,7 @@ def temporary_path(path: Path) -> Path:
 
     Stores do not list temporary files (`icl.store.base`).
     """
-    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name[-50:]}")  # a name has at most 255 bytes
 
 
 def is_temporary(path: PurePath) -> bool:

@@ -139,7 +139,8 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     is_prefix = needed <= rows * size - _ROUND or rows * size % _ROUND == 0
     # Except for the last 16, the numbers in a table do not depend on the table's size. So we usually draw only the numbers of the
     # first M tasks: `max_M` can be 2^25.
-    drawn = torch.randn(max(needed, _ROUND) if is_prefix else rows * size, generator=generator)
+    count_drawn = max(needed, _ROUND) if is_prefix else rows * size
+    drawn = torch.randn(count_drawn, generator=generator, dtype=torch.float32, device="cpu")
     return drawn[: count * size].unflatten(0, (count, size)).clone()
 
 

@@ -19,7 +19,7 @@ from icl.importing.formats import FORMATS, Format
 from icl.importing.pickles import OlderFileError
 from icl.importing.weights import same_type
 from icl.model.stacked import Params
-from icl.resolve import resolve
+from icl.resolve import refuse_unknown, resolve
 
 _NEEDED = {
     "task.num_tasks": "the number M of training tasks, or inf",
@@ -78,10 +78,11 @@ def find_files(path: Path, source: Format) -> list[Path]:
         OlderFileError: If there are no such files, or a file is a broken link. If a folder below the path has such files, the message
             names this folder.
     """
+    if not (path.is_file() or path.is_dir()):
+        raise OlderFileError(f"There is nothing at {path}; name a file or folder of {source.about}.")
+    path = _with_folder_name(path)
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise OlderFileError(f"There is nothing at {path}; name a file or folder of {source.about}.")
     files = sorted(set(_matches(path, source)))
     lost = next((file for file in files if not file.is_file()), None)
     if lost is not None:
@@ -122,7 +123,7 @@ def number_files(files: list[Path], source: Format, step: int | None) -> list[tu
         )
     numbered = []
     for file in files:
-        number = _number(file)
+        number = step_in_name(file)
         if number is None:
             number = source.step_of(_read(file, source))
         if step is not None and number is not None and number != step:
@@ -161,6 +162,7 @@ def settings_of(step: OlderStep, source: Format, options: Mapping[str, Any]) -> 
         if key.startswith(_NOT_OPTIONS):
             hint = " --out names the run." if key == "run_name" else ""
             raise ConfigError(f"`{key}` cannot be chosen for an imported run; leave out --{key}.{hint}")
+    refuse_unknown(options)
     from_options = {key: read_value(key, value) for key, value in options.items()}
     for key, value in from_options.items():
         if key in from_files and read_value(key, from_files[key]) != value:
@@ -269,7 +271,15 @@ def _matches(folder: Path, source: Format) -> list[Path]:
     return [file for file in found if not file.name.startswith(".") and _UNFINISHED not in file.parent.name]
 
 
-def _number(file: Path) -> int | None:
+def _with_folder_name(path: Path) -> Path:
+    """Return the path as an absolute path. Names of folders contain settings, and the paths `.` and `1465.pt` show no name."""
+    path = path.absolute()
+    if ".." not in path.parts:
+        return path
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+
+
+def step_in_name(file: Path) -> int | None:
     """Return the step in a file's name, such as `1465.pt` or `checkpoint_step_1465.pt`, or None if the name contains no step."""
     for name in (
         file.stem if file.suffix in (".pt", ".pth", ".msgpack", ".safetensors") else file.name,

@@ -7,6 +7,7 @@ from. If the training tasks are known, `checkpoints/tasks.safetensors` contains 
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from icl.importing.models import (
     read_step,
     require_one_model,
     settings_of,
+    step_in_name,
 )
 from icl.importing.pickles import OlderFileError, read_pickle
 from icl.importing.tasks import choose_tasks
@@ -126,11 +128,13 @@ def _no_half_run(run: RunFolder) -> Iterator[None]:
     Otherwise a later import could mix its steps with the steps of the failed import.
     """
     _require_new(run)  # checked again, because another import may have finished before we had the lock
+    files = (run.path / "imported.json", run.log_file, run.status_file, run.config_file)
+    new = [file for file in files if not file.exists()]  # the folder may have contained files of the older code
     try:
         yield
     except BaseException:
         shutil.rmtree(run.checkpoints.root, ignore_errors=True)
-        for file in (run.path / "imported.json", run.log_file, run.status_file, run.config_file):
+        for file in new:
             file.unlink(missing_ok=True)
         raise
 
@@ -151,7 +155,8 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
     form = next((form for form in forms if form.is_mine(tree)), None)
     if form is None:
         raise OlderFileError(f"{path} is not a checkpoint of {' or '.join(form.about for form in forms)}.")
-    step = OlderStep(path, form.step_of(tree) or 0, tree, "")
+    number = form.step_of(tree)
+    step = OlderStep(path, (step_in_name(path) or 0) if number is None else number, tree, "")
     given: dict[str, Any] = (
         {"task.num_tasks": "inf", "task.noise_variance": 0.0}
         if shape is None
@@ -163,7 +168,7 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
         }
     )
     try:
-        known = form.facts(tree)
+        known = {**form.folder_facts(path), **form.facts(tree)}
     except ContentError as error:
         raise OlderFileError(
             f"{path} cannot be loaded: {error}. Check that it is a complete checkpoint of {form.about}."
@@ -193,9 +198,10 @@ def _name(run: RunFolder) -> str | None:
 def _write_steps(
     numbered: Sequence[tuple[int, Path]], first: OlderStep, form: Format, config: RunConfig, run: RunFolder
 ) -> dict[str, str]:
-    """Write the checkpoint of every step. Return the SHA-256 of each older file, keyed by file name."""
+    """Write the checkpoint of every step. Return the SHA-256 of each older file, keyed by its path in the folder of all files."""
     written: dict[int, tuple[Path, str]] = {}
     digests: dict[str, str] = {}
+    folder = os.path.commonpath([file.parent for _, file in numbered])
     for number, file in with_progress(numbered, "importing", "file"):
         step = first if file == first.file else read_step(number, file, form)
         require_one_model(step, first, form)
@@ -206,7 +212,7 @@ def _write_steps(
             raise OlderFileError(f"{file} and {other} are both of step {number:,}, but differ; remove one of them.")
         if other == file:
             save_checkpoint(run.checkpoints, number, config, params)
-        digests[file.name] = step.digest
+        digests[file.relative_to(folder).as_posix()] = step.digest
     return digests
 
 

@@ -113,7 +113,8 @@ def params(tree: Mapping[str, Any], config: RunConfig) -> Params:
 def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D"]:
     """Draw the M training tasks again, as the older code did. The seed `pretrain_seed` of the older code is our `seeds.tasks`."""
     generator = torch.Generator().manual_seed(config.seeds.tasks)
-    return torch.normal(0.0, 1.0, (int(config.task.num_tasks), config.task.task_size), generator=generator)
+    shape = (int(config.task.num_tasks), config.task.task_size)
+    return torch.normal(0.0, 1.0, shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _is_own(name: str) -> bool:
@@ -130,7 +131,10 @@ def _own(tree: Mapping[Any, Any]) -> dict[Any, Any]:
     state = _state(tree)
     if not any(_is_own(name) for name in state if isinstance(name, str)):
         raise ContentError(f"it contains no {_ROOT}token_embedding.weight")
-    return {name.replace(_ROOT, "", 1) if isinstance(name, str) else name: value for name, value in state.items()}
+    own = {name.replace(_ROOT, "", 1) if isinstance(name, str) else name: value for name, value in state.items()}
+    if len(own) < len(state):
+        raise ContentError("it contains a tensor twice")
+    return own
 
 
 def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:

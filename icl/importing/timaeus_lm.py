@@ -94,13 +94,17 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_facts(path: Path) -> dict[str, Any]:
-    """Return the settings in `config.json` and `model.yaml`. These files may be beside the checkpoint, or in the folder above.
+    """Return the settings in `config.json` and `model.yaml`.
+
+    These files may be beside the checkpoint. If the checkpoint is in a folder named checkpoints, they may be in the folder above. Other
+    folders above may contain the settings of other models.
 
     Raises:
-        OlderFileError: If the settings describe a model that `icl` does not support.
+        OlderFileError: If the files contradict each other, or describe a model that `icl` does not support.
     """
     found: dict[str, Any] = {}
-    for file in (folder / name for folder in (path.parent, path.parent.parent) for name in _SETTINGS):
+    folders = path.parents[: 2 if path.parent.name == "checkpoints" else 1]
+    for file in (folder / name for folder in folders for name in _SETTINGS):
         try:
             text = read_bytes(file).decode("utf-8")
         except (OSError, ContentError, UnicodeDecodeError):
@@ -113,8 +117,13 @@ def folder_facts(path: Path) -> dict[str, Any]:
                 f"{file} describes a model that cannot be imported: positional_embedding_type {positions}, normalization_type {norm}. Only "
                 "the positions standard and shortformer, and the normalization LN, are supported."
             )
-        found |= {} if positions is None else {"model.positions": positions}
-        found |= {"model.activation": _ACTIVATIONS[activation]} if activation in _ACTIVATIONS else {}
+        is_unused = (_word(text, "attn_only") or "").lower() == "true"
+        activation = _ACTIVATIONS.get(activation or "", None if is_unused else activation)
+        for key, value in (("model.positions", positions), ("model.activation", activation)):
+            if value is not None and found.setdefault(key, value) != value:
+                raise OlderFileError(
+                    f"{file} says that `{key}` is {value}, but another file of this model says {found[key]}. Remove the wrong file."
+                )
     return found
 
 

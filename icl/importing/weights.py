@@ -97,9 +97,12 @@ def by_head(fused: Float[Tensor, "..."], num_heads: int) -> Float[Tensor, "..."]
 
 
 def same_type(params: Params) -> Params:
-    """Return the parameters in one type, as a checkpoint requires: float64 if one parameter has this type, else float32."""
+    """Return copies of the parameters in one type, as a checkpoint requires: float64 if one parameter has this type, else float32.
+
+    Parameters that were tied shared their numbers in the older file. The copies do not share numbers.
+    """
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in params.values()) else torch.float32
-    return {name: tensor.to(dtype) for name, tensor in params.items()}
+    return {name: tensor.to(dtype, copy=True) for name, tensor in params.items()}
 
 
 def _without_wrappers(name: str) -> str:

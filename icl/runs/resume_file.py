@@ -18,7 +18,7 @@ import torch
 
 from icl.config import RunConfig
 from icl.files.reading import ContentError, first_line, read_bytes
-from icl.files.torch_files import is_plain, pickled_names, require_plain_tensors, require_uncompressed
+from icl.files.torch_files import parse_torch_file, require_uncompressed
 from icl.runs.folder import RunError, RunFolder
 
 _SEAL = b"icl-sha256:"
@@ -72,9 +72,7 @@ def unpack(data: bytes, name: str) -> dict[str, Any]:
     try:
         require_uncompressed(data)
         _require_sealed(data, name)
-        _require_plain_names(pickled_names(data))
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        require_plain_tensors(content, len(data))
+        content = parse_torch_file(data)
     except ContentError as error:
         reason = str(error)
         sentence = "is damaged or was cut short" if reason.startswith("it is damaged") else f"cannot be used: {reason}"
@@ -144,13 +142,6 @@ def _read(file: Path) -> Resume | str:
         return f"{file} cannot be read: {error.strerror}."
     except ResumeFileError as error:
         return str(error)
-
-
-def _require_plain_names(names: set[str]) -> None:
-    """Refuse a file that contains a Python object other than tensors, numbers, strings and containers."""
-    unknown = sorted(name for name in names if not is_plain(name))
-    if unknown:
-        raise ContentError(f"it contains the Python object `{unknown[0]}`")
 
 
 def _require_sealed(data: bytes, name: str) -> None:

@@ -5,13 +5,15 @@ import io
 import os
 import pwd
 import re
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from dotenv import dotenv_values
 from tiny_runs import TINY, as_arguments, change
 
-from icl.cli import main
+from icl.cli import env_file, main
 from icl.cli.env_file import load_env_file
 from icl.config.validation import ConfigError
 
@@ -333,3 +335,56 @@ def test_a_file_of_gigabytes_is_not_read(clean, capsys):
         file.truncate(2**33)
     assert main(["runs"]) == 2
     assert "at most 1,048,576 are read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("A0=aa\n" + "".join(f"A{i}=${{A{i - 1}}}${{A{i - 1}}}\n" for i in range(1, 21)), "characters together"),
+        ("A=" + "x" * 2**19 + "".join(f"\nB{i}=x${{A}}" for i in range(9)), "characters together"),
+        ("A=" + "${" * 20_000, r"more than 100 `\${` in a value"),
+        ("A=x" + " " * 20_000 + "y", "200 spaces in a row"),
+    ],
+)
+def test_a_small_file_needs_little_time_and_memory(clean, content, message):
+    (clean / ".env").write_text(content)
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=message):
+        load_env_file()
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+
+
+def test_many_variables_need_little_time(clean, capsys):
+    (clean / ".env").write_text("".join(f"a{i}=\n" for i in range(20_000)))
+    start = time.process_time()
+    load_env_file()
+    assert time.process_time() - start < 3  # with a new dict for each variable, about a minute
+    assert "and 19992 more" in capsys.readouterr().err
+
+
+def test_a_file_without_permission_is_one_sentence(clean, monkeypatch, capsys):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (clean / ".env").write_text("DEVICE=cpu\n")
+    monkeypatch.setattr(env_file, "read_bytes", refuse)
+    assert main(["runs"]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"icl: {clean / '.env'} cannot be read: Permission denied; check its permissions, or remove it.\n"
+    )
+
+
+@pytest.mark.parametrize("endpoint", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_keys_that_boto3_finds_elsewhere_are_not_used_at_an_address_of_the_file(clean, endpoint):
+    """boto3 also takes keys from ~/.aws/credentials, from a profile, and from the machine's role."""
+    for keys in ("", "AWS_ACCESS_KEY_ID=a\n", "AWS_SECRET_ACCESS_KEY=b\n"):
+        (clean / ".env").write_text(f"{keys}{endpoint}=https://host\nAWS_BUCKET_NAME=bucket\n")
+        load_env_file()
+        assert endpoint not in os.environ
+    (clean / ".env").write_text(f"AWS_ACCESS_KEY_ID=a\nAWS_SECRET_ACCESS_KEY=b\n{endpoint}=https://host\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ.pop(name, None)
+    load_env_file()
+    assert os.environ[endpoint] == "https://host"

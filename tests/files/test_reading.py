@@ -1,14 +1,16 @@
 """Damaged and malicious files are refused in little time and memory."""
 
 import io
+import os
 import time
 import zipfile
 
 import numpy as np
 import pytest
 
-from icl.files.arrays import locate_array, read_array
+from icl.files.arrays import locate_array, read_archive, read_array
 from icl.files.reading import ContentError, parse_yaml
+from icl.files.writing import write_atomically
 
 
 def test_merges_of_tables_are_refused_at_once():
@@ -33,3 +35,16 @@ def test_a_zip_file_with_the_name_of_an_array_is_damaged(tmp_path, read):
         read(tmp_path / "step-000000001.npy")
     np.save(tmp_path / "good.npy", np.arange(3))
     assert len(read(tmp_path / "good.npy")) == 3
+
+
+@pytest.mark.parametrize("read", [locate_array, read_array, read_archive])
+def test_a_pipe_with_the_name_of_an_array_is_refused_at_once(tmp_path, read):
+    os.mkfifo(tmp_path / "a.npy")
+    with pytest.raises(ContentError, match="is not a regular file"):
+        read(tmp_path / "a.npy")
+
+
+def test_the_longest_name_of_a_file_can_be_written(tmp_path):
+    for name in ("n" * 251 + ".csv", "\U0001f600" * 62 + ".csv"):
+        write_atomically(tmp_path / name, b"1")
+        assert (tmp_path / name).read_bytes() == b"1"

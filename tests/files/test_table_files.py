@@ -24,6 +24,8 @@ def test_a_whole_table_is_read(tmp_path):
         ("10,", "10.5,", "column `step`"),
         ("1.25", "1e300", "above 1e"),
         ("value", "valve", "no column `value`"),
+        (",stderr", "", "not a CSV table"),  # pandas took the steps as names of rows, and shifted the other cells
+        ("step", "step" + ",x" * 10_000, "more than 10,000 columns"),
     ],
 )
 def test_a_damaged_table_is_refused(tmp_path, old, new, said):

@@ -305,3 +305,81 @@ def test_every_command_works_on_an_imported_run(tmp_path, icr_module, capsys):
     capsys.readouterr()
     assert main(["checkpoints", word, "verify", "--store", store]) == 1
     assert "tasks.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_a_relative_path_says_as_much_as_the_whole_path(tmp_path, monkeypatch):
+    folder = tmp_path / "M-4-seed-3-task-0a1b2c-opt-0a1b2c-sched-0a1b2c"
+    save_timaeus(folder, step=9)
+    monkeypatch.chdir(folder)
+    options = {"task.noise_variance": 0.25, "model.num_heads": 4}
+    (folder / "inner").mkdir()
+    for index, path in enumerate((".", "9.pt", "inner/..", "inner/../9.pt", "../" + folder.name)):
+        config = import_run(
+            path, "timaeus", tmp_path / f"run-{index}", options=options, tasks="unknown"
+        ).settings.config
+        assert (config.task.num_tasks, config.seeds.model) == (4, 3), path
+
+
+def test_load_model_takes_the_step_and_the_number_of_tasks_from_the_names(tmp_path):
+    folder = tmp_path / "M-4-seed-3-task-0a1b2c-opt-0a1b2c-sched-0a1b2c"
+    model = save_timaeus(folder, step=9)
+    shape = import_run(
+        folder,
+        "timaeus",
+        tmp_path / "run",
+        options={"task.noise_variance": 0.25, "model.num_heads": 4},
+        tasks="unknown",
+    ).settings.config
+    for M in (4, float("inf")):  # the second contradicts the folder's name, which takes precedence
+        task = dataclasses.replace(shape.task, num_tasks=M, imported_tasks=None)
+        loaded, info = load_checkpoint(folder / "9.pt", dataclasses.replace(shape, task=task))
+        assert info["step"] == 9
+        xs, ys = older.prompts()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(xs, ys), model(xs, ys), rtol=0, atol=TOLERANCE)
+
+
+def test_tied_weights_are_imported(tmp_path):
+    model = older.perturb(older.TimaeusModel()).eval()
+    blocks = model.token_sequence_transformer.blocks
+    blocks[1].layer_norms[0].weight = blocks[0].layer_norms[0].weight
+    torch.save(model.state_dict(), tmp_path / "7.pt")
+    options = {"task.num_tasks": "inf", "task.noise_variance": 0.25, "model.num_heads": 4}
+    run = import_run(tmp_path / "7.pt", "timaeus", tmp_path / "run", options=options).folder
+    assert_same_predictions(run.path, model)
+
+
+def test_tasks_do_not_depend_on_torchs_default_type(tmp_path, icr_module):
+    save_icr(tmp_path / "icr", icr_module, step=1)
+    save_timaeus(tmp_path / "timaeus", step=1)
+    options = {"task.num_tasks": 4, "task.noise_variance": 0.25, "model.num_heads": 4, "seeds.tasks": 11}
+    digests = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            icr = import_run(tmp_path / "icr", "icr", tmp_path / f"icr-{dtype}")
+            timaeus = import_run(
+                tmp_path / "timaeus", "timaeus", tmp_path / f"t-{dtype}", options=options, tasks="recompute"
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
+        digests.append([run.settings.config.task.imported_tasks for run in (icr, timaeus)])
+    assert digests[0] == digests[1]
+
+
+def test_a_failed_import_into_the_folder_of_the_older_code_removes_none_of_its_files(tmp_path):
+    save_timaeus(tmp_path / "old", step=2)
+    (tmp_path / "old" / "1.pt").write_bytes(b"half")
+    for name in ("run.log", "imported.json"):
+        (tmp_path / "old" / name).write_text("of the older code")
+    options = {"task.num_tasks": "inf", "task.noise_variance": 0.25, "model.num_heads": 4}
+    with pytest.raises(OlderFileError, match="is damaged"):
+        import_run(tmp_path / "old", "timaeus", tmp_path / "old", options=options)
+    for name in ("run.log", "imported.json"):
+        assert (tmp_path / "old" / name).read_text() == "of the older code"
+
+
+def test_an_option_that_is_no_setting_is_refused(tmp_path):
+    save_timaeus(tmp_path / "old", step=2)
+    with pytest.raises(ConfigError, match=r"There is no setting `model\.heads`"):
+        import_run(tmp_path / "old", "timaeus", tmp_path / "run", options={"model.heads": 4})

@@ -1,6 +1,7 @@
 """`icl import --from raventos` reads Flax's msgpack files and their config.json, and reproduces JAX's random numbers."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -176,3 +177,19 @@ def test_damage_is_refused_without_memory_for_what_it_claims(tmp_path):
     (tmp_path / "checkpoint_1").write_bytes(whole[:-1])
     with pytest.raises(OlderFileError, match="cut short"):
         import_run(tmp_path, "raventos", tmp_path / "run")
+
+
+def test_the_digest_of_every_file_is_kept(tmp_path):
+    """The files in several folders may have the same name."""
+    save_run(tmp_path / "old", is_folder=True, config=CONFIG)
+    (tmp_path / "old" / "checkpoint_400").mkdir()
+    tree = {"step": 400, "params": older.flax_params(D=3, K=5, width=16, layers=2, seed=1)}
+    (tmp_path / "old" / "checkpoint_400" / "checkpoint").write_bytes(packed(tree))
+    import_run(tmp_path / "old", "raventos", tmp_path / "run", tasks="recompute")
+    files = json.loads((tmp_path / "run" / "imported.json").read_text())["files"]
+    assert files == {
+        f"checkpoint_{step}/checkpoint": hashlib.sha256(
+            (tmp_path / "old" / f"checkpoint_{step}" / "checkpoint").read_bytes()
+        ).hexdigest()
+        for step in (400, 500)
+    }

@@ -165,3 +165,35 @@ def test_a_repository_of_the_hub_is_fetched_and_its_absence_is_one_sentence(tmp_
 
 def list_steps_of(path):
     return [int(file.stem.partition("-")[2]) for file in sorted((path / "checkpoints").glob("step-*"))]
+
+
+def test_the_settings_of_another_model_are_not_used(tmp_path):
+    model = format_b(tmp_path / "models" / "a", "standard")
+    (tmp_path / "models" / "config.json").write_text('{"positional_embedding_type": "shortformer"}')
+    result = import_run(tmp_path / "models" / "a", "timaeus-lm", tmp_path / "run", step=1)
+    assert result.settings.config.model.positions == "standard"
+    assert torch.equal(load_model(tmp_path / "run")(ROWS), model(ROWS))
+
+
+def test_settings_that_contradict_each_other_or_are_not_supported_are_refused(tmp_path):
+    format_b(tmp_path / "two", "standard")
+    (tmp_path / "two" / "config.json").write_text('{"positional_embedding_type": "shortformer"}')
+    with pytest.raises(OlderFileError, match=r"`model.positions` is standard, but another file .* says shortformer"):
+        import_run(tmp_path / "two", "timaeus-lm", tmp_path / "run", step=1)
+    format_b(tmp_path / "silu", mlp_size=6)
+    (tmp_path / "silu" / "config.json").write_text('{"act_fn": "silu"}')
+    (tmp_path / "silu" / "model.yaml").unlink()
+    with pytest.raises(OlderFileError, match=r"`model.activation` must be one of .*, got 'silu'"):
+        import_run(tmp_path / "silu", "timaeus-lm", tmp_path / "run", step=1, options={"model.activation": "gelu"})
+    format_b(tmp_path / "attention-only")
+    (tmp_path / "attention-only" / "config.json").write_text('{"act_fn": "silu", "attn_only": true}')
+    (tmp_path / "attention-only" / "model.yaml").unlink()
+    import_run(tmp_path / "attention-only", "timaeus-lm", tmp_path / "run", step=1)
+
+
+def test_a_repository_whose_name_has_a_dot_keeps_its_name(tmp_path, monkeypatch):
+    format_a(tmp_path / "snapshot")
+    monkeypatch.setattr(timaeus_lm, "fetch", lambda address: tmp_path / "snapshot")
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path / "runs"))
+    assert main(["import", "hf://timaeus/model-0.5", "--from", "timaeus-lm"]) == 0
+    assert (tmp_path / "runs" / "model-0.5").is_dir()
