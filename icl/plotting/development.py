@@ -190,9 +190,9 @@ def _draw_positions(axes: Axes, evaluation: pd.DataFrame, baselines: pd.DataFram
 
 
 def _draw_published(axes: Axes, rows: pd.DataFrame) -> None:
-    """Draw released values as bars from the lowest to the highest of the five released seeds."""
+    """Draw released numbers as bars from the lowest to the highest released seed. Some numbers are known for one seed only."""
     middle = (rows["low"] + rows["high"]) / 2
     axes.errorbar(
         rows["step"] + 1, middle, rows["high"] - middle, fmt="D", color=VERMILION, markerfacecolor="none", markersize=7, capsize=3,
-        label="released (5 seeds)", zorder=5,
+        label="released numbers", zorder=5,
     )  # fmt: skip

@@ -129,7 +129,8 @@ def _label_diversities(axes: Axes, positions: Mapping[str, float]) -> None:
             middle = (positions["inf"] + positions[finite[-1]]) / 2
             axes.axvline(middle, color="0.7", linewidth=0.8, linestyle=(0, (2, 3)))
     axes.set_xticks(list(labels), list(labels.values()))
-    axes.set_xlabel("task diversity M (number of training tasks; at ∞, dMMSE is ridge)", fontsize=9)
+    at_infinity = "; at ∞, dMMSE is ridge" if "inf" in positions else ""
+    axes.set_xlabel(f"task diversity M (number of training tasks{at_infinity})", fontsize=9)
 
 
 def _power(exponent: float, label: str) -> str:

@@ -93,7 +93,15 @@ class Gallery:
         return min(files, key=lambda file: abs(int(file.stem.partition("-")[2]) - step))
 
     def save(self, figure: Figure, name: str, caption: str) -> Saved:
-        """Write `<name>.png`, `<name>.pdf`, and `<name>.txt` with the caption and the source of the data."""
+        """Write `<name>.png`, `<name>.pdf`, and `<name>.txt` with the caption and the source of the data.
+
+        Raises:
+            ConfigError: If no table was read since the last figure was saved, because the source would then be empty.
+        """
+        if not self._used:
+            raise ConfigError(
+                f"The source of the figure {name} is unknown. Read its tables after saving the last figure."
+            )
         origin, source = self._describe_source()
         self.figures.mkdir(parents=True, exist_ok=True)
         png = render_figure(figure, "png", origin=origin)

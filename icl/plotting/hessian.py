@@ -29,11 +29,11 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
     title = f"{title}   (bands: 2 standard errors)"
     figure, (traces, eigenvalues, spectra) = new_figure(3, width=4.9, height=3.9, title=title)
     _draw_curve(traces, select(table, quantity="trace", part="all"), BLACK, "trace")
-    finish_step_axes(traces, "Trace of the Hessian", "tr H (loss per unit of weight²)")
+    finish_step_axes(traces, "Trace of the Hessian (open: not ok)", "tr H (loss per unit of weight²)")
+    eigenvalues.set_yscale("symlog", linthresh=1)  # before drawing: `axhline` fixes the limits for the present scale
     for part, label, colour in _EIGENVALUES:
         _draw_curve(eigenvalues, select(table, quantity="eigenvalue", part=part), colour, label)
     eigenvalues.axhline(0, color=BLACK, linewidth=0.6)
-    eigenvalues.set_yscale("symlog", linthresh=1)
     eigenvalues.legend(fontsize=8, loc="center left")
     finish_step_axes(eigenvalues, "Extreme eigenvalues (open: not converged)", "eigenvalue (loss per unit of weight²)")
     _draw_spectra(spectra, table)

@@ -39,7 +39,7 @@ def plot_task_prior(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
         (zero, "prior_zero", "From the mean of the Gaussian prior, w = 0", ORANGE, "s", "from 0"),
     ):
         rows = _means(ladder, "pretrain", quantity)
-        _draw_over_training(axes, rows, name)
+        _draw_over_training(axes, rows, name, _colours(ladder))
         axes.set_ylabel(_DIFFERENCE_LABEL)
         _draw_against_diversity(smallest, _smallest(rows), positions, color=colour, marker=marker, label=label)
     zero.sharey(mean)
@@ -56,14 +56,14 @@ def plot_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Fi
     """Plot the gap to ridge, the gap to dMMSE, and the loss with its minimum over training, all on new tasks."""
     figure, (ridge, dmmse, loss) = new_figure(3, width=4.8, height=4.2, title=title)
     ladder = _with_num_tasks(evaluation, runs)
+    colours = _colours(ladder)
     for axes, quantity, name in (
         (ridge, "delta_ridge", "Gap to ridge, new tasks"),
         (dmmse, "delta_dmmse", "Gap to dMMSE, new tasks"),
         (loss, "loss", "Loss on new tasks (dots: minima)"),
     ):
-        _draw_over_training(axes, _means(ladder, "true", quantity), name)
+        _draw_over_training(axes, _means(ladder, "true", quantity), name, colours)
     minima = _smallest(_means(ladder, "true", "loss"))
-    colours = _colours(ladder)
     loss.scatter(minima["step"] + 1, minima["value"], c=[colours[m] for m in minima["num_tasks"]], s=28, zorder=4)
     ridge.set_ylabel(_DIFFERENCE_LABEL)
     loss.set_ylabel("loss (squared error per target)")
@@ -92,7 +92,8 @@ def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
             [positions[str(m)]], [step + 1], [[below], [above]], fmt="o", capsize=2.5, color=BLUE, markerfacecolor=face
         )
     last = losses.loc[losses.groupby("run")["step"].idxmax()].set_index(["num_tasks", "run"])
-    rises = (last["value"] - minima["value"].reindex(last.index)).rename("value").reset_index().assign(stderr=0.0)
+    # All steps have the same prompts, so the error of a difference between steps does not follow from the two errors.
+    rises = (last["value"] - minima["value"].reindex(last.index)).rename("value").reset_index().assign(stderr=np.nan)
     _draw_against_diversity(
         rise, rises, positions, color=VERMILION, marker="o", label="rise of the loss after its minimum"
     )
@@ -177,8 +178,8 @@ def _colours(ladder: pd.DataFrame) -> dict[str, Any]:
     return dict(zip(finite, ordered_colours(len(finite)), strict=True)) | {"inf": BLACK}
 
 
-def _draw_over_training(axes: Axes, rows: pd.DataFrame, title: str) -> None:
-    for m, colour in _colours(rows).items():
+def _draw_over_training(axes: Axes, rows: pd.DataFrame, title: str, colours: Mapping[str, Any]) -> None:
+    for m, colour in colours.items():
         curve = select(rows, num_tasks=m).sort_values("step")
         if len(curve):
             label, line = ("∞", "--") if m == "inf" else (m, "-")

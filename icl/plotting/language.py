@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -147,7 +148,8 @@ def _draw_curves_of(axes: Axes, rows: pd.DataFrame, *, prefix: str) -> None:
         for curve in curves.values():
             draw_band(axes, curve["step"], curve["value"], curve["stderr"], color=BLUE)
         return
-    largest = sorted(curves, key=lambda name: -curves[name]["value"].iloc[-1])[: len(_NAMED_COLOURS)]
+    last = {name: curve["value"].fillna(-np.inf).iloc[-1] for name, curve in curves.items()}
+    largest = sorted(curves, key=lambda name: -last[name])[: len(_NAMED_COLOURS)]
     colours = dict(zip([name for name in curves if name in largest], _NAMED_COLOURS, strict=False))
     for name in sorted(curves, key=colours.__contains__):  # grey curves first
         curve, label = curves[name], name if name in colours else None

@@ -92,8 +92,6 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
     _draw_escape(axes[2], survey)
     for panel, x in ((axes[0], "nbeta"), (axes[1], "lr")):
         _mark_chosen(panel, last[last["chosen"]], x)
-        low, high = panel.get_ylim()
-        panel.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
         panel.legend(fontsize=7, loc="upper left", ncols=2)
     axes[0].set(xlabel="nβ", ylabel="LLC (bars: 2 standard errors)", title="LLC against nβ, for each γ/nβ")
     axes[1].set(xlabel="step size ε", title="LLC against the step size ε")
@@ -134,16 +132,20 @@ def draw_by_verdict(
         rows: Rows with `llc`, `stderr` and `verdict`.
         limits: Range of LLCs that is shown. LLCs outside are drawn at the nearer limit, without a bar. NaNs are drawn at the upper limit.
             If it is None, all LLCs are drawn where they are.
-        named: Whether the legend names the verdicts.
+        named: Whether the legend names the verdicts, and says whether LLCs lie outside the limits.
     """
     for verdict, style in VERDICTS.items():
         chosen = select(rows, verdict=verdict)
         values, errors = chosen["llc"].astype(float), 2 * chosen["stderr"].astype(float)
+        outside = ""
         if limits is not None:
             inside = values.fillna(limits[1]).clip(*limits)
+            moved = values[inside != values]
+            reason = "no estimate" if moved.isna().all() else "outside the limits"
+            outside = f" (at the edge: {reason})" if len(moved) else ""
             values, errors = inside, errors.where(inside == values, 0).fillna(0)
         if len(chosen):
-            label = verdict if named else None
+            label = f"{verdict}{outside}" if named else None
             options: dict[str, Any] = style | {"linestyle": "none", "markersize": 6, "capsize": 2, "label": label}
             axes.errorbar(x[chosen.index], values, errors, **options)
 
@@ -197,7 +199,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     valid = table[(table["verdict"] != "invalid") & np.isfinite(table["llc"].astype(float))]
     if len(valid) > 1:
         axes.plot(valid["step"], valid["llc"], color=BLACK, linewidth=0.8, alpha=0.5)
-    dropped = _underestimated(table)
+    dropped = underestimated(table)
     corrected = dropped["llc"] + dropped["drop_at_mean"]
     corrected_error = 2 * np.hypot(dropped["stderr"].fillna(0), dropped["drop_at_mean_stderr"])
     # Invalid estimates can be huge, so they do not set the limits if there are valid estimates.
@@ -220,7 +222,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
     draw_by_verdict(axes, table["step"], table, limits=(low + margin, high - margin))
 
 
-def _underestimated(table: pd.DataFrame) -> pd.DataFrame:
+def underestimated(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's loss, except if the chains escaped."""
     table = table.rename(columns=RENAMED_COLUMNS)
     if "drop_at_mean_stderr" not in table:  # not measured
@@ -254,8 +256,12 @@ def _draw_settings(axes: Axes, rows: pd.DataFrame, x: str, family: str, label: s
     """
     valid = rows[rows["verdict"] != "invalid"]
     shown = rows if valid.empty else valid
-    set_limits(axes, pd.concat([shown["llc"] - shown["stderr"], shown["llc"] + shown["stderr"], pd.Series([0.0])]))
-    limits = axes.get_ylim()
+    error = 2 * shown["stderr"]
+    set_limits(axes, pd.concat([shown["llc"] - error, shown["llc"] + error, pd.Series([0.0])]))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+    low, high = axes.get_ylim()
+    limits = (low, high - 0.03 * (high - low))
     for colour, (value, group) in zip(CHAIN_COLOURS, rows.groupby(family), strict=False):
         group = group.sort_values(x)
         axes.plot(group[x], group["llc"], color=colour, linewidth=1.0, label=label.format(value))
@@ -274,7 +280,8 @@ def _draw_escape(axes: Axes, survey: pd.DataFrame) -> None:
     is_language = "loss_name" in survey and survey["loss_name"].astype(str).str.endswith("cross_entropy").all()
     label = ESCAPE_LABEL.replace("zero's", "uniform's") if is_language else ESCAPE_LABEL
     axes.set(xlabel="nβ", ylabel=label, title="Escape from the basin")
-    axes.set_ylim(bottom=0, top=max(0.6, 1.05 * float(np.nanmax(share.clip(upper=1.5).fillna(0)))))
+    highest, lowest = share.clip(upper=1.5).fillna(0).max(), share.clip(lower=-0.5).fillna(0).min()
+    axes.set_ylim(bottom=min(0.0, 1.05 * lowest), top=max(0.6, 1.05 * highest))
     _tick_each(axes, survey["nbeta"])
 
 

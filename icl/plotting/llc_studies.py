@@ -1,6 +1,6 @@
 """Figures that test LLC estimates: known answers, a comparison of two samplers, LLCs at each position, and chains."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl.plotting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, ordered_colours
-from icl.plotting.llc import ESCAPE_LABEL, VERDICTS, draw_loss_levels, escaped_share, plot_llc, title_estimate
+from icl.plotting.llc import (
+    ESCAPE_LABEL,
+    VERDICTS,
+    draw_loss_levels,
+    escaped_share,
+    plot_llc,
+    title_estimate,
+    underestimated,
+)
 from icl.plotting.style import new_figure, select
 
 SAMPLERS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
@@ -50,18 +58,23 @@ def plot_known_answers(table: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
-def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
+def plot_what_is_measured(llc: pd.DataFrame, *, title: str, until: float = np.inf) -> Figure:
     """Plot in three panels what the LLC estimates of two samplers measure.
 
     The sampled loss is the mean loss along the chains. The panels show the LLC against the checkpoint's loss, the sampled loss against the
     step, and the rise of the sampled loss towards the loss of predicting zero.
+
+    Args:
+        llc: Rows of `llc.csv` for one run.
+        title: Title of the figure.
+        until: Last step for the correlation between the LLC and the checkpoint's loss.
     """
     figure, (against, sampled, escape) = new_figure(3, width=4.8, height=4.0, title=title)
     for name, is_published, style in SAMPLERS:
         rows = rows_of_sampler(llc, is_published)
         if len(rows):
-            _draw_sampler((against, sampled, escape), rows, name, style)
-    checkpoints = llc.drop_duplicates("step").sort_values("step")
+            _draw_sampler((against, sampled, escape), rows, name, style, until)
+    checkpoints = _checkpoints(llc)
     zero = checkpoints["trivial_loss"].iloc[0]
     sampled.plot(
         checkpoints["step"] + 1, checkpoints["init_loss"], color=BLACK, marker=".", label="L(w0), the checkpoint"
@@ -69,7 +82,7 @@ def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
     sampled.axhline(zero, color=BLACK, linestyle=":", linewidth=1.2, label="predicting zero")
     escape.axhline(1, color=BLACK, linestyle=":", linewidth=1.2)
     escape.axhline(0.5, color=VERMILION, linestyle="--", linewidth=0.8)
-    escape.annotate("invalid above", (1, 0.5), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    escape.annotate("invalid above", (0.02, 0.5), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     against.invert_xaxis()
     against.set(
         xlabel="loss of the checkpoint (training goes to the right)", ylabel="LLC estimate (bars: 2 standard errors)"
@@ -83,16 +96,28 @@ def plot_what_is_measured(llc: pd.DataFrame, *, title: str) -> Figure:
     ):
         axes.set_title(name, fontsize=10)
         axes.legend(fontsize=7)
-    escape.set_ylim(bottom=0)
     escape.set_xlim(sampled.get_xlim())
     return figure
 
 
-def _draw_sampler(panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str, style: dict[str, Any]) -> None:
+def _checkpoints(llc: pd.DataFrame) -> pd.DataFrame:
+    """Return a row with the checkpoint's loss for each step.
+
+    Samplers with other batch sizes measure this loss on other prompts. We take the loss that belongs to the sampler that
+    stays in the basin, because E[L] of this sampler is close to it.
+    """
+    rows = rows_of_sampler(llc, is_published=False)
+    return (rows if len(rows) else llc).drop_duplicates("step").sort_values("step")
+
+
+def _draw_sampler(
+    panels: tuple[Axes, Axes, Axes], rows: pd.DataFrame, name: str, style: dict[str, Any], until: float
+) -> None:
     against, sampled, escape = panels
-    finite = rows[np.isfinite(rows["llc"].astype(float))]
-    correlation = np.corrcoef(finite["llc"], -finite["init_loss"])[0, 1] if len(finite) > 2 else np.nan
-    label = f"{name}\n(correlation with −loss: {correlation:.4f})"
+    early = rows[np.isfinite(rows["llc"].astype(float)) & (rows["step"] <= until)]
+    correlation = np.corrcoef(early["llc"], -early["init_loss"])[0, 1] if len(early) > 2 else np.nan
+    steps = f" up to step {until:,}" if np.isfinite(until) else ""
+    label = f"{name}\n(correlation with −loss{steps}: {correlation:.4f})"
     errors = 2 * rows["stderr"]
     against.errorbar(
         rows["init_loss"], rows["llc"], errors, linestyle="-", linewidth=0.8, capsize=2, label=label, **style
@@ -127,7 +152,7 @@ def plot_over_stages(
     middle, half = (released["low"] + released["high"]) / 2, (released["high"] - released["low"]) / 2
     mark: dict[str, Any] = {"fmt": "D", "color": BLACK, "markersize": 4, "capsize": 2}
     by_published.errorbar(released["step"], middle, half, **mark, label="released numbers")
-    checkpoints = llc.drop_duplicates("step").sort_values("step")
+    checkpoints = _checkpoints(llc)
     losses.plot(
         checkpoints["step"], checkpoints["init_loss"], color=BLACK, linewidth=1.2, label="L(w0), the checkpoint"
     )
@@ -139,16 +164,21 @@ def plot_over_stages(
     weights.plot(norms["step"], norms["weight_norm"], color=PURPLE)
     weights.set_ylabel("Euclidean norm")
     weights.set_title("Norm of all weights", fontsize=10)
-    for panel in axes:
+    _finish_steps(axes, stages)
+    for panel in (in_basin, by_published, losses):
+        panel.legend(fontsize=7.5)
+    return figure
+
+
+def _finish_steps(panels: Sequence[Axes], stages: Mapping[str, float]) -> None:
+    """Label the x axes, and draw a vertical line where each stage ends. The last panel names the stages."""
+    text: dict[str, Any] = {"rotation": "vertical", "ha": "right", "va": "bottom", "fontsize": 8, "color": "0.35"}
+    for panel in panels:
         panel.set_xlabel("step (updates)")
         for step in stages.values():
             panel.axvline(step, color=BLACK, linewidth=0.8, alpha=0.4)
-    for panel in (in_basin, by_published, losses):
-        panel.legend(fontsize=7.5)
-    text: dict[str, Any] = {"rotation": "vertical", "ha": "right", "va": "bottom", "fontsize": 8, "color": "0.35"}
     for name, step in stages.items():
-        weights.annotate(name, (step, 0.02), xycoords=("data", "axes fraction"), **text)
-    return figure
+        panels[-1].annotate(name, (step, 0.02), xycoords=("data", "axes fraction"), **text)
 
 
 def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
@@ -167,10 +197,10 @@ def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
         if own.any():
             bars = np.stack([low[own], high[own]])
             axes.errorbar(rows["step"][own], rows["llc"][own], bars, linestyle="", capsize=2, label=verdict, **style)
-    has_drop = (rows["drop_at_mean"] > 2 * rows["drop_at_mean_stderr"]) & (rows["verdict"] != "invalid")
-    if has_drop.any():
+    dropped = underestimated(rows[rows["verdict"] != "invalid"])
+    if len(dropped):
         axes.plot(
-            rows["step"][has_drop], (rows["llc"] + rows["drop_at_mean"])[has_drop], linestyle="", marker="D", color=GREEN,
+            dropped["step"], dropped["llc"] + dropped["drop_at_mean"], linestyle="", marker="D", color=GREEN,
             markersize=3, label="LLC + drop of the loss at the mean draw",
         )  # fmt: skip
     exception = "; 2 s.e. if invalid" if has_no_interval.any() else ""
@@ -204,22 +234,18 @@ def plot_localization(
         for chosen, colour, name in ((fixed, BLUE, "fixed"), (falling, PURPLE, "falls as the weights grow")):
             label = f"localization {name}, {str(run).rpartition('/')[2].replace('=', ' ')}"
             shape: dict[str, Any] = {"color": colour, "linestyle": line, "linewidth": 1.2}
-            estimates.plot(chosen["step"], chosen["llc"], **shape, label=label)
+            estimates.errorbar(chosen["step"], chosen["llc"], 2 * chosen["stderr"], **shape, capsize=2, label=label)
             localizations.plot(chosen["step"], chosen["localization"], **shape, marker=".", label=label)
             for verdict, style in VERDICTS.items():
                 marked = select(chosen, verdict=verdict)
                 marks = {key: value for key, value in style.items() if key != "color"}
                 estimates.plot(marked["step"], marked["llc"], linestyle="", color=colour, markersize=5, **marks)
-    for panel in (estimates, localizations):
-        panel.set_xlabel("step (updates)")
-        for step in stages.values():
-            panel.axvline(step, color=BLACK, linewidth=0.8, alpha=0.4)
-    estimates.set(ylabel="LLC", title="LLC (dot: ok, triangle: suspect, cross: invalid)")
+    _finish_steps((estimates, localizations), stages)
+    estimates.set_ylabel("LLC (bars: 2 standard errors)")
+    estimates.set_title("LLC (dot: ok, triangle: suspect, cross: invalid)", fontsize=10)
     estimates.legend(fontsize=7.5)
-    localizations.set(ylabel="localization", yscale="log", title="localization")
-    text: dict[str, Any] = {"rotation": "vertical", "ha": "right", "va": "bottom", "fontsize": 8, "color": "0.35"}
-    for name, step in stages.items():
-        localizations.annotate(name, (step, 0.02), xycoords=("data", "axes fraction"), **text)
+    localizations.set(ylabel="localization γ", yscale="log")
+    localizations.set_title("Localization", fontsize=10)
     return figure
 
 

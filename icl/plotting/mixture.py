@@ -187,7 +187,7 @@ def _set_log(axes: Axes) -> None:
 
 def _draw_positions(axes: Axes, table: pd.DataFrame) -> None:
     """Draw the log odds at each position at the last step. If the model is exactly a mixture, all positions agree."""
-    last = table["step"].max()
+    last = int(table["step"].max())  # a column of steps with missing values is read from a file as floats
     rows = select(table, step=last, quantity="log_odds")
     for name, (label, colour, _) in _SETS.items():
         own = rows[(rows["distribution"] == name) & (rows["position"] != "mean")]
@@ -234,7 +234,7 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
         np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean()
     )  # mean over seeds, because `loss_advantage` differs between seeds
     axes.plot(levels.index.astype(float), levels, color=VERMILION, linestyle=":", label=_CURVE)
-    axes.set_title(f"Transition to dMMSE, {label}", fontsize=10)
+    axes.set_title(f"Transition to dMMSE, {label} (open: not ok)", fontsize=10)
     axes.set(
         xscale="log", yscale="log", xlabel="M (number of training tasks)", ylabel="step + 1 of the last transition"
     )

@@ -44,7 +44,10 @@ def plot_over_runs(
     """
     groups, panels = seed_groups(configs), _PANELS[name]
     figure, all_axes = new_figure(
-        len(panels), width=4.8, height=4.2, title=f"{title}   (bands: 95 % over at least 3 seeds)"
+        len(panels),
+        width=4.8,
+        height=4.2,
+        title=f"{title}   (bands: 95 % over at least 3 seeds; for one seed, 2 standard errors)",
     )
     for axes, (label, wanted, ylabel) in zip(all_axes, panels, strict=True):
         for (group, runs), colour in zip(groups.items(), ordered_colours(len(groups)), strict=True):

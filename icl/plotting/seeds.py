@@ -55,7 +55,9 @@ def draw_curves(
             )
     axes.plot(means["x"], means["value"], color=color, **style)
     below, above = _bars(means, over_prompts=2 * means["stderr"])
-    low = (means["value"] - below).clip(lower=floor * means["value"])
+    low = means["value"] - below
+    if np.isfinite(floor):  # -inf times a negative mean would be inf
+        low = low.clip(lower=floor * means["value"])
     axes.fill_between(means["x"].astype(float), low, means["value"] + above, color=color, alpha=alpha, linewidth=0)
 
 

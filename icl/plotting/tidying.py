@@ -5,6 +5,7 @@ changed.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -177,19 +178,20 @@ def _move_legend(axes: Axes, legend: Legend, handles: dict[str, Artist], curves:
         "title": legend.get_title().get_text() or None,
         "title_fontsize": legend.get_title().get_fontsize(),
     }
-    height = size.height * len(handles) / max(1, len(legend.get_texts()))
+    ncols: int = legend._ncols  # type: ignore[attr-defined]  # matplotlib has no public way to ask
+    height = size.height * math.ceil(len(handles) / ncols) / max(1, math.ceil(len(legend.get_texts()) / ncols))
     covered = {
         location: _covered_share(_legend_box(location, frame, size.width, height), curves) for location in _LOCATIONS
     }
     best = min(covered, key=lambda location: covered[location])
     if covered[best] <= _MAX_COVERED and size.width < frame.width and height < frame.height:
-        axes.legend(loc=best, **options)  # type: ignore[call-overload]
+        axes.legend(loc=best, ncols=ncols, **options)  # type: ignore[call-overload]
         return
     labels = axes.xaxis.get_tightbbox()
     drop = (frame.y0 - labels.y0 if labels is not None else 0.0) / axes.figure.dpi + _LEGEND_PAD_INCHES
     axes.legend(
         loc="upper center",
-        ncols=_MAX_COLUMNS if 2 * size.width < 1.3 * frame.width else 1,
+        ncols=_MAX_COLUMNS if 2 * size.width / ncols < 1.3 * frame.width else 1,
         bbox_to_anchor=(0.5, 0.0),
         bbox_transform=axes.transAxes + ScaledTranslation(0, -drop, axes.figure.dpi_scale_trans),
         borderaxespad=0.0,

@@ -43,5 +43,5 @@ def _draw_critical_step(axes: Axes, table: pd.DataFrame) -> None:
     for row in select(table, quantity="critical_step").to_dict("records"):
         axes.axvspan(row["low"], row["high"], color="0.5", alpha=0.15, linewidth=0)
     for row in select(table, quantity="rise").to_dict("records"):
-        text = f"rise {row['value']:.2f} ± {row['stderr']:.2f}\nover seeds"
-        axes.annotate(text, (0.97, 0.6), xycoords="axes fraction", ha="right", fontsize=9)
+        text = f"rise {row['value']:.2f} ± {row['stderr']:.2f}\n(standard error over seeds)"
+        axes.annotate(text, (0.97, 0.04), xycoords="axes fraction", ha="right", va="bottom", fontsize=9)

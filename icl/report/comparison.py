@@ -136,7 +136,7 @@ def _results(facts: RunFacts) -> dict[str, Cell]:
         losses = final_losses(facts).get(distribution, {})
         ratios = loss_ratios(losses, distribution)
         cells[f"loss, {name}"] = number_cell(show(losses.get("model"), pad=True))
-        for predictor in ("ridge's", "dMMSE's") if distribution == "pretrain" else ("ridge's",):
+        for predictor in ("ridge's", "Bayes's", "dMMSE's") if distribution == "pretrain" else ("ridge's", "Bayes's"):
             text = f"{ratios[predictor]:.3f}" if predictor in ratios else MISSING
             cells[f"/ {predictor}, {name}"] = number_cell(text)
         excess = final_excess(facts).get(distribution)

@@ -192,7 +192,8 @@ def _summary(facts: RunFacts, name: str, table: pd.DataFrame) -> list[Table]:
 
     The section then shows the numbers of this table in another form, or only in the whole table.
     """
-    if name == "evaluation" and {"step", "distribution", "quantity", "position", "value", "stderr"} <= set(table):
+    columns = {"step", "distribution", "quantity", "position", "value", "stderr"}
+    if name == "evaluation" and columns <= set(table) and table["step"].notna().any():
         return [_evaluation_table(table, facts.tables.get("baselines"))]
     if name in ("baselines", "losses", "llc-positions"):
         return []

@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom in a clean kernel on the shipped tables, and draws the same bytes twice."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,9 @@ def test_every_figure_has_a_file_of_each_kind_and_a_place_on_the_page():
         assert f"]({stem}.png)" in page
         assert (ROOT / "figures" / f"{stem}.pdf").is_file()
         text = (ROOT / "figures" / f"{stem}.txt").read_text(encoding="utf-8")
-        assert "data/small" in text or "data/published-run" in text
+        assert re.search(
+            r"^Data: [\w-]+\.csv(, [\w-]+\.csv)* of data/(small|published-run) .*, source \w", text, re.MULTILINE
+        )
 
 
 def test_the_page_is_made_of_the_captions(tmp_path):

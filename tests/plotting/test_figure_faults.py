@@ -90,6 +90,24 @@ def test_a_legend_that_fits_nowhere_goes_below_the_axes():
     assert faults(figure) == []
 
 
+def test_a_legend_that_moves_keeps_its_columns():
+    """A legend of two columns was measured, and then redrawn in one column, twice as high."""
+    figure, (axes,) = new_figure()
+    x = np.linspace(0, 1, 50)
+    for number in range(8):
+        heights = np.where(x < 0.4, 0.95, 0.3) if number == 0 else np.full(50, 0.3 + 0.02 * number)
+        axes.plot(x, heights, label=f"line {number}")
+    axes.set_ylim(0, 1)
+    axes.legend(ncols=2, loc="upper left")
+    figure.draw_without_rendering()
+    before = axes.get_legend().get_window_extent()
+    tidy(figure)
+    figure.draw_without_rendering()
+    after = axes.get_legend().get_window_extent()
+    assert after.x0 > before.x0 + 100
+    assert (after.width, after.height) == pytest.approx((before.width, before.height), rel=0.05)
+
+
 def test_a_key_to_line_styles_keeps_its_entry():
     figure, (axes,) = new_figure()
     axes.plot([0, 1], [0, 1], label="line")

@@ -50,10 +50,23 @@ def test_a_caption_says_where_the_numbers_come_from(gallery, tmp_path):
 
 
 def test_tables_count_for_the_next_figure_only(gallery, tmp_path):
+    (tmp_path / "data" / "small" / "runs.csv").write_text("run\na\n")
     gallery.table("losses")
     gallery.save(drawing(), "first", "One.")
+    gallery.table("runs")
     gallery.save(drawing(), "second", "Two.")
-    assert "losses.csv" not in (tmp_path / "figures" / "second.txt").read_text()
+    text = (tmp_path / "figures" / "second.txt").read_text()
+    assert "Data: runs.csv of data/small" in text
+    assert "losses.csv" not in text
+
+
+def test_a_figure_of_no_table_is_refused(gallery, tmp_path):
+    """The second figure of a loop had an empty source, because its tables were read before the loop."""
+    gallery.table("losses")
+    gallery.save(drawing(), "first", "One.")
+    with pytest.raises(ConfigError, match="The source of the figure second is unknown"):
+        gallery.save(drawing(), "second", "Two.")
+    assert not (tmp_path / "figures" / "second.txt").exists()
 
 
 def test_a_run_or_table_that_does_not_ship_is_refused(gallery):
@@ -85,6 +98,7 @@ def test_the_line_above_leaves_the_figure_as_it_was():
 
 def test_the_page_shows_every_figure_by_notebook(gallery, tmp_path):
     for name in ("two", "one"):
+        gallery.table("losses")
         gallery.save(drawing(), name, f"Caption of {name}.")
     page = write_index(tmp_path / "figures").read_text()
     assert page.index("### one") < page.index("### two")

@@ -27,6 +27,13 @@ def test_a_ladder_with_seeds_leaves_out_what_no_mixture_explains():
     assert len(odds) == 5
 
 
+def test_the_title_of_one_run_has_a_whole_step():
+    """A table that is read from its file has steps such as 3000.0, because some of its rows belong to no step."""
+    table = pd.read_csv(DATA / "prior-mixture.csv")
+    figure = mixture.plot(table[table["run"] == "M=4,seed=0"], title="")
+    assert figure.axes[-1].get_title() == "Prior odds by position at step 3,000 (lines: all positions)"
+
+
 def test_the_shipped_ladder_goes_from_dmmse_to_ridge():
     """The mean weight of three seeds at the last step falls with M. The difference of M = 2 and M = 16 is three standard errors."""
     table = pd.read_csv(DATA / "prior-mixture.csv")

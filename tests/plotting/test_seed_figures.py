@@ -47,6 +47,16 @@ def test_curves_have_a_thin_line_per_seed_and_a_band_over_seeds():
     assert edge[edge[:, 0] == 1, 1].max() == pytest.approx(three.high)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_band_of_negative_values_is_drawn(sign):
+    """Without a floor, the lower limit of the band was -inf times the mean, which is inf for a negative mean."""
+    _, (axes,) = new_figure()
+    rows = pd.DataFrame({"run": "a", "x": [1.0, 2.0], "value": [sign, 2 * sign], "stderr": 0.1})
+    draw_curves(axes, rows, color="k")
+    edge = axes.collections[0].get_paths()[0].vertices
+    assert sorted(set(edge[edge[:, 0] == 1, 1])) == pytest.approx([sign - 0.2, sign + 0.2])
+
+
 def evaluation(num_seeds):
     rows = []
     for m in ("2", "8", "inf"):

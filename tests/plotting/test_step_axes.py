@@ -1,6 +1,7 @@
 """Axes of training steps hide nothing: step 0 is shown, markers at the ends are not cut off, and a single estimate is readable."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 from figure_faults import faults
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from icl.plotting import hessian
 from icl.plotting.colours import ordered_colours
 from icl.plotting.evaluation import plot_evaluation
 from icl.plotting.llc import plot_llc
@@ -152,3 +154,12 @@ def test_chains_that_ended_leave_a_figure_of_the_others():
     one.traces[0, 20:] = np.nan
     one.traces[1] = np.inf
     assert faults(plot_estimate(one, 2.25, title="x")) == []
+
+
+def test_the_largest_eigenvalue_is_inside_its_panel():
+    """The limits were computed on the linear scale, where a margin of 5 % is nothing on the logarithmic part of the axis."""
+    table = pd.read_csv(Path(__file__).resolve().parents[2] / "data" / "published-run" / "hessian.csv")
+    axes = hessian.plot(table[table["run"] == "L2H4/seed=0"], title="t").axes[1]
+    axes.figure.draw_without_rendering()
+    highest = max(max(line.get_ydata()) for line in axes.lines if len(line.get_ydata()))
+    assert axes.transAxes.inverted().transform(axes.transData.transform((1, highest)))[1] < 0.97

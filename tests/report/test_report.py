@@ -283,6 +283,13 @@ def test_evaluation_is_summed_up_at_the_last_step_beside_ridge(run):
     assert ["pretrain", "1.000 ± 0.010", "1.25", "0.250 ± 0.010"] in opened.cells
 
 
+def test_an_evaluation_without_steps_is_shown_as_it_is(run):
+    header = "step,distribution,quantity,position,value,stderr"
+    run.write_result("evaluation.csv", f"{header}\n,pretrain,loss,mean,0.75,0.01\n,true,loss,mean,0.5,0.01\n")
+    opened = open_page(write_report([run.path]).path)
+    assert ["pretrain", "loss", "0.750 ± 0.010"] in opened.cells
+
+
 def test_a_run_in_progress_shows_its_curves_so_far(tmp_path):
     run = make_run(tmp_path / "young", state="running", step=30)
     for file in [*run.results.iterdir(), *run.figures.iterdir()]:
@@ -445,6 +452,18 @@ def test_a_page_gives_the_ratio_to_both_bayes_predictors(tmp_path):
 
 
 # Several runs
+
+
+def test_the_comparison_has_the_ratio_to_the_bayes_predictor_of_other_worlds(tmp_path):
+    """The ratio was on the tiles of each run, but not in the comparison."""
+    for number in (1, 2):
+        run = make_run(tmp_path / f"seed={number}", config=change(TINY, seeds={"model": number}), metrics=NO_METRICS)
+        table = pd.read_csv(run.results / "losses.csv").assign(bayes=0.5)
+        table.to_csv(run.results / "losses.csv", index=False)
+    opened = open_page(write_report([tmp_path], out=tmp_path / "page.html").path)
+    header, first = opened.cells[:2]
+    assert first[header.index("/ Bayes's, new tasks")] == "3.600"  # 1.8 / 0.5
+    assert "/ ridge's, new tasks" not in header
 
 
 @pytest.fixture
