@@ -42,7 +42,7 @@ def choose_device(accelerator: str = "auto") -> str:
 
 
 def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu") -> None:
-    """Refuse work that needs more memory than is free on a CPU, or more than the total memory of a GPU.
+    """Refuse work that needs more memory than this process can still allocate on a CPU or a GPU.
 
     Without this check, the system could kill the process without a message.
 
@@ -69,9 +69,13 @@ def require_memory(sizes: Mapping[str, int], device: torch.device | str = "cpu")
 
 
 def device_bytes(device: torch.device | str) -> int:
-    """Return the total memory of a GPU in bytes. For a CPU, return the memory that this process can still allocate."""
+    """Return the number of bytes that this process can still allocate on a device.
+
+    On a GPU, this includes memory that PyTorch has reserved for this process and that no tensor uses.
+    """
     if torch.device(device).type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return min([_available_bytes(), *_group_bytes()])
 
 

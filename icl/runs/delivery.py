@@ -46,7 +46,7 @@ def is_delivered(run: RunFolder, config: RunConfig) -> bool:
 
 def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> None:
     """Record in `.delivered` that the run's store has the current content of these files."""
-    _note_digests(run, config, {name: run.store.digest(name) for name in names})
+    note_digests(run, config, {name: run.store.digest(name) for name in names})
 
 
 def send_results(run: RunFolder) -> list[str]:
@@ -78,7 +78,7 @@ def send_results(run: RunFolder) -> list[str]:
             write_card(mirror)
     except StorageError as error:
         raise UploadError(describe_left(run, url, list(left), str(error))) from None
-    _note_digests(run, config, digests)
+    note_digests(run, config, digests)
     if sent:
         print(f"Uploaded {', '.join(sent)} to {mirror.there}.")
     return sent
@@ -98,7 +98,7 @@ def describe_left(run: RunFolder, url: str, left: Sequence[str], reason: str) ->
     )
 
 
-def _note_digests(run: RunFolder, config: RunConfig, digests: Mapping[str, str]) -> None:
+def note_digests(run: RunFolder, config: RunConfig, digests: Mapping[str, str]) -> None:
     """Record in `.delivered` that the run's store has files with these digests."""
     note = {"place": _place(config), "files": _read_note(run, config) | dict(digests)}
     write_atomically(run.path / _NOTE, (json.dumps(note, indent=1) + "\n").encode())

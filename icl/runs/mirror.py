@@ -21,12 +21,10 @@ from icl.config.validation import ConfigError
 from icl.files.writing import StorageError
 from icl.runs.card import CARD, card_text
 from icl.runs.claims import claim
-from icl.runs.copied_files import (
-    require_no_links_out,
-)
+from icl.runs.copied_files import require_no_links_out
 from icl.runs.folder import RunError, RunFolder, parse_config, require_same_config
 from icl.runs.resume_file import NAMES, ResumeFileError, parse_resume
-from icl.runs.status import parse_status
+from icl.runs.status import Status, parse_status
 from icl.runs.transfer import same_file, transfer
 from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, read_or_none
 from icl.store.opening import open_store
@@ -113,7 +111,7 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     # If the folder is new and the copy contains settings, the transfer below also fetches `run-id`. The folder claims the copy after that.
     if not (is_new and theirs is not None):
         claim(mirror.here, mirror.there, config)
-    our_step = saved_step(mirror.here)
+    our_step = _step_to_continue_from(mirror.here)
     try:
         if theirs is None or not is_new:
             is_same = same_file(mirror.here, mirror.there, "last.ckpt")
@@ -238,12 +236,35 @@ def saved_step(store: Store, *, skip_damaged: bool = True) -> int:
         DamagedError, ResumeFileError: If a resume file is damaged and `skip_damaged` is false.
         StorageError: If the store cannot be used.
     """
+    step = _step_in_resume_file(store, skip_damaged=skip_damaged)
+    if step is not None:
+        return step
+    status = _read_status(store)
+    return status.step if status else -1
+
+
+def _step_to_continue_from(here: Store) -> int:
+    """Return the step from which training would continue in a run's folder, or -1 if it would begin again.
+
+    Without an undamaged resume file, training begins again, whatever step an unfinished run has in its status.
+    """
+    step = _step_in_resume_file(here, skip_damaged=True)
+    if step is not None:
+        return step
+    status = _read_status(here)
+    return status.step if status is not None and status.is_done else -1
+
+
+def _step_in_resume_file(store: Store, *, skip_damaged: bool) -> int | None:
     for name in NAMES:
         with contextlib.suppress(MissingKeyError, *((DamagedError, ResumeFileError) if skip_damaged else ())):
             return parse_resume(store.read(name), f"{store}/{name}").step
+    return None
+
+
+def _read_status(store: Store) -> Status | None:
     data = read_or_none(store, "status.json")
-    status = parse_status(data) if data else None
-    return status.step if status else -1
+    return parse_status(data) if data else None
 
 
 def _is_new(run: RunFolder) -> bool:

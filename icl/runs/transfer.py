@@ -38,15 +38,14 @@ def transfer(source: Store, target: Store, label: str, force: bool) -> tuple[lis
         StorageError, ResumeFileError: If a file that is needed to resume the run cannot be copied.
     """
     copied: dict[str, None] = {}
-    damaged: set[str] = set()
+    damaged: list[str] = []
     for number in range(_MAX_ROUNDS):
         before = [digest_or_none(source, name) for name in VOUCHERS]
-        names, problems = _transfer_once(source, target, read_vouchers(source), label, force and number == 0)
+        names, damaged = _transfer_once(source, target, read_vouchers(source), label, force and number == 0)
         copied |= dict.fromkeys(names)
-        damaged |= set(problems)
         if before == [digest_or_none(source, name) for name in VOUCHERS]:
             break
-    return list(copied), sorted(damaged)
+    return list(copied), sorted(damaged)  # the last round tries every damaged file again
 
 
 def _transfer_once(
@@ -80,6 +79,10 @@ def _transfer_once(
             if name in NEEDED:
                 raise
             damaged.append(str(error))
+            return None
+        except MissingKeyError:  # training deletes former best checkpoints
+            if name in NEEDED:
+                raise
             return None
         return data
 

@@ -171,8 +171,17 @@ class LocalStore(OneByOne):
         return sorted(path.relative_to(self.root).as_posix() for path in others)
 
     def delete(self, key: str) -> None:
-        """Remove a key. A missing key is not an error."""
-        self._path(key).unlink(missing_ok=True)
+        """Remove a key. A missing key is not an error.
+
+        Raises:
+            StorageError: If the file cannot be removed.
+        """
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(f"Cannot remove {self.root / key}: {error.strerror}.") from None
 
     def check(self) -> None:
         """Make the folder if it is missing, and check that it can be written.

@@ -10,6 +10,7 @@ raise an error.
 """
 
 import functools
+import hashlib
 import io
 import random
 import tempfile
@@ -57,10 +58,10 @@ class HubStore:
             MissingKeyError: If the key has no value.
             StorageError: If the value is damaged or has more than `limit` bytes, or the Hub cannot be used.
         """
-        file = self._file(key)
+        commit, file = self._find(key)
         if limit is not None and file.size > limit:
             raise StorageError(f"Cannot read {self}/{key}: it has {file.size:,} bytes, and at most {limit:,} are read.")
-        data = self.repository.ask("read", lambda: self._download(file.path), key=file.path)
+        data = self.repository.ask("read", lambda: self._download(file.path, commit), key=file.path)
         digest = _sha256(file)
         if len(data) != file.size or (digest is not None and sha256(data) != digest):
             raise DamagedError(f"{self}/{key} is damaged: its bytes do not match their digest on the Hub.")
@@ -73,7 +74,7 @@ class HubStore:
             MissingKeyError: If the key has no value.
             StorageError: If the Hub cannot be used.
         """
-        return _sha256(self._file(key)) or sha256(self.read(key))
+        return _sha256(self._find(key)[1]) or sha256(self.read(key))
 
     def write(self, key: str, data: bytes) -> None:
         """Set the value of a key, in a separate commit.
@@ -142,15 +143,16 @@ class HubStore:
     def _path(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _file(self, key: str) -> RepoFile:
+    def _find(self, key: str) -> tuple[str | None, RepoFile]:
+        """Return the newest commit, and the description of a key's file in this commit."""
         require_key(key, self)
-        file = self.repository.listing().files.get(self._path(key))
+        listing = self.repository.listing()
+        file = listing.files.get(self._path(key))
         if file is None:
             raise MissingKeyError(f"There is no file {self}/{key}.")
-        return file
+        return listing.commit, file
 
-    def _download(self, path: str) -> bytes:
-        commit = self.repository.listing().commit
+    def _download(self, path: str, commit: str | None) -> bytes:
         with tempfile.TemporaryDirectory(prefix="icl-hub-") as folder:
             file = hf_hub_download(
                 self.repository.name, path, revision=commit, local_dir=folder, endpoint=self.repository.endpoint
@@ -166,6 +168,8 @@ class HubStore:
                     return
                 listing = self.repository.listing(is_new=True)
                 changed = self._changed(first, listing)
+                if changed and all(_is_done(operation, listing) for operation in operations):
+                    return  # our commit had arrived, but not its answer, so the client repeated the commit
                 if changed:
                     raise StorageError(
                         f"Another program changed {changed[0]} in {self} at the same time, so this commit was not made. If that program works "
@@ -226,6 +230,19 @@ def _addition(path: str, data: bytes) -> CommitOperationAdd:
     `HF_ENDPOINT`, ignores our time limits, and is faster only for files of gigabytes.
     """
     return CommitOperationAdd(path, _Buffer(data))
+
+
+def _is_done(operation: Any, listing: Listing) -> bool:
+    """Return whether a listing already contains what an operation would change."""
+    file = listing.files.get(operation.path_in_repo)
+    if isinstance(operation, CommitOperationDelete) or file is None:
+        return isinstance(operation, CommitOperationDelete) and file is None
+    with operation.as_file() as content:
+        data = content.read()
+    blob = hashlib.sha1(
+        f"blob {len(data)}\0".encode() + data, usedforsecurity=False
+    ).hexdigest()  # Git's name of these bytes
+    return sha256(data) == _sha256(file) or blob == file.blob_id
 
 
 def _sha256(file: RepoFile) -> str | None:

@@ -93,7 +93,12 @@ def _send_at_once(params: dict[str, Any], **_: Any) -> None:
 
 
 def _count_what_is_sent(request: Any, **_: Any) -> None:
-    """Count the bytes of a large body as progress while they are sent, but only at the first try of a request."""
+    """Count the bytes of a large body as progress while they are sent, but only at the first try of a request.
+
+    If we gave up on the call, nothing more is sent, except requests that delete the parts of an unfinished upload.
+    """
+    if request.method != "DELETE":
+        waiting.require_awaited()
     is_first = "attempt=1" in str(request.headers.get("amz-sdk-request", "attempt=1"))
     if is_first and isinstance(request.body, bytes) and len(request.body) > _CHUNK:
         request.body = _Counted(request.body)

@@ -119,6 +119,18 @@ def await_result(
     return future.result()
 
 
+def require_awaited() -> None:
+    """Raise an error if this thread is the thread of a call on which we gave up. Call this before a request is sent or repeated.
+
+    Otherwise, an old write could be repeated after a newer write of the same file, and replace it.
+
+    Raises:
+        StalledError: If we gave up on the call.
+    """
+    if threading.current_thread() in _left:
+        raise StalledError
+
+
 def would_block_exit() -> bool:
     """Return whether Python would wait at exit for a call on which we gave up.
 

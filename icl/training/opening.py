@@ -15,7 +15,7 @@ from icl.runs.folder import leaving_nothing, require_same_config
 from icl.runs.metrics_file import MetricsFile, are_rows_altered, logged_steps, lost_rows, metric_columns
 from icl.training.members import Member
 from icl.training.progress import member_status
-from icl.training.saving import read_resume_file
+from icl.training.saving import delete_former_best, read_resume_file
 from icl.training.upload import upload_behind
 
 
@@ -86,6 +86,8 @@ def begin_run(member: Member, step: int) -> None:
     run.write_config(member.config)
     for folder in (run.path, run.checkpoints.root, run.moments.root, run.results, run.figures):
         remove_temporaries(folder)
+    if step > 0:
+        delete_former_best(member)
     run.log(f"resuming from step {step}" if step else "starting")
     for note in member.notes:
         run.log(note)

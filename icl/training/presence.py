@@ -9,12 +9,14 @@ missing when it ends, the run counts as failed.
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from icl.runs.contents import describe_missing, missing_steps
 from icl.runs.status import WAS_REMOVED
+from icl.training.callbacks import any_rank
 from icl.training.members import Member
 
 _SECONDS = 20.0
@@ -28,11 +30,22 @@ class FilesGuard(pl.Callback):
         self.members = members
         self._reported: set[Member] = set()
         self._checked_at = time.monotonic()
+        self._has_news = False
+        """Whether a member has ended, and the other processes do not know this yet."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Check the files before anything is written."""
-        if not trainer.is_global_zero:
-            return
+        """Check the files before anything is written. Only rank 0 checks them, and tells the other processes which members have ended."""
+        if trainer.is_global_zero:
+            self._check_all(trainer)
+        if any_rank(trainer, self._has_news):
+            ends = [(member.state, member.end_step, member.reason) for member in self.members]
+            for member, (state, step, reason) in zip(self.members, trainer.strategy.broadcast(ends), strict=True):
+                if member.is_running and state != "running":
+                    member.end(state, step or 0, reason)
+        self._has_news = False
+
+    def _check_all(self, trainer: pl.Trainer) -> None:
+        """Check the folders, and once in `_SECONDS` seconds the checkpoints of all members."""
         self.check(trainer.global_step)
         if time.monotonic() - self._checked_at > _SECONDS:
             self._checked_at = time.monotonic()
@@ -44,9 +57,9 @@ class FilesGuard(pl.Callback):
         """Check the folders of the members that are still training."""
         for member in self.members:
             folder = member.folder
-            if not member.is_running or folder.config_file.exists():
+            if not member.is_running or _may_exist(folder.config_file):
                 continue
-            if folder.metrics_file.exists():
+            if _may_exist(folder.metrics_file):
                 folder.write_config(member.config)
                 continue
             reason = (
@@ -54,6 +67,7 @@ class FilesGuard(pl.Callback):
                 "Put the folder back to resume the run, or run the same command to start a new run."
             )
             member.end("failed", step, reason)
+            self._has_news = True
 
     def _report_lost(self, member: Member, step: int) -> None:
         """Report missing checkpoints at once, so that they can be put back before the run ends."""
@@ -64,3 +78,11 @@ class FilesGuard(pl.Callback):
             sentence = describe_missing(member.folder, lost)
             print(f"icl: {sentence}", file=sys.stderr)
             member.folder.log(sentence)
+
+
+def _may_exist(path: Path) -> bool:
+    """Return whether a file exists, or the file system gives no answer at present, as with a stale file handle."""
+    try:
+        return path.exists()
+    except OSError:
+        return True

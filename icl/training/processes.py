@@ -6,10 +6,12 @@ started several tasks and the settings ask for several processes. Lightning's su
 Lightning's detection of Slurm, because it refuses or requeues runs that were started in another way.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -21,11 +23,13 @@ from lightning.fabric.plugins.environments import (
 )
 
 from icl.config import RunConfig, TrainerConfig
-from icl.config.validation import ConfigError
+from icl.config.validation import ConfigError, UserError
 from icl.resolve import POINT_VARIABLE
 from icl.runs.folder import RANK_VARIABLES, RunError, is_child_rank
 from icl.training.wandb.agent import in_sweep
 
+_PLAN_VARIABLE = "ICL_TRAINING_PLAN"
+"""Environment variable with rank 0's plan, for the processes that Lightning starts."""
 _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
 
 
@@ -63,11 +67,77 @@ class SrunEnvironment(SLURMEnvironment):
         """Accept `srun --ntasks`."""
 
 
+class Plan(NamedTuple):
+    """What rank 0 has decided to train. The other processes could decide otherwise, because their folders and memory may differ."""
+
+    steps: Sequence[int | None]
+    """Step from which each member continues; None for a member that is not trained."""
+    num_at_once: int = 1
+    """Largest number of members that are trained at once."""
+    failure: str | None = None
+    """Reason why rank 0 trains nothing, if it failed."""
+
+
+class PlanSharing:
+    """Rank 0's plan, which every process of a run follows.
+
+    torchrun and srun start all processes at once, so the plan is broadcast, after rank 0 has fetched the runs from their store. Lightning
+    starts the other processes of a machine after rank 0 has made its plan, so these processes read it in their environment.
+
+    Args:
+        trainer: Lightning's Trainer of this process.
+        is_shared: Whether the run uses several processes that can exchange objects.
+    """
+
+    def __init__(self, trainer: pl.Trainer, *, is_shared: bool) -> None:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        self.trainer, self.was_shared = trainer, not is_shared
+        self._is_broadcast = is_shared and not isinstance(environment, LightningEnvironment)
+
+    def share(self, plan: Plan) -> None:
+        """Send the plan of rank 0 to the other processes."""
+        if self.was_shared:
+            return
+        self.was_shared = True
+        if self._is_broadcast:
+            self.trainer.strategy.setup_environment()
+            self.trainer.strategy.broadcast(tuple(plan))
+        else:
+            os.environ[_PLAN_VARIABLE] = json.dumps(plan)
+
+    def receive(self) -> Plan | None:
+        """Return the plan of rank 0; None if this process must make its own plan.
+
+        Raises:
+            RunError: If rank 0 has failed.
+        """
+        if self._is_broadcast:
+            self.trainer.strategy.setup_environment()
+            fields: Any = self.trainer.strategy.broadcast(None)
+            plan = Plan(*fields)
+        elif not self.was_shared and os.environ.get("LOCAL_RANK", "0") != "0" and _PLAN_VARIABLE in os.environ:
+            plan = Plan(*json.loads(os.environ[_PLAN_VARIABLE]))
+        else:
+            return None
+        if plan.failure is not None:
+            raise RunError(f"Rank 0 of this run has failed: {plan.failure}")
+        return plan
+
+    @contextlib.contextmanager
+    def leading(self, num_members: int) -> Iterator[None]:
+        """If the body of the `with` statement fails before it shares a plan, tell the other processes why, because they wait for the plan."""
+        try:
+            yield
+        except UserError as error:
+            self.share(Plan([None] * num_members, failure=str(error)))
+            raise
+
+
 class SameSteps(pl.Callback):
     """Check that all processes train the same runs from the same step, before they load weights.
 
-    If torchrun or srun started the processes, each of them reads the runs' folders. A process may do so before rank 0 has fetched a later
-    save from the store, and would then start at an earlier step. Nothing else would notice this.
+    Processes on other machines that were started by hand, without torchrun or srun, read the runs' folders themselves. A process may do so
+    before rank 0 has fetched a later save from the store, and would then start at an earlier step. Nothing else would notice this.
 
     Args:
         names: Names of the folders of the runs that this process trains.

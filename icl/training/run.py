@@ -36,11 +36,11 @@ from icl.training.loggers import require_loggers, start_loggers
 from icl.training.members import Member
 from icl.training.module import PopulationModule
 from icl.training.opening import begin_run, has_ended, open_run
-from icl.training.processes import SameSteps, join_processes
+from icl.training.processes import Plan, PlanSharing, SameSteps, join_processes
 from icl.training.progress import member_status
 from icl.training.refusals import require_learning, require_monitor, require_own_run, require_text
 from icl.training.saving import read_resume_file
-from icl.training.trainer import evaluation_sets, make_callbacks, make_trainer
+from icl.training.trainer import PopulationDDP, evaluation_sets, make_callbacks, make_trainer
 from icl.training.wandb import agent as wandb_agent
 
 
@@ -124,8 +124,10 @@ def train_population(
         )
     is_packed = len(configs) > 1
     members = [Member(c, RunFolder(path), is_packed=is_packed) for c, path in zip(configs, paths, strict=True)]
-    make_trainer(configs[0])  # raises an error for impossible settings before anything is written
-    is_alone = not is_packed or configs[0].trainer.num_processes > 1
+    trainer = make_trainer(configs[0])  # raises an error for impossible settings before anything is written
+    is_shared = configs[0].trainer.num_processes > 1
+    is_alone = not is_packed or is_shared
+    plans = PlanSharing(trainer, is_shared=is_shared and isinstance(trainer.strategy, PopulationDDP))
     for member in members:
         with isolate_failure(member, is_alone=is_alone):
             require_own_run(member.config)
@@ -136,16 +138,15 @@ def train_population(
                 require_text(member.config)
                 require_room(member.config, choose_device(member.config.trainer.accelerator))
     if is_child_rank():
-        unfinished = [member for member in members if not has_ended(member)]
-        received = _train_groups(unfinished, {member: read_resume_file(member) for member in unfinished})
-        return [_result(member, received) for member in members]
+        return _follow(members, plans)
     with contextlib.ExitStack() as resources:
+        resources.enter_context(plans.leading(len(members)))
         first_steps: dict[Member, int | None] = {}
         for member in members:
             with isolate_failure(member, is_alone=is_alone):
                 if not member.is_refused:
                     first_steps[member] = open_run(member, resources)
-        return _train(members, first_steps, wandb_run, is_alone=is_alone)
+        return _train(members, first_steps, wandb_run, plans, is_alone=is_alone)
 
 
 def require_alike(configs: Sequence[RunConfig]) -> None:
@@ -164,8 +165,26 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
                 )
 
 
+def _follow(members: Sequence[Member], plans: PlanSharing) -> list[TrainResult]:
+    """Train in a process of a rank other than 0, as rank 0 has planned."""
+    plan = plans.receive()
+    steps = {member: read_resume_file(member) for member in members if plan is None and not has_ended(member)}
+    if plan is not None:
+        steps = {member: step for member, step in zip(members, plan.steps, strict=True) if step is not None}
+        for member in steps:
+            read_resume_file(member)
+    limit = _num_at_once(list(steps)) if plan is None else plan.num_at_once
+    received = _train_groups(list(steps), steps, limit)
+    return [_result(member, received) for member in members]
+
+
 def _train(
-    members: Sequence[Member], first_steps: Mapping[Member, int | None], wandb_run: Any, *, is_alone: bool
+    members: Sequence[Member],
+    first_steps: Mapping[Member, int | None],
+    wandb_run: Any,
+    plans: PlanSharing,
+    *,
+    is_alone: bool,
 ) -> list[TrainResult]:
     """Train the members that have not ended, each from the step at which it continues."""
     done = [member for member, step in first_steps.items() if step is None]
@@ -180,23 +199,31 @@ def _train(
         unfinished = [member for member in steps if not member.is_refused]
         if unfinished:
             _announce(unfinished, [member for member in members if member.is_refused], steps)
-            for member in unfinished:
-                member.loggers = start_loggers(member, steps[member], wandb_run)
-                # Usually, nothing is recorded here. Only a run that was killed after its last step is already at its end.
-                record_outcome(member, steps[member], None)
-            received = _train_groups(unfinished, steps)
+        for member in unfinished:
+            member.loggers = start_loggers(member, steps[member], wandb_run)
+            # Usually, nothing is recorded here. Only a run that was killed after its last step is already at its end.
+            record_outcome(member, steps[member], None)
+        running = [member for member in unfinished if member.is_running]
+        limit = _num_at_once(running)
+        plans.share(Plan([steps[member] if member in running else None for member in members], limit))
+        received = _train_groups(running, steps, limit)
     return [_result(member, received, was_done=member in done) for member in members]
 
 
-def _train_groups(members: Sequence[Member], steps: Mapping[Member, int]) -> signal.Signals | None:
-    """Train the members in groups that fit on the device. Return the signal that stopped training, or None if no signal did."""
+def _num_at_once(members: Sequence[Member]) -> int:
+    """Return how many of the members are trained at once on the device."""
     if len(members) <= 1:
-        return _train_stages(members, steps)
+        return 1
     kind = choose_device(members[0].config.trainer.accelerator)
     limit = num_fitting([member.config for member in members], "cpu" if kind == "tpu" else kind)
     if len(members) > limit / 10 and not is_child_rank():
         in_turn = "" if len(members) <= limit else f", so they are trained in {-(-len(members) // limit)} groups"
         print(f"About {limit:,} members of this size fit on this device at a time{in_turn}.")
+    return limit
+
+
+def _train_groups(members: Sequence[Member], steps: Mapping[Member, int], limit: int) -> signal.Signals | None:
+    """Train the members in groups of up to `limit`. Return the signal that stopped training, or None if no signal did."""
     for group in (members[start : start + limit] for start in range(0, len(members), limit)):
         received = _train_stages(group, steps)
         if received is not None:

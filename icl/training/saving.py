@@ -17,12 +17,15 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from icl.config import EarlyStoppingConfig
+from icl.config.validation import UserError, is_count
+from icl.files.reading import ContentError, read_bytes
 from icl.files.system import sync_file, sync_folder
 from icl.files.writing import StorageError, temporary_path, write_atomically
 from icl.model.stacked import Params, unstack
 from icl.runs.checkpoints import MOMENTS, checkpoint_name, save_checkpoint
+from icl.runs.contents import expected_steps
 from icl.runs.folder import RunFolder, is_child_rank, require_same_config
-from icl.runs.resume_file import pack, read_resume, unpack
+from icl.runs.resume_file import MAX_FILE, pack, parse_resume, read_resume, unpack
 from icl.training.callbacks import MetricsLog, NonFiniteGuard, any_rank
 from icl.training.members import Member
 from icl.training.module import PopulationModule
@@ -122,15 +125,16 @@ class ResumeFiles(pl.Callback):
         for member, old in self._extra_steps.items():
             if old != member.extra_step:
                 self._extra_steps[member] = member.extra_step
-                if old != self._saved_extra_steps[member]:
-                    _delete_checkpoint(trainer, member, old)
+                if old != self._saved_extra_steps[member] and trainer.is_global_zero:
+                    _delete_checkpoint(member, old)
 
     def _note_saved(self, trainer: pl.Trainer) -> None:
         """Delete the extra checkpoints that the previous `last.ckpt` named, and that the new one does not name."""
         for member, old in self._saved_extra_steps.items():
             if old != member.extra_step and member.records(trainer.global_step):
                 self._saved_extra_steps[member] = member.extra_step
-                _delete_checkpoint(trainer, member, old)
+                if trainer.is_global_zero:
+                    _delete_checkpoint(member, old)
 
 
 class MemberFiles(CheckpointIO):
@@ -180,9 +184,26 @@ def read_resume_file(member: Member) -> int:
     return resume.step
 
 
-def _delete_checkpoint(trainer: pl.Trainer, member: Member, step: int | None) -> None:
-    """Delete a member's checkpoint of a step, with its moments. Do nothing if the step is None, or on ranks other than 0."""
-    if trainer.is_global_zero and step is not None:
+def delete_former_best(member: Member) -> None:
+    """Delete the best checkpoint that the save before the last one names, if the last save names another one.
+
+    Training does this after every save. But a kill between the save and this deletion leaves the checkpoint in the folder.
+    """
+    if member.config.early_stopping.patience is None:
+        return
+    try:
+        previous = parse_resume(read_bytes(member.folder.previous_file, limit=MAX_FILE), "")
+    except (OSError, UserError, ContentError):  # there is no such file, or it is damaged, which `verify` reports
+        return
+    former, config = previous.member.get("extra_step"), member.config
+    kept = {member.extra_step, member.best_step, *expected_steps(config, config.trainer.max_steps)}
+    if is_count(former) and former not in kept:
+        _delete_checkpoint(member, former)
+
+
+def _delete_checkpoint(member: Member, step: int | None) -> None:
+    """Delete a member's checkpoint of a step, with its moments. Do nothing if the step is None."""
+    if step is not None:
         member.folder.checkpoints.delete(checkpoint_name(step))
         member.folder.moments.delete(checkpoint_name(step))
 

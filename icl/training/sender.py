@@ -2,7 +2,11 @@
 
 Checkpoints are sent at once. The other files are sent when there is a newer `last.ckpt`, because only their newest versions matter.
 We call `last.ckpt` and `status.json` vouchers, because each of them says up to which step the other files in the store are complete. So
-the vouchers are read before the other files, and sent only after all other files have arrived.
+the vouchers are read before the other files, and sent only after all other files have arrived. `status.json` is read before `last.ckpt`,
+so that the store never says that a run has ended while it has an earlier `last.ckpt`.
+
+With early stopping, `last.ckpt` names the best checkpoint. The store has this checkpoint before it has `last.ckpt`. Earlier best checkpoints
+are deleted from the store only after a `last.ckpt` that no longer names them has arrived.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +22,9 @@ from icl.runs.checkpoints import checkpoint_name
 from icl.runs.contents import expected_steps
 from icl.runs.copied_files import CHECKPOINT_FOLDERS, VOUCHERS, copied_names, is_checkpoint, require_whole
 from icl.runs.mirror import Mirror
+from icl.runs.resume_file import parse_resume
 from icl.store import waiting
-from icl.store.base import MissingKeyError, sha256
+from icl.store.base import MissingKeyError, read_or_none, sha256
 
 MAX_FAILURES = 2
 """A round of sending ends after this number of consecutive failures, because the store probably cannot be reached at present."""
@@ -37,6 +42,16 @@ class _File(NamedTuple):
     data: bytes
 
 
+class _Save(NamedTuple):
+    """The vouchers at one moment, and the best checkpoint that `last.ckpt` names."""
+
+    vouchers: list[_File]
+    best: dict[str, _File]
+    """Files of the best checkpoint that were not sent before, keyed by name."""
+    named: list[str] | None
+    """Names of all files of the best checkpoint; None if this is not known."""
+
+
 class Sender:
     """Object that sends the files of a run's folder to the run's store.
 
@@ -49,10 +64,16 @@ class Sender:
         self.mirror = mirror
         self.reason = ""
         """Reason why a file could not be sent. If several files failed, this is the reason for the last one."""
+        self.digests: dict[str, str] = {}
+        """SHA-256 of the content that the store has of each file, keyed by the file's name."""
         self._scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
+        self._has_best = config.early_stopping.patience is not None
+        self._num_folders = len(CHECKPOINT_FOLDERS) if config.checkpoints.moments else 1
         self._there: set[str] | None = None
         self._has_unread = False  # whether a file could not be read in this round
         self._sent: dict[str, Signature | None] = {}
+        self._named: list[str] | None = None
+        """Files of the best checkpoint that the store's `last.ckpt` names; None until this process has sent a voucher."""
 
     def changed(self) -> list[str]:
         """Return the names of the files that are new or have changed since they were sent."""
@@ -81,43 +102,96 @@ class Sender:
         if bar is None and self.mirror.there.is_resting():
             return True  # the store limits the number of writes, so we send the files in a later round
         self._has_unread = False
-        is_whole = bar is not None or "last.ckpt" in self.changed()
-        vouchers = [self._read(name) for name in VOUCHERS if is_whole and name in self.changed()]
+        changed = self.changed()
+        is_whole = bar is not None or "last.ckpt" in changed
+        save = self._read_save(changed) if is_whole else _Save([], {}, None)
         others = [name for name in self.changed() if is_checkpoint(name) or (is_whole and name not in VOUCHERS)]
-        num_failures = num_in_a_row = 0
-        if not self._tidy_store():
+        others = list(dict.fromkeys([*save.best, *others]))
+        if (others or save.vouchers) and not self._is_ready():
             return False
+        vouchers, num_failures, num_in_a_row = save.vouchers, 0, 0
         size = self.mirror.there.files_per_write
         batches = [others[start : start + size] for start in range(0, len(others), size)]
         for number, names in enumerate(batches):
             if is_over() or num_in_a_row == MAX_FAILURES:
                 return False
-            files = [self._read(name) for name in names]
+            files = [save.best.get(name) or self._read(name) for name in names]
             if size > 1 and num_failures == 0 and not self._has_unread and number == len(batches) - 1:
                 # This store writes several files at once, either all of them or none.
-                files, vouchers = files + vouchers, []
+                files, vouchers = [*files, *vouchers], []
             num_in_a_row = 0 if self._send(files, bar) else num_in_a_row + 1
             num_failures += num_in_a_row > 0
         is_complete = num_failures == 0 and not self._has_unread
-        return is_complete and all(self._send([voucher], bar) for voucher in vouchers)
+        if not is_complete or not all(self._send([voucher], bar) for voucher in vouchers):
+            return False
+        self._named = self._named if save.named is None else save.named
+        return self._delete_obsolete()
 
-    def _tidy_store(self) -> bool:
-        """List the store's files and delete former best checkpoints. Return False if the store cannot be reached."""
+    def _read_save(self, changed: Sequence[str]) -> _Save:
+        """Read the vouchers that have changed, and the best checkpoint that `last.ckpt` names, unless it was sent before.
+
+        If training has replaced this checkpoint since then, return nothing. The vouchers are then sent in the next round.
+        """
+        read = {name: self._read(name) for name in reversed(VOUCHERS) if name in changed}
+        last = read.get("last.ckpt")
+        named = None if last is None else self._best_files(last)
+        best: dict[str, _File] = {}
+        for name in named or []:
+            file = None if name in self._sent else self._read(name)
+            if file is not None:
+                best[name] = file
+            elif name not in self._sent and last is not None and self._signature("last.ckpt") != last.signature:
+                return _Save([], {}, None)
+        return _Save([file for name in VOUCHERS if (file := read.get(name)) is not None], best, named)
+
+    def _best_files(self, last: _File) -> list[str] | None:
+        """Return the names of the files of the best checkpoint that `last.ckpt` names, or None if `last.ckpt` is damaged.
+
+        The list is empty if a checkpoint was scheduled for the best step, because such a checkpoint is never deleted.
+        """
+        if not self._has_best:
+            return []
         try:
-            if self._there is None:
-                self._there = set(self.mirror.there.keys())
-            status = self.mirror.run.read_status()
-            best_step = None if status is None else status.best_step
-            # The best checkpoint stays in the store even if it is missing in the run's folder.
-            best = _checkpoint_files([] if best_step is None else [best_step])
-            wanted = {*self._scheduled, *self.mirror.here.keys("checkpoints"), *best}
-            obsolete = [name for name in self._there if is_checkpoint(name) and name not in wanted]
-            if obsolete:
-                self.mirror.there.write_many({}, delete=obsolete)
-                self._there -= set(obsolete)
+            step = parse_resume(last.data, last.name).member.get("extra_step")
+        except UserError:  # `_send` reports the damage
+            return None
+        return _checkpoint_files([step])[: self._num_folders] if isinstance(step, int) else []
+
+    def _is_ready(self) -> bool:
+        """List the store's files in the first round, and check that the copy still belongs to this run. Return False if it cannot be used."""
+        try:
+            self._there = set(self.mirror.there.keys()) if self._there is None else self._there
+            owner = read_or_none(self.mirror.here, "run-id")
+            if owner is not None and read_or_none(self.mirror.there, "run-id") != owner:
+                raise StorageError(
+                    f"{self.mirror.there} no longer contains the `run-id` of this run, so nothing more was sent to it. Perhaps the store was "
+                    "unmounted, or the copy was removed."
+                )
         except StorageError as error:
             self.reason = str(error)
             return False
+        return True
+
+    def _delete_obsolete(self) -> bool:
+        """Delete former best checkpoints in the store. Return False if the store cannot be reached.
+
+        The checkpoint that the store's own `last.ckpt` names is not deleted. The best checkpoint stays in the store even if it is missing
+        in the run's folder.
+        """
+        if self._named is None or self._there is None:
+            return True
+        status = self.mirror.run.read_status()
+        best_step = None if status is None else status.best_step
+        best = _checkpoint_files([] if best_step is None else [best_step])
+        wanted = {*self._scheduled, *self._named, *best, *self.mirror.here.keys("checkpoints")}
+        obsolete = [name for name in self._there if is_checkpoint(name) and name not in wanted]
+        try:
+            if obsolete:
+                self.mirror.there.write_many({}, delete=obsolete)
+        except StorageError as error:
+            self.reason = str(error)
+            return False
+        self._there -= set(obsolete)
         return True
 
     def _read(self, name: str) -> _File | None:
@@ -150,7 +224,7 @@ class Sender:
         for file in whole:
             waiting.moved()
             there.add(file.name)
-            self._sent[file.name] = file.signature
+            self._sent[file.name], self.digests[file.name] = file.signature, sha256(file.data)
             if bar is not None:
                 bar.update()
         return True

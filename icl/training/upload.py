@@ -18,8 +18,8 @@ from tqdm import tqdm
 from icl.config import RunConfig
 from icl.progress import progress_bar
 from icl.run_names import run_name
-from icl.runs.copied_files import copied_names, is_checkpoint
-from icl.runs.delivery import UploadError, describe_left, is_delivered, note_delivered
+from icl.runs.copied_files import is_checkpoint
+from icl.runs.delivery import UploadError, describe_left, is_delivered, note_delivered, note_digests
 from icl.runs.folder import RunFolder
 from icl.runs.mirror import Mirror, open_mirror, read_config, saved_step, store_url, take_up
 from icl.runs.transfer import same_file
@@ -125,8 +125,13 @@ class Uploader:
             error = UploadError(describe_left(self.mirror.run, self.mirror.url, left, self.sender.reason))
             error.exit_status = 128 + received[0] if received else error.exit_status
             raise error
-        small = [name for name in copied_names(self.mirror.here) if not is_checkpoint(name) and name != "last.ckpt"]
-        note_delivered(self.mirror.run, self.config, small)
+        # The digests are those of the bytes that were sent. Another program may have rewritten a file since then.
+        small = {
+            name: digest
+            for name, digest in self.sender.digests.items()
+            if not is_checkpoint(name) and name != "last.ckpt"
+        }
+        note_digests(self.mirror.run, self.config, small)
         print(f"Uploaded to {self.mirror.there}.")
 
     def _work(self) -> None:

@@ -10,7 +10,8 @@ from tiny_runs import TINY, change
 from icl.cli import main
 from icl.config import RunConfig
 from icl.files.writing import StorageError
-from icl.runs import delivery
+from icl.runs import delivery, transfer
+from icl.runs.checkpoints import checkpoint_name
 from icl.runs.copied_files import copied_names
 from icl.runs.delivery import note_delivered, send_results
 from icl.runs.folder import RunError, RunFolder, local_root
@@ -150,6 +151,22 @@ def test_without_resume_files_the_status_decides(mirror, config):
         push(mirror)
 
 
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_a_folder_that_lost_its_resume_files_takes_the_copy_whatever_its_status_says(mirror, state):
+    """Otherwise training would begin again at step 0, and overwrite the later copy."""
+    mirror.run.resume_file.unlink()
+    mirror.run.write_status(Status(state=state, step=5000, max_steps=10_000))
+    assert take_up(mirror, mirror.run.read_config())
+    assert saved_step(mirror.here) == 3000
+
+
+def test_a_run_that_lost_its_resume_files_is_not_begun_again_over_a_damaged_copy(mirror, config):
+    mirror.run.resume_file.unlink()
+    mirror.there.write("last.ckpt", resume_file(config, 3000)[:-1])
+    with pytest.raises(DamagedError, match="cannot be resumed from this copy"):
+        take_up(mirror, config)
+
+
 def test_a_damaged_save_counts_as_the_save_before_it(mirror, config):
     push(mirror)
     mirror.run.previous_file.write_bytes(resume_file(config, 4500))
@@ -226,6 +243,20 @@ def test_a_run_that_is_uploaded_during_a_pull_is_fetched_consistently(
     assert status.step <= step
     if num_steps <= 5:  # the source came to rest
         assert contents(other) == contents(at(Path(url) / "tiny", str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_former_best_checkpoint_that_training_deletes_does_not_stop_the_copying(mirror, monkeypatch, num_files):
+    monkeypatch.setattr(LocalStore, "files_per_write", num_files)
+    mirror.run.checkpoints.write(checkpoint_name(5), b"a former best checkpoint")
+
+    def delete_first(*_) -> bool:
+        mirror.run.checkpoints.delete(checkpoint_name(5))
+        return False
+
+    monkeypatch.setattr(transfer, "same_file", delete_first)
+    assert "metrics.csv" in push(mirror)
+    assert not mirror.there.keys("checkpoints")
 
 
 def test_metrics_that_are_later_than_the_save_do_no_harm(url, tmp_path, no_figures, capsys):

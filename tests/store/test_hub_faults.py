@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, _Answer
 from test_hub import REPO, URL, make_run, push
 
 from icl.api import load_model
@@ -127,3 +127,37 @@ def test_an_interrupted_push_ends_although_the_server_does_not_answer(hub: HubSe
         _, said = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "interrupted" in said
+
+
+def test_a_file_is_read_from_the_commit_whose_listing_describes_it(hub: HubServer, monkeypatch):
+    """Another program commits between the listing and the download."""
+    store = open_store(f"{URL}/tiny")
+    store.write("a", b"old")
+    ask = module.Repository.ask
+
+    def commit_before_reading(repository, verb, act, **options):
+        if verb == "read":
+            monkeypatch.setattr(module.Repository, "ask", ask)
+            hub.commit(REPO, {"tiny/a": b"a longer value"}, "another program")
+        return ask(repository, verb, act, **options)
+
+    monkeypatch.setattr("icl.store.hub_repository.LISTING_SECONDS", 0.0)
+    monkeypatch.setattr(module.Repository, "ask", commit_before_reading)
+    assert store.read("a") == b"old"
+    assert store.read("a") == b"a longer value"
+
+
+def test_a_commit_whose_answer_was_lost_is_no_commit_of_another_program(hub: HubServer):
+    store = open_store(f"{URL}/tiny")
+    store.write("a", b"1")
+    commit = hub.commit
+
+    def lose_the_first_answer(*arguments) -> str:
+        commit(*arguments)
+        hub.commit = commit
+        raise _Answer(503, {"error": "busy"})
+
+    hub.commit = lose_the_first_answer
+    store.write_many({"b": b"2", FILE: b"large"}, delete=["a"])
+    assert hub.files(REPO) == {"tiny/b": b"2", f"tiny/{FILE}": b"large"}
+    assert len(hub.commits(REPO)) == 2

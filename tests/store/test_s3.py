@@ -2,13 +2,14 @@
 
 import itertools
 import re
+import threading
 
 import pytest
 from s3_server import SECRET, use_server
 
 from icl.files.writing import StorageError
 from icl.runs.checkpoints import checkpoint_name, list_steps
-from icl.store import s3_requests
+from icl.store import s3_requests, waiting
 from icl.store.s3 import S3Store
 
 
@@ -153,3 +154,26 @@ def test_create_works_where_the_server_knows_no_conditions(store, proxy):
     assert store.create("a", b"1")
     assert not store.create("a", b"2")
     assert store.read("a") == b"1"
+
+
+def test_a_write_on_which_we_gave_up_is_not_repeated_after_a_later_write(s3, proxy, monkeypatch):
+    """The server answers the first try so late that we have given up on it, and asks for another try."""
+    store = S3Store(s3.bucket, "runs/a")
+    gave_up = threading.Event()
+
+    def answer(method: str, path: str) -> int | None:
+        if method == "PUT" and not gave_up.is_set():
+            gave_up.wait(60)
+            return 503
+        return None
+
+    store.write("other", b"so that the client exists")
+    proxy.answer = answer
+    monkeypatch.setattr(waiting, "SECONDS", 0.5)
+    num_left = len(waiting._left)
+    with pytest.raises(StorageError, match="no progress"):
+        store.write("last.ckpt", b"old")
+    s3.client.put_object(Bucket=s3.bucket, Key="runs/a/last.ckpt", Body=b"new")
+    gave_up.set()
+    waiting._left[num_left].join(30)
+    assert s3.get("runs/a/last.ckpt") == b"new"

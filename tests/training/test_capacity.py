@@ -109,6 +109,14 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, folder, limi
     assert device_bytes("cpu") > 2**27
 
 
+def test_memory_of_a_gpu_that_is_in_use_is_not_available(monkeypatch):
+    """Another process uses 5 of 8 GiB. Of the 2 GiB that PyTorch has reserved for this process, tensors use 1 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**31)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
+    assert device_bytes("cuda") == 2**31
+
+
 def test_how_many_fit_is_told_only_where_it_matters(monkeypatch, capsys):
     monkeypatch.setattr(run, "_train_stages", lambda members, steps: None)
     configs = [change(TINY, seeds={"model": seed}) for seed in range(2)]

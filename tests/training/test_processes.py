@@ -1,5 +1,6 @@
 """The processes of a run: Slurm's variables alone change nothing, and torchrun determines the number of processes."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import warnings
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from tiny_runs import TINY, as_arguments, change
+from tiny_runs import TINY, as_arguments, as_population, change
 
 from icl.cli import main
 from icl.config.validation import ConfigError
@@ -221,9 +222,17 @@ import icl.training.run as run
 if os.environ["RANK"] == "1":
     run.read_resume_file = lambda member: 0
     run.has_ended = lambda member: False
+    run.num_fitting = lambda configs, device: 1
 from icl.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+"""Rank 1 reads the folders before rank 0 fetches the runs from their store, and its machine has little memory."""
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run([*start, *words], capture_output=True, text=True, timeout=300)
 
 
 def stop_at(step: int):
@@ -239,45 +248,84 @@ def stop_at(step: int):
 
 
 @pytest.mark.slow
-def test_a_rank_that_read_its_folder_too_early_ends_both_processes(tmp_path, monkeypatch):
-    """Rank 1 finds no save, as if it had read the folder before rank 0 fetched the run."""
+def test_a_rank_that_reads_its_folders_too_early_trains_what_rank_0_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
-    folder = RunFolder(tmp_path / "tiny")
     with monkeypatch.context() as patch:
         patch.setattr(ScheduledCheckpoints, "on_train_batch_end", stop_at(4))
         with pytest.raises(RuntimeError, match="stop here"):
             train(change(SHORT, checkpoints={"resume_seconds": 0.0}))
     (tmp_path / "early.py").write_text(RANK_READS_EARLY)
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "early.py"),
-        "train",
-    ]
-    arguments = [*as_arguments(SHORT)]
-    done = subprocess.run([sys.executable, *words, *arguments], capture_output=True, text=True, timeout=300)
+    done = torchrun(str(tmp_path / "early.py"), "train", *as_arguments(SHORT))
+    assert done.returncode == 0, done.stderr
+    assert "from step 2" in done.stdout
+    assert RunFolder(tmp_path / "tiny").read_status().state == "finished"
+
+
+@pytest.mark.slow
+def test_the_memory_of_rank_0_decides_how_many_members_are_trained_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    (tmp_path / "early.py").write_text(RANK_READS_EARLY)
+    done = torchrun(str(tmp_path / "early.py"), "train", *as_population(SHORT), "--population.seeds", "0,1")
+    assert done.returncode == 0, done.stderr
+    assert sum(RunFolder(file.parent).read_status().state == "finished" for file in tmp_path.rglob("status.json")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["finished", "running"])
+def test_a_run_that_has_ended_ends_all_processes_at_once(tmp_path, monkeypatch, state):
+    """The run is finished, or it was killed after its last save and before its last status."""
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    run = train(SHORT).folder
+    run.write_status(dataclasses.replace(run.read_status(), state=state))
+    done = torchrun("-m", "icl", "train", *as_arguments(SHORT))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert run.read_status().state == "finished"
+
+
+@pytest.mark.slow
+def test_the_error_of_rank_0_ends_the_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    with RunFolder(tmp_path / "tiny").lock():
+        done = torchrun("-m", "icl", "train", *as_arguments(SHORT))
     assert done.returncode != 0
-    assert (
-        done.stderr.count("rank 0 would train tiny from step 2 to 4, but rank 1 would train tiny from step 0 to 4") >= 2
-    )
-    status = folder.read_status()
-    assert status is not None
-    assert status.state == "failed"
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icl", "train"]
-    again = subprocess.run([sys.executable, *words, *arguments], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
+    assert "Another process is training" in done.stderr
 
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun_train_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icl", "train"]
-    done = subprocess.run([sys.executable, *words, *as_arguments(SHORT)], capture_output=True, text=True, timeout=300)
+    done = torchrun("-m", "icl", "train", *as_arguments(SHORT))
     assert done.returncode == 0, done.stderr
     assert "IndexError" not in done.stderr
     status = RunFolder(tmp_path / "tiny").read_status()
     assert status is not None
     assert (status.state, status.step) == ("finished", 4)
+
+
+REMOVES_ITS_FOLDER = """
+import shutil, sys
+from icl.runs.folder import is_child_rank, local_root
+from icl.training import callbacks
+write = callbacks.MetricsLog.on_train_batch_end
+def write_and_remove(self, trainer, *rest):
+    write(self, trainer, *rest)
+    if not is_child_rank() and (local_root() / "tiny").exists():
+        shutil.rmtree(local_root() / "tiny")
+callbacks.MetricsLog.on_train_batch_end = write_and_remove
+from icl.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_removed_folder_ends_all_processes(tmp_path, monkeypatch):
+    """Only rank 0 sees the folder. If the others went on, they would wait for rank 0 in the next step."""
+    monkeypatch.setenv("LOCAL_ROOT", str(tmp_path))
+    (tmp_path / "removes.py").write_text(REMOVES_ITS_FOLDER)
+    words = as_arguments(change(SHORT, trainer={"max_steps": 60, "devices": 2}))
+    command = [sys.executable, str(tmp_path / "removes.py"), "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "was moved or removed while the run was trained" in done.stderr
+    assert "Traceback" not in done.stderr

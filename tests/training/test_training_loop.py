@@ -1,5 +1,6 @@
 """Training compared with a plain loop in float64, with a second run of itself, and under failures."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from icl.runs.folder import RunError, RunFolder, local_root
 from icl.runs.metrics_file import MetricsFile
 from icl.runs.resume_file import read_resume
 from icl.tasks.prompts import sample_prompts
-from icl.training import callbacks
+from icl.training import callbacks, saving
 from icl.training.data import PromptDataModule
 from icl.training.endings import recording_failure
 from icl.training.members import Member
@@ -275,28 +276,36 @@ def test_the_best_checkpoint_that_the_resume_file_names_is_never_deleted(seconds
     assert max(seen) <= 4
 
 
+@pytest.mark.usefixtures("falling_metric")
+@pytest.mark.parametrize("moments", [False, True])
+def test_a_best_checkpoint_that_a_killed_run_could_not_delete_is_deleted_on_resume(monkeypatch, moments):
+    config = change(FALLING, checkpoints={"resume_seconds": 0.0, "moments": moments})
+
+    def die(member, step):
+        if step is not None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "_delete_checkpoint", die)
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            train(config)
+    folder = RunFolder(local_root() / "tiny")
+    assert list_steps(folder.checkpoints) == [0, 1, 2]
+    result = train(config)
+    assert list_steps(result.folder.checkpoints) == [0, 5]
+    assert list_steps(result.folder.moments) == ([0, 5] if moments else [])
+
+
 def test_an_unknown_monitor_is_refused_with_the_metrics_that_exist():
     config = change(TINY, early_stopping={"monitor": "eval/loss", "patience": 2})
     with pytest.raises(ConfigError, match="eval/pretrain/loss"):
         train(config)
 
 
-def test_a_non_finite_loss_fails_the_run_and_names_the_step():
-    config = change(TINY, optim={"lr": 1e30, "grad_clip": None, "schedule": "constant"})
-    with pytest.raises(NonFiniteLossError, match=r"at step [23]\b"):
-        train(config)
-    folder = RunFolder(local_root() / "tiny")
-    status = folder.read_status()
-    assert status is not None
-    assert status.state == "failed"
-    for step in list_steps(folder.checkpoints):
-        params = load_step(folder.checkpoints, step).params
-        assert all(tensor.isfinite().all() for tensor in params.values())
-
-
+HUGE_RATE = {"lr": 1e30, "grad_clip": None, "schedule": "constant"}
 DIVERGING = change(
     TINY,
-    optim={"lr": 1e30, "grad_clip": None, "schedule": "constant"},
+    optim=HUGE_RATE,
     trainer={"max_steps": 20, "log_every": 100},
     evaluation={"every": 10},
 )
@@ -315,6 +324,10 @@ def failed_run(config: RunConfig, match: str) -> RunFolder:
     resume, _ = read_resume(folder)
     assert resume is None
     return folder
+
+
+def test_a_non_finite_loss_fails_the_run_and_names_the_step():
+    failed_run(change(TINY, optim=HUGE_RATE), r"at step [23]\b")
 
 
 def test_a_run_that_is_no_longer_finite_does_not_stop_early():

@@ -375,9 +375,10 @@ DIES_AFTER_AN_UPLOAD = """
 import os, signal, sys, time
 from icl.training import saving, sender, upload
 plain_send, plain_save, arrived = sender.Sender._send, saving.MemberFiles.save_checkpoint, []
-def send(self, file, bar):
-    arrived.append(file.name if plain_send(self, file, bar) else None)
-    return arrived[-1] is not None
+def send(self, files, bar):
+    was_sent = plain_send(self, files, bar)
+    arrived.extend(file.name for file in files if was_sent and file is not None)
+    return was_sent
 def save(self, checkpoint, path, storage_options=None):
     plain_save(self, checkpoint, path)
     if checkpoint["global_step"] == 70:
