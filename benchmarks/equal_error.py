@@ -6,7 +6,7 @@
 errors. Each sampler estimates the LLC several times, with different noise. Its bias is the mean of the estimates minus the reference. Its
 error is the root mean square error (RMSE) over the repetitions.
 
-- `baoab` has the default settings of `icl llc`, unless you give `--lr` or `--batch_size`.
+- `baoab` has the sampler of the checkpoint's preset, with the changes that you give, such as `--lr` or `--num_draws`.
 - `sgld` runs with several step sizes. With a smaller step, its chains have more moves, so that the number of moves times lr stays the same.
 - `devinterp` is SGLD in devinterp 1.3.2, with the sizes of our SGLD. We give it the checkpoint's loss on many batches. Without this, its
   estimate would have the noise of a few batches.
@@ -65,6 +65,11 @@ _NAMES = {
     "final_norm": "norm",
 }
 """Our names of parameters, and those of `PlainTransformer`."""
+_SIZE_OPTIONS = {
+    "batch_size": "number of prompts in a minibatch",
+    "num_chains": "number of chains of every sampler",
+    "num_draws": "number of draws of each chain of `baoab`",
+}
 _SIZES = ("num_layers", "num_heads", "embed_size", "mlp_size")
 
 
@@ -121,14 +126,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--factors", type=float, nargs="+", default=FACTORS, help="step sizes of SGLD, as multiples of that of `baoab`"
     )
-    parser.add_argument("--batch_size", type=int, help="number of prompts in a minibatch")
+    for name, text in _SIZE_OPTIONS.items():
+        parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--out", type=Path, help="file .csv to write")
     options = parser.parse_args(words)
     try:
         checkpoint = load_checkpoint_file(options.file)
     except CheckpointError as error:
         parser.error(str(error))
-    given = {name: value for name in ("lr", "batch_size") if (value := getattr(options, name)) is not None}
+    given = {name: value for name in ("lr", *_SIZE_OPTIONS) if (value := getattr(options, name)) is not None}
     samplers = make_samplers(checkpoint, options.factors, **given)
     accuracies = {}
     for name, estimate in samplers.items():
@@ -163,7 +169,7 @@ def make_samplers(
     checkpoint: Checkpoint, factors: Sequence[float], **changes: Any
 ) -> dict[str, Callable[[int], Estimate]]:
     """Return, for each sampler, a function from a seed to an estimate. The first sampler is `baoab`."""
-    baoab = dataclasses.replace(SamplerConfig(), **changes)
+    baoab = dataclasses.replace(preset(checkpoint.config.preset).sampler, **changes)
     sgld = dataclasses.replace(baoab, kernel="sgld", num_samples=4096 * baoab.batch_size)
     samplers = {f"baoab, lr {baoab.lr:.2g}": our_estimate(checkpoint, baoab)}
     for factor in factors:

@@ -20,7 +20,8 @@ from icl.model.stacked import stack
 from icl.sampling.batches import ChainBatches
 from icl.sampling.estimate import run_chains
 from icl.sampling.llc import LOOP_SIZE
-from icl.sampling.target import Target, module_loss
+from icl.sampling.modules import module_loss
+from icl.sampling.target import Target
 
 NUM_CHAINS, NUM_MOVES, BATCH_SIZE = 4, 64, 64
 _KERNEL: dict[str, Any] = {"lr": 1e-6, "nbeta": 10.0, "localization": 100.0}

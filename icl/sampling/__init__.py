@@ -1,9 +1,9 @@
 """Estimates of the local learning coefficient (LLC), each with a verdict. `estimate_llc` takes any PyTorch loss."""
 
 from icl.sampling.llc import EstimateOptions, estimate_llc, estimate_llcs
+from icl.sampling.modules import module_loss
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.susceptibility import susceptibility_of
-from icl.sampling.target import module_loss
 
 __all__ = [
     "CheckpointId",

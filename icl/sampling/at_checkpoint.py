@@ -177,6 +177,8 @@ class AtCheckpoint(NamedTuple):
     """Degrees of freedom of `descent_stderr`."""
     are_all: bool
     """Whether the batches are all the data, so that means over them are exact."""
+    rounding: float
+    """Distance between neighbouring floating-point numbers near the loss, relative to the loss."""
 
 
 def at_checkpoints(
@@ -203,6 +205,7 @@ def at_checkpoints(
     # Because settings are often rounded, ratios that should be equal may differ in the last digits. We drop these digits.
     ratios = [float(f"{settings.localization / settings.inverse_temperature:.6g}") for settings in settings_grid]
     table: list[list[AtCheckpoint]] = [[] for _ in settings_grid]
+    rounding = torch.finfo(losses(chunks[0], batches[0]).dtype).eps
     for chunk in chunks:
         init_losses = losses_by_batch(losses, chunk, batches)
         finite = init_losses.isfinite().all(2).all(0).tolist()
@@ -218,7 +221,7 @@ def at_checkpoints(
             elif num > 1:
                 stderrs = nats.std(0) / num**0.5
             for checkpoint_losses, mean, stderr in zip(init_losses, means.tolist(), stderrs.tolist(), strict=True):
-                row.append(AtCheckpoint(checkpoint_losses, mean, stderr, freedom, are_all))
+                row.append(AtCheckpoint(checkpoint_losses, mean, stderr, freedom, are_all, rounding))
     return table
 
 

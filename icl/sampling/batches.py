@@ -15,6 +15,7 @@ chains run at once. A finite iterable starts over when it ends.
 import hashlib
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,6 +58,7 @@ class ChainBatches:
         self.get = batch_function(batches, num_chains=settings.num_chains, seed=settings.seed)
         self.num_chains, self.num_moves = settings.num_chains, settings.num_moves
         self.pool = _pool(batches, self.num_chains)
+        self.length, self.repeats = _length(batches), False
         later = range(NUM_COMPARED, self.num_moves, max(1, (self.num_moves - NUM_COMPARED) // (2 * NUM_COMPARED)))
         self.compared = frozenset(range(NUM_COMPARED)), frozenset(later[: 2 * NUM_COMPARED])
         self.digests: dict[tuple[int, int], bytes] = {}
@@ -75,6 +77,7 @@ class ChainBatches:
             if len(batches) == num_sought or num_repeats > patience + len(batches):
                 break
         are_all = len(batches) <= num_wanted and num_repeats > patience + len(batches)
+        self.repeats = are_all and len(batches) > 1 and self.pool is None
         return [to_device(batch, device) for batch in list(batches.values())[:num_wanted]], are_all
 
     def stacked(self, chains: Sequence[int], draw: int, device: torch.device) -> Batch:
@@ -87,13 +90,18 @@ class ChainBatches:
             self.digests |= {(chain, draw): fingerprint(batch) for chain, batch in batches.items()}
         return stack_batches([batches[chain] for chain in chains], device)
 
+    @property
+    def is_cyclic(self) -> bool:
+        """Whether each chain goes repeatedly through several batches, or gets few batches again and again."""
+        return self.repeats or 1 < self.length <= self.num_moves
+
     def is_one(self) -> bool:
         """Return whether all compared moves of all chains used the same batch. This batch is then taken to be all the data."""
         return len(set(self.digests.values())) <= 1
 
     def is_short_list(self) -> bool:
         """Return whether the chains go repeatedly through a list of fewer than `SHORT_LIST` batches."""
-        return self.pool is not None and not self.pool.is_uniform and 1 < self.pool.size < SHORT_LIST
+        return 1 < self.length < SHORT_LIST
 
     def is_shared(self) -> bool:
         """Return whether two chains shared all batches of the early compared moves, or all batches of the late ones.
@@ -147,6 +155,11 @@ def _pool(batches: Batches, num_chains: int) -> Pool | None:
         return _position(draw * num_chains + chain, length=length, num_chains=num_chains) % length
 
     return Pool(length, number_of, batches.__getitem__, is_uniform=False)
+
+
+def _length(batches: Batches) -> int:
+    """Return the number of batches of a list, or of another iterable that knows its length; 0 if the number is unknown."""
+    return 0 if callable(batches) else operator.length_hint(batches)
 
 
 def _position(number: int, *, length: int, num_chains: int) -> int:

@@ -27,7 +27,7 @@ from icl.model.flat import Layout
 from icl.model.stacked import Params
 from icl.sampling.at_checkpoint import AnchorLosses, Variates
 from icl.sampling.batches import Batch, ChainBatches
-from icl.sampling.kernels import NUM_TESTS, State, kernel_of
+from icl.sampling.kernels import NUM_TESTS, SGLDState, State, kernel_of
 from icl.sampling.target import Target
 from icl.sampling.traces import Draw, Recorder, Traces, mean_over_components
 
@@ -43,6 +43,10 @@ Watch: TypeAlias = Callable[[Sequence[int], Sequence[int], Float[Tensor, "N S"]]
 at all draws so far, in nats."""
 WATCH_SECONDS = 10.0
 """Minimum number of seconds between two calls of a `Watch` function."""
+_NUM_NOISE_TESTS = 4
+"""Largest number of draws at which the variance of a chain's gradient over minibatches is measured."""
+_STRIDE = 7919
+"""A prime number. Its multiples choose the distances between two minibatches of a list."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
 """Function from one member's parameters to the losses of Q fixed samples."""
 
@@ -86,11 +90,11 @@ class Population(NamedTuple):
             draw, remainder = divmod(move - common.num_burnin_steps, common.thinning)
             is_draw = draw >= 0 and remainder == 0
             is_tested = is_draw and draw % -(-num_draws // NUM_TESTS[common.kernel]) == 0
-            if is_tested and common.kernel == "baoab" and not self.source.is_one():
-                # The gradients at the same positions on other minibatches give the variance of the minibatch noise.
-                others = self._points(groups, fixed, self._minibatch(checkpoints, chains, move - 1 if move else 1))
+            # The measured variance is used until it is measured again.
+            if is_draw and draw % -(-num_draws // _NUM_NOISE_TESTS) == 0 and self._measures_noise():
+                others = self._points(groups, fixed, self._minibatch(checkpoints, chains, self._other_move(move)))
                 for group, point, other in zip(groups, here, others, strict=True):
-                    group.gradient_variance = (point.grad - other.grad).square().sum(1) / 2
+                    group.measure_noise(point, other)
             if is_draw:
                 losses = batch.anchor_losses
                 if losses is None:
@@ -115,6 +119,21 @@ class Population(NamedTuple):
                     break
                 next_check += max(1, next_check // 8)
         return self._mark_bad_data([group.recorder.traces() for group in groups], checkpoints, chains, fixed)
+
+    def _cycles(self) -> bool:
+        """Return whether the chains go through the same minibatches again and again, without control variates."""
+        return self.source.is_cyclic and self.variates is None
+
+    def _measures_noise(self) -> bool:
+        """Return whether the bound on the bias needs the variance of the gradient over minibatches."""
+        return self._cycles() or (self.settings[0].kernel == "baoab" and not self.source.is_one())
+
+    def _other_move(self, move: int) -> int:
+        """Return a move at which the chains have other minibatches. In a list, its distance varies from move to move, because lists may be sorted."""
+        pool = self.source.pool
+        if pool is None or not self._cycles():
+            return move - 1 if move else 1
+        return move + 1 + _STRIDE * move % (pool.size - 1)
 
     def _mark_bad_data(
         self, parts: Sequence[Traces], checkpoints: Sequence[int], chains: Sequence[int], fixed: Params
@@ -144,7 +163,9 @@ class Population(NamedTuple):
             params = partial(self.layout.to_params, fixed={name: tensor[rows] for name, tensor in fixed.items()})
             recorder = Recorder(settings, self.layout.size, self.sample_losses, self.observables)
             has_excess_variate = self.variates is not None and self.variates.is_uniform
-            groups.append(_Group(settings, start[rows], seeds[rows], params, recorder, has_excess_variate))
+            groups.append(
+                _Group(settings, start[rows], seeds[rows], params, recorder, has_excess_variate, self._cycles())
+            )
             first = rows.stop
         return groups
 
@@ -213,12 +234,19 @@ class _Group:
         params: Callable[[Tensor], Params],
         recorder: Recorder,
         has_excess_variate: bool,
+        cycles: bool,
     ) -> None:
         self.settings, self.kernel, self.params, self.recorder = settings, kernel_of(settings), params, recorder
         self.state, self.size = self.kernel.init(start), len(start)
         self.noise = self._noise(seeds)
-        self.has_excess_variate = has_excess_variate
+        self.has_excess_variate, self.cycles = has_excess_variate, cycles
         self.gradient_variance: Tensor | float = 0.0
+
+    def measure_noise(self, point: _Point, other: _Point) -> None:
+        """Measure the variance of the minibatch noise, from gradients at the same positions on two minibatches."""
+        squares = (point.grad - other.grad).square()
+        g = self.state.preconditioner if isinstance(self.state, SGLDState) else None
+        self.gradient_variance = (squares if g is None else g * squares).sum(1) / 2
 
     def record_draw(self, point: _Point, anchor_losses: Float[Tensor, "N *T"]) -> None:
         """Record the present state as a draw."""
@@ -226,7 +254,7 @@ class _Group:
         shift: Tensor | float = 0.0 if point.shift is None else point.shift
         if isinstance(shift, Tensor) and self.has_excess_variate:
             excess, shift = excess - shift.view(-1, *[1] * (excess.ndim - 1)), 0.0
-        draw = Draw(self.state, point.grad, self.settings, shift, self.gradient_variance)
+        draw = Draw(self.state, point.grad, self.settings, shift, self.gradient_variance, self.cycles)
         self.recorder.add_draw(draw, excess, partial(self.params, self.state.position))
 
     def propose(self, point: _Point) -> State:

@@ -185,7 +185,7 @@ def headline(row: Mapping[str, Any]) -> str:
     """
     change = row["sensitivity"]
     trend = f"{'falls' if change > 0 else 'rises'} {abs(change):.2g} per e-fold of localization, here"
-    if math.isnan(change):
+    if math.isnan(change) or not change:
         trend = "at localization"
     return (
         f"{row['llc']:.3g} ± {row['stderr']:.2g} (bias at most {row['bias_bound']:.2g}; {trend} {row['localization']:g}), "

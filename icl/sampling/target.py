@@ -9,16 +9,15 @@ A loss must not draw from torch's global generators, because then `seed` would n
 generators and raise an error.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch import Tensor
+from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
 from icl.config.validation import ConfigError
@@ -37,6 +36,8 @@ Gradient: TypeAlias = Callable[[Layout, Tensor, Params, Batch], tuple[Tensor, Te
 
 The layout says which parameters lie in the rows. `fixed` and `batch` are stacked on a leading axis N.
 """
+_REPEATABLE = 1e-4
+"""Largest relative difference between two values of a loss at the same parameters and batch. Sums on a GPU may differ by about 1e-6."""
 _RANDOM_LOSS = (
     "The loss draws random numbers, as dropout in training mode does, so `seed` would not determine the estimate. Put its modules "
     "into evaluation mode, as `module_loss` does, or take the random numbers from the batch."
@@ -110,12 +111,17 @@ class Target:
             batch: Any batch.
 
         Raises:
-            ConfigError: If the loss does not depend on the parameters that move.
+            ConfigError: If the loss does not depend on the parameters that move, or depends on anything but its arguments.
         """
         row = layout.to_rows(checkpoint)[0].requires_grad_()
         fixed = {name: tensor[0] for name, tensor in layout.fixed(checkpoint).items()}
         with torch.enable_grad(), _refuse_random_loss(row.device):
-            value = _require_loss(self.loss(layout.to_params(row, fixed), batch))
+            value, again = (_require_loss(self.loss(layout.to_params(row, fixed), batch)) for _ in range(2))
+        if not torch.allclose(value, again, rtol=_REPEATABLE, atol=_REPEATABLE / 100, equal_nan=True):
+            raise ConfigError(
+                f"The loss is not a function of (params, batch): two calls with the same arguments gave {float(value.mean()):.6g} and "
+                f"{float(again.mean()):.6g}. Take its random numbers from the batch."
+            )
         if not value.requires_grad:
             raise ConfigError(
                 "The loss does not depend on the parameters that may move, so there is nothing to estimate. Compute it from "
@@ -126,53 +132,6 @@ class Target:
         """Turn a function of one member's parameters into a function of stacked parameters."""
         mapped = stacked_losses(lambda params, _: function(params), own_batches=False, vectorize=self._is_mapped)
         return lambda params: mapped(params, None)
-
-
-def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:
-    """Return the loss function of a module and a criterion, and the module's parameters.
-
-    A batch may be a pair (inputs, targets). The loss is then `criterion(model(inputs), targets)`, or
-    `criterion(model(*inputs), targets)` if inputs is a tuple. A batch may also be a dict of arguments, as for models of Hugging
-    Face's `transformers`. The loss is then `criterion(model(**batch), batch)`. The loss calls a copy of the model in evaluation
-    mode, and never the caller's model. Parameters with `requires_grad=False` are not sampled: they keep their current values.
-
-    Example:
-        ```python
-        loss, params = module_loss(model, torch.nn.functional.mse_loss)
-        loss, params = module_loss(language_model, lambda output, batch: output.loss)  # batches have "input_ids", "labels"
-        ```
-
-    Raises:
-        ConfigError: If the arguments are not a module and a function, or the module has no parameter to sample. The returned loss function
-            raises a `ConfigError` too, if a batch is neither a pair nor a dict.
-    """
-    if not isinstance(model, nn.Module) or not callable(criterion):
-        raise ConfigError(
-            f"`module_loss` takes a module and a function of (outputs, targets), got {_describe(model)} and "
-            f"{_describe(criterion)}. For any other loss, write `loss(params, batch)` yourself."
-        )
-    params = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
-    if not params:
-        raise ConfigError(
-            "The module has no parameter with `requires_grad=True`, so there is nothing to sample. Call "
-            "`model.requires_grad_()`, or set it for the parameters that chains should move."
-        )
-    private = copy.deepcopy(model).eval().requires_grad_(False)
-
-    def loss(params: Params, batch: Batch) -> Tensor:
-        if isinstance(batch, Mapping):
-            return criterion(functional_call(private, params, (), dict(batch)), batch)
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-            raise ConfigError(
-                f"The loss of a module takes batches (inputs, targets) or dicts of arguments, got {got}. Pass pairs: "
-                "((x1, x2), targets) for several inputs, (inputs, None) without targets. Or write `loss(params, batch)` yourself."
-            )
-        inputs, targets = batch
-        inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        return criterion(functional_call(private, params, inputs), targets)
-
-    return loss, params
 
 
 def vmapped_gradient(loss: Loss) -> Gradient:
@@ -284,10 +243,11 @@ def _require_loss(components: Tensor) -> Tensor:
     if not isinstance(components, Tensor) or components.ndim > 1 or not components.is_floating_point():
         raise TypeError(
             "A loss must return a real tensor: a number, or a vector of components whose mean is the loss. "
-            f"Got {_describe(components)}."
+            f"Got {describe(components)}."
         )
     return components
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Return what a value is, for an error message: the dtype and shape of a tensor, or the type of anything else."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -38,7 +38,9 @@ class Draw:
     shift: Float[Tensor, " N"] | float = 0.0
     """Control variate of the loss, if `grad` has a control variate but the excess has none; otherwise 0."""
     noise: Float[Tensor, " N"] | float = 0.0
-    """Variance of `grad` over minibatches, summed over the parameters; 0 if it was not measured."""
+    """Variance of `grad` over minibatches, summed over the parameters (with the weights G of `rmsprop`); 0 if it was not measured."""
+    cycles: bool = False
+    """Whether the chains go through the same minibatches again and again, without control variates."""
 
     @cached_property
     def displacement(self) -> Float[Tensor, "N P"]:
@@ -67,18 +69,31 @@ def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
 
     `icl.sampling.verdict.chains` derives this bound.
     """
-    settings = draw.settings
+    settings, force = draw.settings, draw.force
+    noise = settings.inverse_temperature**2 * torch.as_tensor(draw.noise, device=force.device).expand(len(force))
     if isinstance(draw.state, BAOABState):
         c = settings.friction
-        scale = settings.lr / 8 * (1 + c) / (1 - c) * settings.inverse_temperature**2
-        return torch.as_tensor(scale * draw.noise, device=draw.grad.device).expand(len(draw.grad))
-    g, force = draw.state.preconditioner, draw.force
+        return settings.lr / 8 * (1 + c) / (1 - c) * (2 if draw.cycles else 1) * noise
+    g = draw.state.preconditioner
     scaled = force if g is None else g * force
-    cross = 2 * draw.settings.localization * torch.linalg.vecdot(scaled, draw.displacement)
-    return draw.settings.lr / 8 * (torch.linalg.vecdot(scaled, force) + cross)
+    cross = 2 * settings.localization * torch.linalg.vecdot(scaled, draw.displacement)
+    squares = torch.linalg.vecdot(scaled, force) + cross  # includes the noise once
+    return settings.lr / 8 * (squares + noise if draw.cycles else squares)
 
 
-QUANTITIES: dict[str, Callable[[Draw], Tensor]] = {f.__name__: f for f in (pull, spread, bias_bound)}
+def measured_bias(draw: Draw) -> Float[Tensor, " N"]:
+    """Half of the amount that step size and minibatch noise add to `pull` + `spread` of `baoab`, in nats. It is 0 for other kernels.
+
+    Unlike `bias_bound`, it includes the bias of large steps on losses that are not quadratic. `icl.sampling.verdict.chains` derives it.
+    """
+    settings = draw.settings
+    if not isinstance(draw.state, BAOABState):
+        return torch.zeros_like(draw.grad[:, 0])
+    c, kick = settings.friction, draw.force.add(draw.displacement, alpha=settings.localization).mul_(settings.lr**0.5)
+    return (1 + c) / (8 * (1 - c)) * torch.linalg.vecdot(kick, kick - 2 * draw.state.velocity)
+
+
+QUANTITIES: dict[str, Callable[[Draw], Tensor]] = {f.__name__: f for f in (pull, spread, bias_bound, measured_bias)}
 """Numbers that are recorded at every draw, in addition to the losses."""
 
 

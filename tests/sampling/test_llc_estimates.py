@@ -496,6 +496,7 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
         "data not finite": {"num_chains_used": 3, "num_bad_data": 5},
         "some data not finite": {"num_chains_used": 7, "num_bad_data": 1},
         "lower loss found": {"lowest": -0.5},
+        "rounded losses": {"rounding": 5.0},
         "diverged down": {"num_diverged_down": 1},
         "not significant": {"llc": 0.5, "stderr": 0.3, "pull": 5.0},
         "slight step size bias": {"bias_bound": 0.1 * healthy.llc},
@@ -543,7 +544,8 @@ def test_every_rule_can_be_the_only_reason_and_names_its_source():
 
 def test_the_interval_is_students_t_and_wider_for_few_effective_draws():
     """By hand: Student's t with ESS / 10 degrees of freedom, and for an ESS below 400 a variance larger by 400 / ESS."""
-    healthy = dataclasses.replace(estimate(num_draws=10), llc=1.0, stderr=0.1, bias_bound=0.0, num_chains_used=4)
+    values = {"llc": 1.0, "stderr": 0.1, "bias_bound": 0.0, "num_chains_used": 4, "pull": 2.0, "spread": 1.0}
+    healthy = dataclasses.replace(estimate(num_draws=10), **values)
 
     def half(**changes):
         low, high = dataclasses.replace(healthy, **changes).interval
@@ -555,6 +557,8 @@ def test_the_interval_is_students_t_and_wider_for_few_effective_draws():
     assert half(ess=200.0, num_chains_used=64) == pytest.approx((t[1], t[1]), rel=1e-4)
     assert half(ess=400.0, bias_bound=0.06) == pytest.approx((t[0], t[0] + 0.06), rel=1e-4)
     assert half(ess=400.0, bias_bound=0.04) == pytest.approx((t[0], t[0]), rel=1e-4)
+    assert half(ess=400.0, spread=0.7) == pytest.approx((t[0] + 0.1, t[0]), rel=1e-4)  # pull + spread is 0.9 d
+    assert half(ess=400.0, spread=0.9) == pytest.approx((t[0], t[0]), rel=1e-4)  # less than half of stderr
 
 
 @pytest.mark.parametrize(

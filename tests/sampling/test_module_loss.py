@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from icl.config.validation import ConfigError
@@ -55,6 +56,22 @@ def test_a_frozen_parameter_is_the_one_of_the_call(model):
     with torch.no_grad():
         model[0].weight += 1
     assert torch.equal(loss(params, (XS, YS)), before)
+
+
+def test_parameters_of_a_call_replace_tied_and_nested_ones_and_do_not_stay(model):
+    """The loss and its gradient are those of `functional_call`."""
+    model.add_module("3", nn.Linear(2, 4))
+    model.add_module("4", nn.Linear(4, 2))
+    model[4].weight = model[2].weight
+    loss, params = module_loss(model, functional.mse_loss)
+    assert "4.weight" not in params
+    moved = {name: (tensor + 1).requires_grad_() for name, tensor in params.items()}
+    values = loss(moved, (XS, YS)), functional.mse_loss(functional_call(model, moved, (XS,)), YS)
+    assert torch.equal(*values)
+    for grads in zip(*(torch.autograd.grad(value, list(moved.values())) for value in values), strict=True):
+        torch.testing.assert_close(*grads)
+    kept = {name: tensor for name, tensor in params.items() if name != "0.weight"}
+    assert torch.equal(loss(kept, (XS, YS)), functional.mse_loss(model(XS), YS))
 
 
 def test_a_module_with_nothing_to_train_is_refused(model):

@@ -35,13 +35,14 @@ RULES: tuple[Rule, ...] = (
     chains.mala_acceptance,
     chains.one_chain,
     chains.shared_minibatches,
+    basin.not_spread_out,
     chains.r_hat,
     chains.effective_sample_size,
     chains.drift,
     chains.too_short_for_drift,
-    basin.not_spread_out,
     basin.improper,
     basin.prior_dominated,
+    chains.rounded_losses,
     basin.localization_outweighs,
     basin.mostly_flat,
     basin.localization_counts,
@@ -54,7 +55,7 @@ RULES: tuple[Rule, ...] = (
     basin.escape_not_checked,
 )
 """All rules. Reasons of the same level are listed in the order of this tuple."""
-VERSION = 4
+VERSION = 5
 """Version of the rules. A stored estimate that was judged by an older version is computed again."""
 _WORST_FIRST: tuple[Level, ...] = get_args(Level)
 

@@ -32,7 +32,7 @@ _MORE_DATA = "raise nbeta, or lower localization"
 def checkpoint_not_finite(e: Evidence) -> str | None:
     """The excess is defined only if the checkpoint's own loss is finite."""
     return (
-        "the checkpoint's own loss is not finite on any minibatch: check the data for NaN and infinite values"
+        "the checkpoint's own loss is not finite on any minibatch: check its parameters and the data for NaN and infinite values"
         if math.isnan(e.init_loss)
         else None
     )
@@ -105,7 +105,7 @@ def escape_not_checked(e: Evidence) -> str | None:
 def not_at_a_minimum(e: Evidence) -> str | None:
     """One step down the checkpoint's gradient must not lower nbeta times the loss by more than a fifth of the LLC."""
     threshold = significance_threshold(e.descent_freedom) * e.descent_stderr
-    if not (e.descent > threshold and e.descent > max(0.2 * abs(e.llc), 0.1)):
+    if not (e.descent > threshold and e.descent > max(0.2 * abs(e.llc), 0.1, 4 * e.rounding)):
         return None
     return (
         f"not at a minimum: one step down the gradient lowers nbeta times the loss by {e.descent:.3g} nats, "
@@ -130,7 +130,7 @@ def lower_loss_at_mean(e: Evidence) -> str | None:
 @rule("suspect", source="the limit `traces.DIVERGED`, applied to a fall of the loss")
 def diverged_down(e: Evidence) -> str | None:
     """A chain that finds a far lower loss has moved to another minimum."""
-    if not e.num_diverged_down:
+    if not e.num_diverged_down or e.are_most_masked:
         return None
     return (
         f"not at a minimum: {e.num_diverged_down} of {e.num_chains} chains went more than {DIVERGED * e.num_params:g} nats "
@@ -141,7 +141,7 @@ def diverged_down(e: Evidence) -> str | None:
 @rule("suspect", source="definition of the LLC; the threshold is our choice")
 def lower_loss_found(e: Evidence) -> str | None:
     """Without minibatch noise, no draw may have a clearly lower loss than the checkpoint."""
-    if not -e.lowest > max(0.05 * abs(e.llc), 0.1):
+    if not -e.lowest > max(0.05 * abs(e.llc), 0.1, 4 * e.rounding):
         return None
     return f"not at a minimum: a chain found a point {-e.lowest:.3g} nats below the checkpoint"
 
@@ -176,10 +176,9 @@ def drop_not_measurable(e: Evidence) -> str | None:
     if not (e.num_chains_used >= 4 and e.least_significant_drop > max(0.1 * abs(e.llc), 2 * e.error, 0.1)):
         return None
     size = "any number of" if math.isinf(e.least_significant_drop) else f"up to {e.least_significant_drop:.2g}"
-    return (
-        f"note: the chains may settle {size} nats below the checkpoint, which this test would not detect: "
-        "raise num_init_batches, or use larger batches"
-    )
+    # A single batch has no noise, so only the scatter of the chains limits the measurement.
+    repair = "raise num_init_batches, or use larger batches" if math.isnan(e.lowest) else "take more draws or chains"
+    return f"note: the chains may settle {size} nats below the checkpoint, which this test would not detect: {repair}"
 
 
 def _least_pull(e: Evidence) -> float:
@@ -193,12 +192,16 @@ def not_spread_out(e: Evidence) -> str | None:
 
     If the sum is below four fifths of d, the chains are still spreading out in flat directions.
     """
-    if not (e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params):
+    if not _is_spreading_out(e):
         return None
     return (
         f"the chains are still spreading out in flat directions, which changes the LLC (pull + spread is {e.filled:.0%} of its equilibrium "
-        "value d): lengthen the burn-in (3 / (lr localization) moves reach 95%; `baoab` needs only (1 - c) / (1 + c) of them)"
+        "value d): lengthen the burn-in, or raise lr (3 / (lr localization) moves reach 95%; `baoab` needs only (1 - c) / (1 + c) of them)"
     )
+
+
+def _is_spreading_out(e: Evidence) -> bool:
+    return e.localization > 0 and e.pull + e.spread + 3 * e.filled_stderr < 0.8 * e.num_params
 
 
 @rule(
@@ -209,7 +212,7 @@ def prior_dominated(e: Evidence) -> str | None:
     """The data must determine at least some directions."""
     if not (e.spread > e.num_params / 2 and e.pull < _least_pull(e)):
         return None
-    return f"prior-dominated: the data determine only {e.pull:.3g} of {e.num_params} directions: {_MORE_DATA}"
+    return f"prior-dominated: the data determine only {max(e.pull, 0.0):.3g} of {e.num_params} directions: {_MORE_DATA}"
 
 
 @rule(
@@ -221,7 +224,7 @@ def improper(e: Evidence) -> str | None:
     if not (e.localization == 0 and e.pull + 3 * e.pull_stderr < 0.9 * e.num_params):
         return None
     return (
-        f"localization is 0, but the data determine only {e.pull:.3g} of {e.num_params} directions, so the chains have no "
+        f"localization is 0, but the data determine only {max(e.pull, 0.0):.3g} of {e.num_params} directions, so the chains have no "
         "stationary distribution: set a positive localization"
     )
 
@@ -283,7 +286,7 @@ def mostly_flat(e: Evidence) -> str | None:
 def hardly_spread_out(e: Evidence) -> str | None:
     """In equilibrium, pull + spread is the number d of sampled dimensions. The sum should be at least 95 % of d."""
     full = e.pull + e.spread + 2 * e.filled_stderr >= e.num_params
-    if not (e.localization > 0 and e.filled < 0.95 and not full):
+    if not (e.localization > 0 and e.filled < 0.95 and not full) or _is_spreading_out(e):
         return None
     return (
         f"note: the chains are still spreading out in flat directions (pull + spread is {e.filled:.0%} of its equilibrium value d): "

@@ -13,6 +13,19 @@ that the noise adds to pull + spread in directions of small curvature. This is l
 over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds more: this amount is multiplied by
 1 / (1 - lr a / 4). We measure the variance from gradients at the same position on two minibatches.
 
+On other losses, large steps of `baoab` do cause a bias. Let v be the velocity, h = sqrt(lr) and g = grad U. Stationarity of |v|^2, |w - w0|^2
+and (w - w0) . v under its moves gives (our derivation)
+
+    pull + spread = d + (1 + c) / (4 (1 - c)) E[h^2 |g|^2 - 2 h v . g]
+
+The last term includes the minibatch noise. Half of it is recorded as `measured_bias`. It has little noise, because h v . g is nearly the change of
+U in a move. If it exceeds the bound above by two standard errors, it replaces this bound.
+
+**Lists of minibatches.** If chains go through the same minibatches again and again, a minibatch has moved the chain uphill on the other
+minibatches. So the noise s of the gradient is correlated with w - w0 at the next visit, in any order of the minibatches. Without control
+variates, this adds nbeta E[s . (w - w0)] to the LLC. In directions in which chains move little in one pass, this is all that the noise adds
+to pull + spread, not half of it (our derivation). So the bound counts the noise twice.
+
 For SGLD on quadratics, the bound is one to two times the bias from the step size. In a direction with a_i = nbeta h_i + localization, the
 bound is (1 + localization / a_i) times the bias from the step size (`icl.sampling.known.quadratic_llc`). The part of the bound for
 minibatch noise is about a_i / (nbeta h_i) times the bias from this noise.
@@ -30,7 +43,7 @@ _SMALLER_STEPS = "lower lr, or use larger batches"
 @rule("invalid", source="fixed outcome")
 def data_not_finite(e: Evidence) -> str | None:
     """At most half of the chains may have minibatches on which the loss is not finite even at the checkpoint."""
-    return _describe_bad_data(e) if e.num_bad_data > e.num_chains / 2 else None
+    return _describe_bad_data(e) if e.num_bad_data > e.num_chains / 2 and not math.isnan(e.init_loss) else None
 
 
 @rule("suspect", source="fixed outcome")
@@ -49,14 +62,16 @@ def _describe_bad_data(e: Evidence) -> str:
 @rule("invalid", source="fixed outcome")
 def most_chains_masked(e: Evidence) -> str | None:
     """At least half of the chains, and at least one, must remain unmasked."""
-    if (e.num_chains_used >= 0.5 * e.num_chains and e.num_chains_used > 0) or e.num_masked == e.num_bad_data:
+    if not e.are_most_masked or e.num_masked == e.num_bad_data:
         return None
     counts = {
         "diverged or became non-finite": e.num_diverged,
         f"went more than {DIVERGED * e.num_params:g} nats below the checkpoint's loss": e.num_diverged_down,
     }
     causes = " and ".join(f"{num} {cause}" for cause, num in counts.items() if num)
-    return f"{e.num_masked} of {e.num_chains} chains are masked ({causes}): lower lr"
+    slope = "the checkpoint is not at a minimum, so train longer, or use a later checkpoint"
+    repair = "lower lr" if e.num_diverged else slope
+    return f"{e.num_masked} of {e.num_chains} chains are masked ({causes}): {repair}"
 
 
 @rule("suspect", source="fixed outcome")
@@ -76,12 +91,24 @@ def bad_minibatches(e: Evidence) -> str | None:
     return f"the checkpoint's own loss is not finite on {minibatches}: check the data for NaN and infinite values"
 
 
+@rule("suspect", source="rounding errors average out only if they are smaller than the scatter of the draws")
+def rounded_losses(e: Evidence) -> str | None:
+    """Differences of losses must not be lost in rounding, as they are if a large constant is added to a loss in float32."""
+    scatter = e.stderr * math.sqrt(e.ess) if e.ess > 0 else math.nan
+    if not e.rounding > scatter:
+        return None
+    return (
+        f"the loss ({e.init_loss:.4g}) is rounded by up to {e.rounding:.2g} nats, more than the scatter of the draws ({scatter:.2g} nats): "
+        "subtract a constant from the loss, or compute it in float64"
+    )
+
+
 @rule("suspect", source="fixed outcome: R-hat needs two chains")
 def one_chain(e: Evidence) -> str | None:
     """A single chain cannot be compared with another."""
     if e.num_chains_used != 1:
         return None
-    return "only one chain is left, so its convergence cannot be checked: use four or more chains"
+    return f"only one chain is {'left' if e.num_masked else 'used'}, so its convergence cannot be checked: use four or more chains"
 
 
 @rule("suspect", source="fixed outcome")
@@ -99,7 +126,7 @@ def r_hat(e: Evidence) -> str | None:
     Many short chains are allowed to disagree, because their standard error comes from the spread between them. The rule `drift` is stricter
     for such chains.
     """
-    if not 1 < e.num_chains_used < MANY_CHAINS or e.rhat <= 1.05:
+    if not (1 < e.num_chains_used < MANY_CHAINS and e.rhat > 1.05):
         return None
     return f"the chains disagree (R-hat {e.rhat:.3f}, above 1.05): run them longer"
 
@@ -111,7 +138,7 @@ def effective_sample_size(e: Evidence) -> str | None:
     With a lower threshold, some estimates would pass only because their standard error is small by chance.
     """
     needed = needed_ess(e.num_chains_used)
-    if not e.num_chains_used or e.ess >= needed:
+    if not (e.num_chains_used and e.ess < needed):
         return None
     return f"the effective sample size is {e.ess:.0f}, below {needed}: take more draws or chains"
 
@@ -153,10 +180,10 @@ def not_significant(e: Evidence) -> str | None:
 
 @rule("suspect", source="an LLC at a minimum is at most d/2 (Watanabe 2009); the tolerance of a tenth is our choice")
 def above_half_of_d(e: Evidence) -> str | None:
-    """No minimum has an LLC above d/2."""
+    """No minimum of a smooth loss has an LLC above d/2."""
     if not e.llc - 3 * e.stderr > 1.1 * e.num_params / 2:
         return None
-    return f"the LLC is above d/2 = {e.num_params / 2:g}, the largest possible at a minimum: {_SMALLER_STEPS}"
+    return f"the LLC is above d/2 = {e.num_params / 2:g}, the largest possible at a minimum of a smooth loss: {_SMALLER_STEPS}"
 
 
 @rule("suspect", source="stationarity (this module); the share of the LLC is our choice")

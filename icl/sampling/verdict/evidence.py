@@ -49,6 +49,8 @@ class Evidence:
     """Number of chains that are masked because of a minibatch on which the loss is not finite even at the checkpoint."""
     init_loss: float
     init_loss_stderr: float
+    rounding: float
+    """Rounding error of nbeta times the loss: the distance between neighbouring floating-point numbers, in nats."""
     mean_loss: float
     """Mean sampled loss, computed as init_loss + llc / nbeta, so that it refers to the minibatches of `init_loss`."""
     num_bad_batches: int
@@ -95,7 +97,13 @@ class Evidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Nominal 95 % interval of the LLC, by Student's t. A bias bound above half of the standard error is subtracted from the lower end.
+        """Nominal 95 % interval of the LLC, by Student's t, with the known errors that exceed half of the standard error.
+
+        The bias bound is subtracted from the lower end. The shortfall, (1 - filled) LLC, is added to the upper end. Chains that have not yet
+        visited a far part of a valley, or have visited it too rarely, show this in pull + spread, whose exact mean d is known. Under the
+        sampled density, Cov(excess, pull + spread) = E[pull] (integration by parts), and the variance of pull + spread is 2 d for a
+        quadratic loss. So if pull + spread is too small by d (1 - filled), we expect the LLC to be too small by (1 - filled) pull / 2,
+        which is about (1 - filled) LLC. This is too much if only flat directions are not filled.
 
         The number of degrees of freedom is ESS / 10 (but at least 1), because the estimated autocorrelation time has a relative variance of
         about 20 / ESS. Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most
@@ -105,8 +113,9 @@ class Evidence:
         reach = self.stderr * float(stdtrit(max(self.ess / 10, 1.0), 0.975)) if self.ess > 0 else math.nan
         if self.num_chains_used < convergence.MANY_CHAINS:
             reach *= max(1.0, WIDE_ESS / self.ess) ** 0.5 if self.ess > 0 else 1.0
-        bias = self.bias_bound if self.bias_bound > self.stderr / 2 else 0.0
-        return self.llc - reach - bias, self.llc + reach
+        shortfall = max(1 - self.filled, 0.0) * self.llc
+        below, above = (size if size > self.stderr / 2 else 0.0 for size in (self.bias_bound, shortfall))
+        return self.llc - reach - below, self.llc + reach + above
 
     @property
     def rise(self) -> float:
@@ -135,6 +144,11 @@ class Evidence:
     def num_masked(self) -> int:
         """Number of chains that are left out of all averages."""
         return self.num_chains - self.num_chains_used
+
+    @property
+    def are_most_masked(self) -> bool:
+        """Whether more than half of the chains are masked, or all."""
+        return self.num_chains_used < 0.5 * self.num_chains or not self.num_chains_used
 
     @property
     def num_diverged(self) -> int:
@@ -199,7 +213,8 @@ def evidence_of(
     init_losses = checkpoint.losses[finite].mean(1)
     init_loss = float(init_losses.mean()) if len(init_losses) else math.nan
     excess = (nbeta * traces.mean_excess[used]).numpy()  # K S
-    pull, spread, bias_bound = (traces.quantities[name][used].numpy() for name in ("pull", "spread", "bias_bound"))
+    pull, spread = (traces.quantities[name][used].numpy() for name in ("pull", "spread"))
+    bias_bound, bias_bound_stderr = _bias_bound(traces)
     llc = _mean(excess)
     drift, drift_stderr = convergence.drift(excess)
     sensitivity, sensitivity_stderr = math.nan, math.nan
@@ -216,6 +231,7 @@ def evidence_of(
         num_bad_data=int((traces.bad_data & ~used & ~traces.diverged_down).sum()),
         init_loss=init_loss,
         init_loss_stderr=_standard_error_over_batches(init_losses, checkpoint.are_all),
+        rounding=nbeta * checkpoint.rounding * abs(init_loss),
         mean_loss=init_loss + llc / nbeta,
         num_bad_batches=int((~finite).sum()),
         trivial_loss=trivial_loss,
@@ -229,8 +245,8 @@ def evidence_of(
         spread=_mean(spread),
         filled_stderr=convergence.standard_error(pull + spread),
         gap_stderr=convergence.standard_error(excess - pull),
-        bias_bound=_mean(bias_bound),
-        bias_bound_stderr=convergence.standard_error(bias_bound),
+        bias_bound=bias_bound,
+        bias_bound_stderr=bias_bound_stderr,
         descent=checkpoint.descent,
         descent_stderr=checkpoint.descent_stderr,
         descent_freedom=checkpoint.descent_freedom,
@@ -244,6 +260,13 @@ def evidence_of(
         target_stderr=settings.target_stderr,
         share_batches=traces.share_batches,
     )
+
+
+def _bias_bound(traces: Traces) -> tuple[float, float]:
+    """Return the bound on the bias with its standard error, or the measured bias if it is significantly larger than the bound."""
+    draws = (traces.quantities[name][traces.alive].numpy() for name in ("bias_bound", "measured_bias"))
+    bound, measured = ((_mean(values), convergence.standard_error(values)) for values in draws)
+    return measured if measured[0] - 2 * measured[1] > bound[0] else bound
 
 
 def _mean(draws: np.ndarray) -> float:
