@@ -21,7 +21,7 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 SIZES = [size for size in LABELS if (DATA / size).is_dir()]
 SHIPPED = sorted(path for size in SIZES for path in (DATA / size).glob("*.csv"))
 KINDS = {"integer": pd.api.types.is_integer_dtype, "number": pd.api.types.is_numeric_dtype, "text": None}
-MAX_MEGABYTES = 7.5
+MAX_MEGABYTES = 8
 NEEDED = ("runs", "checkpoints", "learning", "positions", "evaluation", "baselines", "llc", "phases")
 
 

@@ -77,8 +77,15 @@ icl llc "$RUNS/L2H4/seed=1" --published --steps 1465,5517,9375,20202,40292,80808
 ## refined LLCs of L2H4, seed 1: heads and layers
 REFINED="--sampler.kernel baoab --sampler.lr 5e-6 --sampler.friction 0.7 --sampler.num_samples 32768 --sampler.batch_size 128
     --sampler.num_chains 4 --sampler.num_burnin_steps 40 --sampler.num_draws 120"
-icl llc "$RUNS/L2H4/seed=1" --components heads --steps 9375,40292,126262,500000 $REFINED
-icl llc "$RUNS/L2H4/seed=1" --components layers --steps 9375,40292,80808,126262,318181,500000 $REFINED
+for components in heads layers; do
+    icl llc "$RUNS/L2H4/seed=1" --components $components --steps 5517,9375,20202,40292,80808,126262,318181,500000 $REFINED
+done
+
+## Hessian of L2H4, seed 1, at ten steps
+for step in 0 1465 5517 9375 20202 40292 80808 126262 202020 318181; do
+    icl analyse "$RUNS/L2H4/seed=1/checkpoints/step-$(printf %09d $step).safetensors" --what hessian --num_prompts 1024 \
+        --out "$RUNS/L2H4/seed=1/results/hessian-$step.csv"
+done
 
 ## essential dynamics of L2H4, seed 1
 icl analyse "$RUNS/L2H4/seed=1" --what essential-dynamics
