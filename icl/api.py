@@ -254,7 +254,6 @@ def evaluate_ood_score(
         )
     source = prompt_source(config, stream="true")
     loss = metrics.PositionLoss(max_examples=model.max_examples)
-    loss.set_dtype(torch.promote_types(parameter.dtype, torch.float32))
     for start in range(0, n_samples, batch_size):
         prompts = source.sample(
             range(REPORT, REPORT + 1), range(start, min(start + batch_size, n_samples)), device=parameter.device

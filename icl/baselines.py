@@ -196,7 +196,9 @@ def smoothed_dmmse(
     inputs, targets = _widen(xs), _widen(ys).unsqueeze(-1)
     triangle = covariance_root(task_variance**0.5 * inputs, noise_variance)  # L: B K K
     whitened = torch.linalg.solve_triangular(triangle, torch.cat((inputs, targets), dim=-1), upper=False)  # B K D+1
-    outputs = dmmse(whitened[..., :-1], whitened[..., -1], tasks=tasks, noise_variance=1.0)
+    # Whitened targets can be too large for `dmmse`, which accepts only numbers that float32 can represent.
+    observations = whitened.flatten(0, -3)  # B K D+1
+    outputs = mean_outputs(observations[..., :-1], observations[..., -1], _widen(tasks), 1.0).view_as(targets[..., 0])
     known = (triangle.tril(-1) @ whitened[..., -1:]).squeeze(-1)
     return (triangle.diagonal(dim1=-2, dim2=-1) * outputs + known).to(ys)
 

@@ -122,6 +122,16 @@ def test_the_ood_score_is_the_mean_squared_error_per_target():
     assert score == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_ood_score_is_accumulated_in_double_precision():
+    """In float32, 500 batches of one prompt gave an error of 1e-7, and more than 2^24 prompts were not counted."""
+    model = build_model(SMALL.to_run_config())
+    xs, ys, _ = sample_prompts(SMALL.to_run_config(), stream="true", step=REPORT, batch_size=500)
+    with torch.no_grad():
+        errors = [(model(x[None], y[None]) - y).square().mean().double() for x, y in zip(xs, ys, strict=True)]
+    expected = torch.stack(errors).mean().item()
+    assert evaluate_ood_score(model, SMALL, n_samples=500, batch_size=1) == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_ood_score_refuses_a_model_of_another_shape(as_users_run):
     with pytest.raises(ConfigError, match="D = 2, K = 4"):
         evaluate_ood_score(build_model(SMALL.to_run_config()), ICRegConfig(), n_samples=10)

@@ -203,6 +203,14 @@ def test_smoothed_dmmse_matches_plain_loops(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("noise_variance", [1e-20, 1e-80, 1e-200])
+def test_smoothed_dmmse_has_a_limit_for_tiny_noise(noise_variance):
+    """The whitened targets exceed float32. The error was that `ys` is too large, although the targets are about 1."""
+    xs, ys, _ = make_prompts(4, 6, 2, seed=3)
+    found = smoothed_dmmse(xs, ys, tasks=torch.zeros(1, 2), noise_variance=noise_variance, task_variance=1.0)
+    torch.testing.assert_close(found, ols(xs, ys))
+
+
 def test_smoothed_dmmse_lies_between_dmmse_and_ridge():
     """Without smoothing it is dMMSE. With one Gaussian of mean 0 and variance 1, which is ridge's prior, it is ridge."""
     xs, ys, _ = make_prompts(20, 8, 3)

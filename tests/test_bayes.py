@@ -1,5 +1,6 @@
 """Bayes predictors of other worlds, compared with quadrature, plain loops, the baselines and limits."""
 
+import dataclasses
 import functools
 import math
 
@@ -246,6 +247,29 @@ def test_components_of_sparse_tasks_have_the_prior_weights_and_variances():
     assert exact_components(TaskLaw("sparse", density=0.3), 11) is None
 
 
+@pytest.mark.parametrize("density", [0.1, 0.3, 1 - 1e-9])
+def test_weights_of_sparse_components_are_in_double_precision(density):
+    """The density was rounded to float32, so 1 - 1e-9 became 1 and the smallest weights became 0."""
+    weights = exact_components(TaskLaw("sparse", density=density), 2).log_weights.exp()
+    absent = 1 - density
+    assert weights.tolist() == pytest.approx([absent**2, absent * density, absent * density, density**2], rel=1e-12)
+
+
+def test_the_filters_error_is_unknown_for_sparse_tasks_with_little_noise():
+    """With D = 8 the spread over runs was 2 times too small for the noise variance 0.01, and 10 times for 0.001."""
+    xs, ys = prompts_of(world("sparse", task_size=12), batch_size=2)
+    run = functools.partial(particle_filter, xs, ys, noise=Law(), num_runs=2, num_particles=8)
+    unknown = run(law=TaskLaw("sparse", density=0.3), noise_variance=0.09)
+    assert unknown.stderrs.isnan().all()
+    assert unknown.nll_stderrs.isnan().all()
+    assert unknown.predictions.isfinite().all()
+    assert unknown.nll.isfinite().all()
+    for law, noise_variance in ((TaskLaw("sparse", density=0.3), 0.1), (TaskLaw("student_t", df=3.0), 0.09)):
+        known = run(law=law, noise_variance=noise_variance)
+        assert known.stderrs.isfinite().all()
+        assert known.nll_stderrs.isfinite().all()
+
+
 @pytest.mark.parametrize("prior", ["sparse", "mixture", "low_rank"])
 def test_the_particle_filter_agrees_with_the_exact_predictor(prior):
     config = world(prior)
@@ -308,6 +332,17 @@ def test_a_smaller_noise_variance_is_refused():
         bayes(config, xs, ys)
     with pytest.raises(ConfigError, match="must be at least 1e-12"):
         posterior_tasks(config, "gaussian", xs, ys, torch.zeros(1).double())
+
+
+def test_rare_coordinates_of_sparse_tasks_need_more_noise_because_their_variance_is_larger():
+    """With p = 1e-6 and the noise variance 1e-12, the NLL was wrong by 36 nats."""
+    task = TaskConfig(prior="sparse", prior_density=1e-6, task_size=2, noise_variance=1e-7)
+    xs, ys = torch.ones(1, 1, 2).double(), torch.ones(1, 1).double()
+    with pytest.raises(ConfigError, match="must be at least 1e-06"):
+        bayes(RunConfig(task=task), xs, ys)
+    with pytest.raises(ConfigError, match="must be at least 1e-06"):
+        posterior_tasks(RunConfig(task=task), "prior", xs, ys, torch.zeros(1).double())
+    assert bayes(RunConfig(task=dataclasses.replace(task, noise_variance=1e-5)), xs, ys) is not None
 
 
 # Posteriors

@@ -28,7 +28,7 @@ import torch
 from icl.analysis import stages
 from icl.analysis.behaviour.turning_points import transience
 from icl.analysis.stages.agreement import agree
-from icl.analysis.stages.signals import Signal
+from icl.analysis.stages.points import Signal
 
 STEPS = np.unique(np.r_[0, np.geomspace(1, 500_000, 48), np.linspace(0, 500_000, 48)].astype(int))
 """Saved steps. Half of them are spaced logarithmically and half linearly, as in the published runs."""

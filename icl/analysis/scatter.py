@@ -51,6 +51,15 @@ class Scatter(NamedTuple):
         """Standard deviation of one point about the trend."""
         return math.hypot(self.white, self.wander)
 
+    @property
+    def neighbours(self) -> float:
+        """Correlation of the whole scatter between neighbouring saved steps; 0 without scatter."""
+        return self.phi * self.wander**2 / self.total**2 if self.total else 0.0
+
+    def scaled(self, factor: float) -> "Scatter":
+        """Return the scatter multiplied by a factor."""
+        return self._replace(white=factor * self.white, wander=factor * self.wander)
+
     def difference_variance(self, lag: int) -> float:
         """Return the variance of the difference between two points that are `lag` saved steps apart.
 

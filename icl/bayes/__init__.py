@@ -44,7 +44,7 @@ def bayes(config: RunConfig, xs: Float[Tensor, "B K D"], ys: Float[Tensor, "B K"
     task, law, noise = config.task, task_law(config), noise_law(config)
     if task.noise_variance == 0 or (law == laws.GAUSSIAN_TASKS and noise == laws.GAUSSIAN):
         return None
-    require_noise(task.noise_variance)
+    require_noise(task.noise_variance, law)
     if xs.device.type not in ("cpu", "cuda"):  # other devices have no float64
         estimate = bayes(config, xs.cpu(), ys.cpu())
         return None if estimate is None else BayesPredictions(*(part.to(xs.device) for part in estimate))

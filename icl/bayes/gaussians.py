@@ -21,7 +21,8 @@ from icl.tasks.laws import TaskLaw
 MAX_COMPONENTS = 1024
 """Largest number 2^D of components of a `sparse` prior for which predictions are computed exactly."""
 MIN_NOISE_VARIANCE = 1e-12
-"""Smallest noise variance for which posteriors are computed. From about 1e-14 down, rounding errors make variances negative."""
+"""Smallest noise variance for which posteriors are computed, for coordinates of w with variance 1. From about 1e-14 down, rounding errors
+make variances negative."""
 _NUMBERS_AT_ONCE = 2**18
 """Largest number of elements of the covariance matrices that are in memory at once. A single prompt may need more."""
 
@@ -37,7 +38,8 @@ class Components(NamedTuple):
 class BayesPredictions(NamedTuple):
     """Posterior means of the targets given the examples before them, and negative log-likelihoods (NLL) of the targets, in nats.
 
-    The NLL is under the predictive distribution. The standard errors are due to the computation alone; they are 0 if the computation is exact.
+    The NLL is under the predictive distribution. The standard errors are due to the computation alone. They are 0 if the computation is
+    exact, and NaN if its error is unknown.
     """
 
     predictions: Float[Tensor, "*S B K"]
@@ -114,8 +116,8 @@ def exact_components(law: TaskLaw, task_size: int) -> Components | None:
     assert law.density is not None
     is_present = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * task_size).view(-1, task_size)
     count = is_present.sum(1)
-    log_weights = torch.xlogy(count, torch.tensor(law.density).double())
-    log_weights = log_weights + torch.xlogy(task_size - count, 1 - torch.tensor(law.density).double())
+    density = torch.tensor(law.density, dtype=torch.float64)
+    log_weights = torch.xlogy(count, density) + torch.xlogy(task_size - count, 1 - density)
     return Components(log_weights, torch.zeros_like(is_present), torch.diag_embed(is_present / law.density))
 
 
@@ -157,15 +159,17 @@ def mixture_posterior(
     return torch.cat(parts)
 
 
-def require_noise(noise_variance: float) -> None:
+def require_noise(noise_variance: float, law: TaskLaw) -> None:
     """Refuse a noise variance that is too small for the rounding errors of float64.
 
     Raises:
-        ConfigError: If the noise variance is below `MIN_NOISE_VARIANCE`.
+        ConfigError: If the noise variance is below `MIN_NOISE_VARIANCE` times the variance 1 / p of a nonzero coordinate of a `sparse` task, or
+            below `MIN_NOISE_VARIANCE` for other tasks.
     """
+    least = MIN_NOISE_VARIANCE / (law.density or 1)
     require(
-        noise_variance >= MIN_NOISE_VARIANCE,
-        f"`task.noise_variance` must be at least {MIN_NOISE_VARIANCE:g} to compute Bayes predictors and posteriors of new tasks, "
+        noise_variance >= least,
+        f"`task.noise_variance` must be at least {least:g} to compute Bayes predictors and posteriors of new tasks, "
         f"got {noise_variance:g}.",
     )
 

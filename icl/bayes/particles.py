@@ -17,10 +17,11 @@ distribution (Andrews and Mallows 1974). The scale of a coordinate of a `sparse`
 the scale 1e-6 instead of 0: with the scale 0, a coordinate would stay exactly 0, whatever the data say. Under the prior `mixture`, w is a
 mixture of Gaussians given the noise scales. So each particle sums exactly over the components, with its own weights for them.
 
-Limits for `sparse`. The stated standard error is correct for noise variances from about 0.1. For smaller noise, a run that has settled on wrong
-nonzero coordinates rarely leaves them, and all runs have this bias. With D = 8, p = 0.25 and Gaussian noise, the mean squared errors at
-examples 5 to 8 were 0.0047 (stated: 0.0048) for the noise variance 0.25, 0.009 (0.004) for 0.01 and 0.1 (0.008) for 0.001. A smaller spike, or
-more proposals for each scale, did not remove this bias.
+Limits for `sparse`. The spread over runs is the error of the filter only for noise variances from about 0.1. For smaller noise, a run that
+has settled on wrong nonzero coordinates rarely leaves them, and all runs have this bias. With D = 8, p = 0.25 and Gaussian noise, the mean
+squared errors at examples 5 to 8 were 0.0047 (from the spread: 0.0048) for the noise variance 0.25, 0.009 (0.004) for 0.01 and 0.1 (0.008)
+for 0.001. So below `MIN_SPARSE_NOISE_VARIANCE` the standard errors are NaN, which means unknown. A smaller spike, or more proposals for each
+scale, did not remove this bias.
 """
 
 import math
@@ -39,6 +40,8 @@ NUM_RUNS, NUM_PARTICLES = 8, 128
 """Default number of independent runs of the particle filter, and default number of particles in each run."""
 NUM_SAMPLING_PARTICLES = 512
 """Default number of particles from which a task is drawn."""
+MIN_SPARSE_NOISE_VARIANCE = 0.1
+"""Smallest noise variance for which the standard errors of `sparse` tasks are known."""
 _SPIKE = 1e-6
 """Variance that the particle filter uses instead of 0 for the zero coordinates of `sparse` tasks. So the variance of a coordinate is too
 large by at most this number."""
@@ -55,7 +58,7 @@ def particle_filter(
     num_particles: int = NUM_PARTICLES,
     seed: int = 0,
 ) -> BayesPredictions:
-    """Estimate the posterior mean of each target, with its standard error over independent runs.
+    """Estimate the posterior mean of each target, with its standard error over independent runs; NaN if the error is unknown.
 
     All prompts use the same random numbers, so the prediction for a prompt does not depend on the other prompts.
     """
@@ -72,7 +75,10 @@ def particle_filter(
         densities.append(torch.stack(logs, dim=1))
     runs = torch.cat(parts)
     predictions, stderrs = runs.mean(-1), runs.std(-1) / math.sqrt(num_runs)
-    return BayesPredictions(*(part.to(ys) for part in (predictions, stderrs, *_mean_density(torch.cat(densities)))))
+    nll, nll_stderrs = _mean_density(torch.cat(densities))
+    if law.name == "sparse" and noise_variance < MIN_SPARSE_NOISE_VARIANCE:
+        stderrs, nll_stderrs = torch.full_like(stderrs, math.nan), torch.full_like(nll_stderrs, math.nan)
+    return BayesPredictions(*(part.to(ys) for part in (predictions, stderrs, nll, nll_stderrs)))
 
 
 def particle_posterior(

@@ -67,8 +67,8 @@ def posterior_tasks(
     if candidate == "pool":
         assert pool is not None
         return pool[choose_tasks(xs, ys, pool, uniforms, noise_variance=noise_variance, noise=noise)]
-    require_noise(noise_variance)
     law = laws.GAUSSIAN_TASKS if candidate == "gaussian" else task_law(config)
+    require_noise(noise_variance, law)
     # This stream is independent of the stream that draws the noise of targets.
     key = rng.stream(config.seeds.evaluation, f"prior/{candidate}/tasks-given-examples")
     step, indices, size = torch.zeros(1, dtype=torch.int64), torch.arange(len(xs)), config.task.task_size

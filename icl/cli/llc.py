@@ -23,7 +23,7 @@ from icl.cli.llc_settings import Job, output_file, read_job, require_rescalable,
 from icl.command_line import llc_parser
 from icl.config.validation import ConfigError
 from icl.resolve import POINT_VARIABLE, read_points
-from icl.run_names import run_name, sampler_name
+from icl.run_names import sampler_name
 from icl.runs.folder import run_of
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
 
     def work(wandb_run: Any, swept: dict[str, Any]) -> int:
         job = read_job(path, flags, options, swept, given)
-        describe_run(wandb_run, job.config)
-        wandb_run.name = f"{run_name(job.config)}/llc/{sampler_name(job.config)}"
+        describe_run(wandb_run, job.config, suffix=f"/llc/{sampler_name(job.config)}")
         return _work(job, flags, wandb_run)
 
     # The first function is called before the settings of the sweep point are known. So the run's folder may not exist, but

@@ -174,6 +174,17 @@ def test_few_checkpoints_give_components_but_no_curves(tmp_path):
     plot(result.table, title="few")
 
 
+@pytest.mark.parametrize(("num_steps", "is_short"), [(4, True), (6, True), (7, False)])
+def test_too_few_saved_steps_are_the_reason_if_there_are_fewer_than_seven(tmp_path, num_steps, is_short):
+    """The reason used to be that random walks explain as much, and a displacement could be `ok` after six steps."""
+    reason = "there are too few saved steps to compare with random walks; save more checkpoints"
+    result = analyse("essential-dynamics", saved_run(tmp_path / "r", steps=range(num_steps)).path, num_prompts=8)
+    rows = result.table[result.table["quantity"].isin(["explained_share", "displacement_ratio"])]
+    assert set(rows["reasons"] == reason) == {is_short}
+    assert any("too few saved steps" in line for line in result.summary) == is_short
+    assert not (is_short and any("Random walks explain as much" in line for line in result.summary))
+
+
 def test_what_cannot_be_done_is_a_sentence(tmp_path):
     folder = saved_run(tmp_path / "r", steps=(0, 1))
     for settings, error, said in (

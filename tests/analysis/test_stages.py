@@ -11,7 +11,9 @@ from tiny_runs import TINY, change
 from icl.analysis import stages
 from icl.analysis.run import analyse
 from icl.analysis.stages.agreement import RunBoundary, agree
-from icl.analysis.stages.signals import Signal, mirrors_loss, read_signals
+from icl.analysis.stages.boundaries import find_boundaries
+from icl.analysis.stages.points import Signal, mirrors_loss
+from icl.analysis.stages.signals import read_signals
 from icl.api import load_model
 from icl.build import build_model
 from icl.cli import main
@@ -23,6 +25,7 @@ from icl.plotting.stages import plot
 from icl.presets import preset
 from icl.runs.checkpoints import CheckpointError, save_checkpoint
 from icl.runs.folder import RunError, RunFolder
+from tools import verdict_rates
 
 WORDS = dataclasses.replace(
     preset("language-quickstart"),
@@ -201,6 +204,40 @@ def test_the_onset_of_an_induction_head_is_a_boundary_only_in_language_runs(seed
     assert [one.verdict for one in late] == ["ok"]
     assert late[0].time == pytest.approx(start, abs=max(3 * late[0].stderr, 0.1))
     assert not any(one.verdict == "ok" for one in found(both)[0])
+
+
+def coverage(phi, num_runs):
+    """Return how many stated errors the change of a parabola over each half, and its turn, are from the truth."""
+    steps = verdict_rates.STEPS
+    middle, curve = (
+        verdict_rates.TIMES[-1] / 2,
+        40 * (1 - (verdict_rates.TIMES / (verdict_rates.TIMES[-1] / 2) - 1) ** 2),
+    )
+    changes, times = [], []
+    for seed in range(num_runs):
+        scatter = verdict_rates.autoregression(phi, len(steps), np.random.default_rng([seed, 5]))
+        smooth = stages.smooth_signal(signal("loss", steps, curve + scatter), stages.Settings())
+        halves = ((0.0, middle, 40), (middle, verdict_rates.TIMES[-1], -40))
+        for start, end, truth in halves:
+            found_change = stages._change(smooth.stated, (start, 0.0), (end, 0.0))
+            changes.append((found_change.value - truth) / found_change.stderr)
+        turns = [one for one in find_boundaries(smooth, least_change=0.01) if abs(one.time - middle) < 1.5]
+        times += [(one.time - middle) / one.stderr for one in turns[:1]]
+    return np.array(changes), np.array(times)
+
+
+def test_errors_of_changes_and_turns_cover_correlated_scatter():
+    """Errors that took the scatter for independent were far too small: half of the changes were off by more than two of them."""
+    for z in coverage(0.8, 6):
+        assert np.sqrt(np.mean(z**2)) < 1.8  # for a correct error 1, with a standard error of 0.3 for six runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phi", [0.0, 0.5, 0.8])
+def test_two_errors_hold_nineteen_times_in_twenty_for_every_correlation(phi):
+    for z in coverage(phi, 30):
+        assert np.mean(np.abs(z) < 2) > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 30)
+        assert np.mean(z**2) > 0.1  # nor are the errors much too large
 
 
 # Verdicts

@@ -43,6 +43,15 @@ def test_weights_of_dmmse_with_one_task_are_that_task():
     torch.testing.assert_close(found, tasks.expand(6, 5, 3))
 
 
+def test_prompts_whose_task_is_zero_are_left_out():
+    """Under the prior `sparse` a task can be zero. One such prompt made the mean norm ratio infinite."""
+    tasks = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+    weights = torch.stack([tasks[0], torch.ones(3), 3 * tasks[2]]).unsqueeze(1).expand(3, 5, 3)
+    numbers = estimates(compare(torch.stack([weights, 2 * weights]), tasks))
+    assert numbers["norm_ratio"][1].value.tolist() == pytest.approx([2, 4])
+    assert numbers["cosine"][1].value.tolist() == pytest.approx([1, 1])
+
+
 @pytest.mark.parametrize(("angle", "length"), [(0.0, 1.0), (0.4, 0.7), (math.pi, 2.0)])
 def test_a_linear_predictor_with_turned_and_stretched_weights(angle, length):
     """The cosine gives the rotation and the ratio gives the scaling. Each member has its own."""

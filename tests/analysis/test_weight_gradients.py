@@ -1,9 +1,11 @@
 """Gradient statistics, on gradients of known mean and covariance, and on models in comparison with plain loops."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import TINY, change
 
+from icl.analysis.gradients import principal_components
 from icl.analysis.gradients import weights as wg
 from icl.build import build_model
 from icl.model.stacked import apply, stack
@@ -144,3 +146,13 @@ def test_groups_sum_to_all():
     assert {"blocks.0.attention", "blocks.0.mlp_norm", "token_embedding"} <= set(grams)
     assert wg.groups("blocks.1.attention_norm.weight") == ("all", "norms", "blocks.1.attention_norm")
     assert wg.groups("unembedding.bias") == ("all", "unembedding")
+
+
+def test_components_do_not_depend_on_the_unit_of_the_gradients():
+    """Gradients below 1e-8 counted as equal, so they had no components."""
+    vectors = np.random.default_rng(0).normal(size=(5, 7))
+    scores, shares = principal_components(1e-10 * vectors)
+    expected_scores, expected_shares = principal_components(vectors)
+    assert shares == pytest.approx(expected_shares)
+    assert 1e10 * np.abs(scores) == pytest.approx(np.abs(expected_scores))
+    assert principal_components(np.full((5, 7), 1e-10))[1].size == 0

@@ -112,7 +112,7 @@ def test_the_folder_itself_may_be_reached_by_a_link(tmp_path):
     assert LocalStore(tmp_path / "link").read("results/a.csv") == b"1"
 
 
-@pytest.mark.parametrize("key", ["a" * 300, "a" * 250, "a/" * 3000 + "a"], ids=["name", "name beside", "path"])
+@pytest.mark.parametrize("key", ["a" * 300, "a/" * 3000 + "a"], ids=["name", "path"])
 def test_a_name_that_no_file_system_takes_is_one_sentence(key, tmp_path):
     store = LocalStore(tmp_path)
     for act in (partial(store.write, data=b""), partial(store.create, data=b"")):

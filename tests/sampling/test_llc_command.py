@@ -171,7 +171,8 @@ def test_the_curve_shows_stages_and_marks_verdicts(tmp_path):
     assert read_stages(folder) == [10.0, 60.0]  # the last stage's end is the run's
     figure = plot_llc(table, 2.25, title="x", stages=[10.0, 60.0])
     estimates = figure.axes[3]
-    assert {text.get_text() for text in estimates.get_legend().get_texts()} == {"ok", "suspect", "invalid"}
+    labels = {text.get_text() for text in estimates.get_legend().get_texts()}
+    assert labels == {"ok", "suspect", "invalid (at the edge: no estimate)"}
     vertical = [line for line in estimates.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
     assert {float(line.get_xdata()[0]) for line in vertical} >= {10.0, 60.0}
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from typing import ClassVar
 
+import pandas as pd
 import pytest
 from tiny_runs import TINY, as_arguments, change
 
+from icl.cli import llc_output
 from icl.runs.folder import RunFolder, local_root
 from icl.training import run as run_module
 from icl.training.run import train
@@ -171,6 +173,9 @@ def test_a_client_that_is_lost_before_training_stops_no_point_of_a_sweep(nowhere
     assert run.calls == ["log"]
     told = capsys.readouterr().err
     assert told.count("W&B failed") == told.count("\n") == 2
+    lost = LostRun()
+    llc_output.log_rows(lost, pd.DataFrame([dict.fromkeys(("step", *llc_output._LOGGED_COLUMNS), 1.0)] * 2))
+    assert lost.calls == ["log"]
 
 
 def test_a_lost_client_cannot_be_told_that_a_run_was_preempted(monkeypatch, capsys):

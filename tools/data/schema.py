@@ -65,7 +65,11 @@ _ESTIMATE = {
     "interval_low": _number(
         "lower end of the 95 % interval, minus `bias_bound` if it exceeds half of `stderr`", may_miss=True
     ),
-    "interval_high": _number("upper end of the 95 % interval", may_miss=True),
+    "interval_high": _number(
+        "upper end of the 95 % interval; rules from version 5 on (shipped rows are older) also add what regions that the chains have not "
+        "filled may add to the LLC (`docs/llc.md`)",
+        may_miss=True,
+    ),
     "init_loss": _number("L(w0), the checkpoint's loss"),
     "mean_loss": _number("E[L], the mean loss over chains and draws", may_miss=True),
 }

@@ -10,7 +10,8 @@ generated the prompt:
   weights of ridge at position 1.
 - `norm_ratio`: |weights| / |t|.
 
-Both numbers are averaged over prompts. We cut each prompt at position p, because later examples have no effect on the
+Both numbers are averaged over prompts. Prompts whose task is zero, which occur under the prior `sparse`, are left out, because a task of
+zero has no direction. We cut each prompt at position p, because later examples have no effect on the
 prediction.
 """
 
@@ -52,8 +53,12 @@ def effective_weights(predict: Predict, prompts: Prompts) -> Float[Tensor, "*N B
 
 
 def compare(weights: Float[Tensor, "*N B K D"], ws: Float[Tensor, "B D"]) -> Similarity:
-    """Compare the weights at every position with the task t that generated the prompt: cosine and |weights| / |t|."""
-    tasks = ws.unsqueeze(-2)  # B 1 D
+    """Compare the weights at every position with the task t that generated the prompt: cosine and |weights| / |t|.
+
+    Prompts whose task is zero are left out.
+    """
+    has_task = ws.any(-1)  # B
+    weights, tasks = weights[..., has_task, :, :], ws[has_task].unsqueeze(-2)  # b K D, b 1 D
     return Similarity(torch.cosine_similarity(weights, tasks, dim=-1), weights.norm(dim=-1) / tasks.norm(dim=-1))
 
 

@@ -40,7 +40,7 @@ import numpy as np
 
 from icl.analysis.essential_dynamics.forms import Form, JudgedCandidate, Shapes, find_shapes, planes
 from icl.analysis.essential_dynamics.plane_curves import MIN_POINTS, arc_length, osculating_circles
-from icl.analysis.essential_dynamics.principal_components import ComparedPCA, fit_components
+from icl.analysis.essential_dynamics.principal_components import ComparedPCA, fit_components, is_too_short
 from icl.analysis.essential_dynamics.trajectories import (
     SEES_PROMPTS,
     State,
@@ -54,6 +54,7 @@ from icl.analysis.run import Result, as_table, named_runs, setting
 from icl.config.validation import require_count, require_number
 
 _ALL = "all"
+_TOO_FEW = "there are too few saved steps to compare with random walks; save more checkpoints"
 _STATE_TEXTS: dict[State, str] = {
     "outputs": "predictions for",
     "tokens": "all outputs at all tokens for",
@@ -131,13 +132,14 @@ def _share_rows(trajectories: Sequence[Trajectory], fit: ComparedPCA) -> list[Ta
     for component, (is_reached, high) in enumerate(zip(fit.is_reached, fit.high_shares, strict=True)):
         item, flips = _pc(component), fit.walks.shares[:, component]
         doubt = "random walks made from the run's own steps explain as much" if is_reached else ""
+        doubt = _TOO_FEW if fit.is_too_short else doubt
         reason = "; ".join(filter(None, (doubt, _noise_doubt(noise))))
         rows.append(_row(_ALL, "explained_share", item, fit.components.shares[component], reason=reason))
         rows += [_row(_ALL, name, item, null[component]) for name, null in fit.nulls.items()]
         rows.append(_row(_ALL, "null_flips", item, flips.mean(), flips.std(ddof=1)))
         rows.append(_row(_ALL, "null_flips_95", item, high))
     for trajectory, ratio, limit in zip(trajectories, fit.displacement, fit.displacement_limits, strict=True):
-        reason = "" if ratio > limit else "random walks made from the run's own steps go as far"
+        reason = _displacement_doubt(trajectory, ratio, limit)
         rows.append(_row(trajectory.run, "displacement_ratio", _ALL, ratio, reason=reason))
         rows.append(_row(trajectory.run, "null_displacement_95", _ALL, limit))
     return rows
@@ -191,7 +193,8 @@ def _summary(
     runs = ", ".join(trajectory.run for trajectory in trajectories)
     lines = [f"{len(fit.components.scores):,} checkpoints of {runs}; state: {state}."]
     for trajectory, ratio, limit in zip(trajectories, fit.displacement, fit.displacement_limits, strict=True):
-        doubt = "" if ratio > limit else "   suspect: not larger than in a random walk"
+        reason = _displacement_doubt(trajectory, ratio, limit)
+        doubt = f"   suspect: {reason}" if reason else ""
         comparison = f"{ratio:.3g} (random walk: 1 on average, 95 % below {limit:.2g})"
         lines.append(f"Squared displacement / sum of squared steps of {trajectory.run}: {comparison}{doubt}")
     lines += [_shape_line(trajectory, shapes.get(trajectory.run)) for trajectory in trajectories]
@@ -200,7 +203,9 @@ def _summary(
         doubt = f"   suspect: {_noise_doubt(noise)}" if _noise_doubt(noise) else ""
         lines.append(f"Share of estimation noise in the variance: at most {noise:.1%}{doubt}")
     doubtful = ", ".join(_pc(component) for component in np.flatnonzero(fit.is_reached).tolist())
-    if doubtful:
+    if fit.is_too_short:
+        lines.append(f"Suspect: {doubtful}. {_TOO_FEW.capitalize()}.")
+    elif doubtful:
         lines.append(f"Suspect: {doubtful}. Random walks explain as much with the same number of components.")
     return lines + _share_lines(fit)
 
@@ -240,6 +245,13 @@ def _shape_line(trajectory: Trajectory, shapes: Shapes | None) -> str:
 def _noise_share(trajectories: Sequence[Trajectory], fit: ComparedPCA) -> float:
     """Return the share of estimation noise in the variance; 0 for states that are exact."""
     return sum(sum(trajectory.noise) for trajectory in trajectories) / fit.variance
+
+
+def _displacement_doubt(trajectory: Trajectory, ratio: float, limit: float) -> str:
+    """Return the reason to doubt that a run goes farther than random walks; empty if there is none."""
+    if is_too_short(len(trajectory.steps) - 1):
+        return _TOO_FEW
+    return "" if ratio > limit else "random walks made from the run's own steps go as far"
 
 
 def _noise_doubt(share: float) -> str:

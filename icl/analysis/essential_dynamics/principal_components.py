@@ -48,6 +48,8 @@ _LEAST_SHARE = 1e-10
 """Components with a smaller share of the variance are rounding errors."""
 _SHARE_TOLERANCE = 1e-9
 """Sums of shares count as equal up to this difference, because run and walks have different solvers."""
+_LEVEL = 0.05
+"""Level of the tests against random walks."""
 SCORED_WALKS = 19
 """Number of walks whose scores are kept."""
 
@@ -92,22 +94,36 @@ class ComparedPCA(NamedTuple):
         return np.quantile(np.cumsum(self.walks.shares, axis=1), 0.95, axis=0)
 
     @property
-    def is_reached(self) -> Bool[np.ndarray, " C"]:
-        """For every k, whether the sum of the run's first k shares is at most `high_shares`, up to rounding.
+    def is_too_short(self) -> bool:
+        """Whether there are too few steps for a comparison with walks: more than 5 % of the walks are the run itself.
 
-        If so, about 5 % or more of the walks reach this sum. The same is true for every k if there are few steps,
-        because more than 5 % of the walks are then the run itself. A single run needs at least seven states.
+        A single run needs at least seven states.
         """
         num_runs = len(self.displacement)
         num_steps = len(self.components.scores) - num_runs
-        # Changing all signs of a single run gives the same shares, so two of its 2^num_steps walks are the run itself.
-        probability_of_run = 0.5 ** (num_steps - 1 if num_runs == 1 else num_steps)
-        return (np.cumsum(self.components.shares) <= self.high_shares + _SHARE_TOLERANCE) | (probability_of_run > 0.05)
+        return is_too_short(num_steps) if num_runs == 1 else 0.5**num_steps > _LEVEL
+
+    @property
+    def is_reached(self) -> Bool[np.ndarray, " C"]:
+        """For every k, whether the sum of the run's first k shares is at most `high_shares`, up to rounding.
+
+        If so, about 5 % or more of the walks reach this sum. The same is true for every k if there are too few steps
+        (`is_too_short`).
+        """
+        return (np.cumsum(self.components.shares) <= self.high_shares + _SHARE_TOLERANCE) | self.is_too_short
 
     @property
     def displacement_limits(self) -> Float[np.ndarray, " r"]:
         """For every run, the 95 % quantile of the displacement ratio over walks with the run's own steps."""
         return np.quantile(self.walks.displacement, 0.95, axis=0)
+
+
+def is_too_short(num_steps: int) -> bool:
+    """Return whether more than 5 % of the walks made from the steps of one run have the run's shares and displacement.
+
+    Changing all signs changes neither, so two of the 2^num_steps walks are the run itself.
+    """
+    return 0.5 ** (num_steps - 1) > _LEVEL
 
 
 def fit_components(

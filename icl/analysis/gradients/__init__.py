@@ -100,7 +100,7 @@ def principal_components(vectors: Float[np.ndarray, "S P"]) -> tuple[Float[np.nd
 
     There are no components if there are fewer than two vectors, or if the vectors are all equal or not finite.
     """
-    if len(vectors) < 2 or not np.isfinite(vectors).all() or np.allclose(vectors, vectors[0]):
+    if len(vectors) < 2 or not np.isfinite(vectors).all() or np.allclose(vectors, vectors[0], atol=0):
         return np.zeros((len(vectors), 0)), np.zeros(0)
     model = PCA(n_components=min(NUM_COMPONENTS, *vectors.shape), svd_solver="full")
     scores = model.fit_transform(vectors.astype(np.float64))

@@ -9,7 +9,7 @@ The method has three parts:
 3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
 For at most about one in twenty signals without stages, the method reports a boundary that is `ok` or `suspect`.
-Signals whose steps are too sparse in log time for this are left out (`icl.analysis.stages.signals`). In a run, each
+Signals whose steps are too sparse in log time for this are left out (`icl.analysis.stages.points`). In a run, each
 signal may cause a false boundary. Of 200 simulated runs of three independent signals without stages, about one in ten
 had a `suspect` boundary, and none had an `ok` one. The method finds the published stages of L2H4 within their errors
 (tests/analysis/test_stages.py).
@@ -47,7 +47,8 @@ import numpy as np
 
 from icl.analysis.run import Result, as_table, family_of, setting
 from icl.analysis.stages.agreement import RunBoundary, agree, step_text
-from icl.analysis.stages.signals import Signal, SignalSettings, Verdict, mirrors_loss, read_signals
+from icl.analysis.stages.points import Signal, mirrors_loss
+from icl.analysis.stages.signals import SignalSettings, Verdict, read_signals
 from icl.analysis.stages.smoothing import Curve, SmoothedSignal, fit
 from icl.config.validation import require, require_number
 
@@ -126,7 +127,7 @@ def analyse(path: Path, settings: Settings) -> Result:
     fits = {signal.name: smooth_signal(signal, settings) for signal in signals}
     boundaries = agree(signals, fits, tolerance=settings.tolerance, least_change=settings.least_change)
     stages = divide(signals, fits, boundaries)
-    rows = [row for signal in signals for row in _curve_rows(signal, fits[signal.name].curve)]
+    rows = [row for signal in signals for row in _curve_rows(signal, fits[signal.name].stated)]
     rows += [row for boundary in boundaries for row in _boundary_rows(boundary)]
     rows += [row for number, stage in enumerate(stages, 1) for row in _stage_rows(number, stage)]
     if (
@@ -158,7 +159,7 @@ def divide(
     stages = []
     for (start, start_error, start_verdict), (end, end_error, end_verdict) in pairwise(edges):
         changes = {
-            signal.name: _change(fits[signal.name].curve, (start, start_error), (end, end_error)) for signal in signals
+            signal.name: _change(fits[signal.name].stated, (start, start_error), (end, end_error)) for signal in signals
         }
         is_mirrored = any(mirrors_loss(signal, start, end) for signal in signals)
         stage_type, reasons = _type(changes, is_mirrored)

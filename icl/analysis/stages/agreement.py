@@ -8,7 +8,7 @@ candidate to this mean. If the times scatter more than their errors allow, the e
 
 We say that a signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
 into account. Loss and ICL score are one group of dependent signals. An LLC that mirrors the loss near the boundary
-(`signals.mirrors_loss`) belongs to this group too. Verdicts:
+(`points.mirrors_loss`) belongs to this group too. Verdicts:
 
 - `ok`: signals of at least two groups show the boundary, and at least one signal shows it with all three smoothing kernels.
 - `suspect`: at most one group shows the boundary, but its strength is at least `STRONG` standard errors; or no signal
@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from icl.analysis.stages.boundaries import Boundary, find_boundaries
-from icl.analysis.stages.signals import Signal, Verdict, mirrors_loss
+from icl.analysis.stages.points import Signal, mirrors_loss
+from icl.analysis.stages.signals import Verdict
 from icl.analysis.stages.smoothing import SmoothedSignal
 
 STRONG = 5.0

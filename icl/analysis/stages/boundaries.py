@@ -30,8 +30,9 @@ if its slope varies. Examples are a power law, a sigmoid, a line, or a bend from
 be an onset).
 
 The standard error of the time of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and
-longer kernels. The standard error of the time of a plateau or an onset comes from its likelihood profile. Both errors include the spacing of the
-checkpoints, because a boundary can lie anywhere between two checkpoints.
+longer kernels. The standard error of the time of a plateau or an onset comes from its likelihood profile. Both errors take into account that
+the scatter is correlated (`icl.analysis.stages.smoothing`), and include the spacing of the checkpoints, because a boundary can lie anywhere
+between two checkpoints.
 """
 
 import math
@@ -89,7 +90,7 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float, onsets: bool = 
     grid, knots = fit.curve.times, _knots(fit)
     rough = knot_boundaries(fit.curve, knots, least_change, onsets=onsets)
     rng = np.random.default_rng(0)
-    samples = [curve.sample(_NUM_SAMPLES, rng) for curve in fit.curves] if rough else []
+    samples = [curve.sample(_NUM_SAMPLES, rng) for curve in (fit.curve, fit.stated, *fit.others)] if rough else []
     boundaries = []
     for kind, _, low_knot, high_knot, strength, stretches in rough:
         low, high = int(knots[low_knot]), int(knots[high_knot])
@@ -111,13 +112,17 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float, onsets: bool = 
 
 
 def _extremum(samples: Sequence[Float[np.ndarray, "J g"]], times: Float[np.ndarray, " g"]) -> tuple[float, float]:
-    """Return the time of the extremum of sampled curves that turn once, and the standard error of this time."""
+    """Return the time of the extremum of sampled curves that turn once, and the standard error of this time.
+
+    The time is from the first samples, of the curve with independent scatter. The second samples have the stated errors. The others have a
+    shorter and a longer kernel.
+    """
     mean = samples[0].mean(0)
     above_chord = mean - np.interp(times, times[[0, -1]], mean[[0, -1]])
     sign = 1 if above_chord.max() > -above_chord.min() else -1
     extrema = [times[(sign * curves).argmax(1)] for curves in samples]
     medians = [float(np.median(each)) for each in extrema]
-    return medians[0], math.hypot(float(np.concatenate(extrema).std(ddof=1)), max(medians) - min(medians))
+    return medians[0], math.hypot(float(extrema[1].std(ddof=1)), max(medians) - min(medians))
 
 
 def _corner(points: Points, low: float, high: float, *, bends: bool) -> tuple[float, float]:
@@ -126,7 +131,8 @@ def _corner(points: Points, low: float, high: float, *, bends: bool) -> tuple[fl
     The cubics have equal value at the joint. They also have equal slope, unless `bends` is set.
     """
     inside = (points.times >= low) & (points.times <= high)
-    times, values, noise = (array[inside] for array in points)
+    times, values = points.times[inside], points.values[inside]
+    root = np.linalg.cholesky(points.covariance[np.ix_(inside, inside)])
     if len(times) < _LEAST_POINTS:
         return (low + high) / 2, (high - low) / math.sqrt(12)
     trial_times = np.linspace(low, high, _NUM_TIMES + 2)[1:-1]
@@ -136,7 +142,7 @@ def _corner(points: Points, low: float, high: float, *, bends: bool) -> tuple[fl
         before, after = distance.clip(max=0), distance.clip(min=0)
         columns = [np.ones_like(distance), distance, before**2, after**2, before**3, after**3]
         basis = np.stack([*columns, after] if bends else columns, axis=1)
-        basis, target = basis / noise[:, None], values / noise
+        basis, target = np.linalg.solve(root, basis), np.linalg.solve(root, values)
         misfits.append(float(np.sum((target - basis @ np.linalg.lstsq(basis, target, rcond=None)[0]) ** 2)))
     weights = np.exp(-0.5 * (np.array(misfits) - min(misfits)))
     weights /= weights.sum()

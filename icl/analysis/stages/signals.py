@@ -14,27 +14,28 @@ The LLC comes from `results/llc.csv`. We use estimates with the same settings an
 standard errors as independent, because the chains of different checkpoints have different noise. (The code of Hoogland
 et al. fixes the seed, so their chains have the same noise.) The chains of all checkpoints use the same minibatches.
 Differences between steps may therefore be less noisy than we assume, but not noisier.
-
-A signal needs at least `MIN_POINTS` steps that are close enough in log time (`smoothing.MAX_SPACING`). Otherwise the
-smoothed curve follows the scatter of the points, and turns where the signal does not. An LLC whose standard errors are
-all known may have sparse steps, because the smoothing never assumes less noise than these errors.
-
-The LLC is nbeta (E[L] - L(w0)). If E[L] hardly changes while L(w0) does, the LLC is the loss with its sign reversed, and is not an
-independent signal (`mirrors_loss`). The published LLC up to step 46,000 is an example, because its chains left the basin.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from icl.analysis.run import Members, family_of, over_checkpoints, setting
-from icl.analysis.stages.smoothing import MAX_SPACING, is_too_sparse
+from icl.analysis.stages.points import (
+    HEADS,
+    MEASURED_SETS,
+    MIN_POINTS,
+    RISE,
+    Signal,
+    make_signal,
+    select_signals,
+    sparse_reason,
+)
 from icl.config.validation import require, require_count
 from icl.evaluation.predictors import predictor
 from icl.evaluation.scores import evaluate
@@ -45,63 +46,17 @@ from icl.runs.checkpoints import CheckpointError, checkpoint_files
 from icl.runs.folder import RunError, RunFolder, run_of
 from icl.runs.measure import Measurement, entry_rows
 
-MIN_POINTS = 8
-"""Smallest number of steps of a signal."""
-MIRROR = 0.2
-"""An LLC mirrors the loss if the standard deviation of E[L] over steps is below this share of the standard deviation of L(w0)."""
 VERSION = 2
 """Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
 (`icl.evaluation.sets.REPORT`); version 1 used other prompts."""
 VERDICTS = ("ok", "suspect", "invalid")
-_HEADS = ("previous_token", "prefix_matching")
-"""Quantities that are measured for every head."""
 _QUANTITIES = {
     "regression": {"loss": "loss", "icl_score": "icl_score", "prior_zero": "prior_task_score"},
-    "language": {name: name for name in ("loss", "icl_score", "bigram_score", *_HEADS)},
+    "language": {name: name for name in ("loss", "icl_score", "bigram_score", *HEADS)},
 }
 """Names of the signals of each family of runs. The keys of the inner mappings are values of the column `quantity`."""
-_RISE = 3.0
-"""Minimum rise of a head's score over the run, in standard errors, for the score to count as a signal."""
-_GROUPS = {"icl_score": "loss", "bigram_score": "loss", **dict.fromkeys(_HEADS, "attention")}
 _TABLES = ("language-behaviour.csv", "behaviour.csv", "evaluation.csv")
-_MEASURED_SETS = ("pretrain", "test")
-"""Sets on which signals are measured: `pretrain` in regression runs, `test` in language runs."""
-_POINT = ["step", "checkpoint_hash", "value", "stderr"]
-
 Verdict = Literal["ok", "suspect", "invalid"]
-
-
-class Signal(NamedTuple):
-    """A quantity at many saved steps."""
-
-    name: str
-    """`loss`, `icl_score`, `prior_task_score` or `llc`; in language runs also `bigram_score`, `previous_token` and `prefix_matching`."""
-    source: str
-    """Description of the source for the summary."""
-    points: pd.DataFrame
-    """Columns `step`, `checkpoint_hash`, `value` and `stderr`; for the LLC also `verdict`, `init_loss` and `mean_loss`."""
-    has_onsets: bool = False
-    """Whether an onset in this signal counts as a boundary (`icl.analysis.stages.boundaries`)."""
-
-    @property
-    def group(self) -> str:
-        """Group of dependent signals.
-
-        The ICL score is a difference of two terms of the loss, and the bigram score is a cross-entropy of the same predictions. So
-        both are in one group with the loss. The two scores of heads form another group.
-        """
-        return _GROUPS.get(self.name, self.name)
-
-    @property
-    def errors(self) -> Float[np.ndarray, " S"]:
-        """Independent standard error of every point; 0 if it is unknown, so that only the scatter counts as noise.
-
-        Only the LLC has independent errors. Other signals are measured on the same prompts at every step, so their
-        errors mostly shift the whole curve.
-        """
-        if self.name != "llc":
-            return np.zeros(len(self.points))
-        return self.points["stderr"].fillna(0.0).to_numpy(float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +109,6 @@ def read_signals(
     return [signal._replace(has_onsets=is_language) for signal in signals], missing
 
 
-def mirrors_loss(signal: Signal, low: float, high: float) -> bool:
-    """Return whether a signal is an LLC that mirrors the loss between two log times (see `MIRROR`)."""
-    if signal.name != "llc" or "mean_loss" not in signal.points:
-        return False
-    times = np.log1p(signal.points["step"].astype(float))
-    near = signal.points[times.between(low, high)]
-    moves = near[["init_loss", "mean_loss"]].astype(float).std(ddof=0)
-    return len(near) >= 4 and bool(moves["mean_loss"] < MIRROR * moves["init_loss"])
-
-
 def _behaviour(path: Path, folder: RunFolder, num_prompts: int, longest: float) -> tuple[list[Signal], list[str]]:
     """Return loss and scores, each from the first source with enough steps, and a message for each missing signal."""
     signals: dict[str, Signal] = {}
@@ -172,7 +117,7 @@ def _behaviour(path: Path, folder: RunFolder, num_prompts: int, longest: float) 
     def add(found: Mapping[str, Signal]) -> None:
         """Add each signal that has enough steps, unless an earlier source has it."""
         for name, signal in found.items():
-            reason = _sparse_reason(signal, longest)
+            reason = sparse_reason(signal, longest)
             if reason:
                 sparse.setdefault(name, reason)
             else:
@@ -180,37 +125,25 @@ def _behaviour(path: Path, folder: RunFolder, num_prompts: int, longest: float) 
 
     quantities = _QUANTITIES[family_of(path) or "regression"]
     for name in _TABLES:
-        add(_select_signals(_read(folder.results / name), f"results/{name}", quantities))
+        add(select_signals(_read(folder.results / name), f"results/{name}", quantities))
     if "loss" not in signals:
-        add(_select_signals(_computed(path, num_prompts), "checkpoints", quantities))
+        add(select_signals(_computed(path, num_prompts), "checkpoints", quantities))
     if "loss" not in signals:
         metrics = _read(folder.metrics_file)
-        for column in (f"eval/{name}/loss" for name in _MEASURED_SETS if f"eval/{name}/loss" in metrics):
+        for column in (f"eval/{name}/loss" for name in MEASURED_SETS if f"eval/{name}/loss" in metrics):
             points = metrics.rename(columns={column: "value"}).assign(checkpoint_hash=None, stderr=np.nan)
-            add(_signal("loss", "metrics.csv", points))
+            add(make_signal("loss", "metrics.csv", points))
     names = list(quantities.values())
     missing = [sparse.get(name) or _missing(name, folder) for name in names if name not in signals]
     return [signals[name] for name in names if name in signals], missing
 
 
-def _sparse_reason(signal: Signal, longest: float) -> str:
-    """Return why a signal with too sparse steps is left out, and what to do; empty if the steps are close enough."""
-    times = np.log1p(signal.points["step"].to_numpy(float))
-    if (signal.errors > 0).all() or not is_too_sparse(times, longest=longest):
-        return ""
-    return (
-        f"The {signal.name} is left out: the {len(times)} steps in {signal.source} are too far apart to tell stages "
-        f"from scatter (the median distance is {np.median(np.diff(times)):.2f} in ln(step + 1), and at most "
-        f"{MAX_SPACING * longest:.2g} is allowed). Save more checkpoints, for example with --checkpoints.num_log 60."
-    )
-
-
 def _missing(name: str, folder: RunFolder) -> str:
     """Return the message for a signal that no source contains."""
     text = f"There is no {name} with at least {MIN_POINTS} steps"
-    if name in _HEADS and (folder.results / _TABLES[0]).is_file():
-        return f"{text} that rises by {_RISE:g} standard errors over the run."
-    if name in ("bigram_score", *_HEADS):
+    if name in HEADS and (folder.results / _TABLES[0]).is_file():
+        return f"{text} that rises by {RISE:g} standard errors over the run."
+    if name in ("bigram_score", *HEADS):
         return f"{text}; measure it with `icl analyse {folder.path} --what behaviour`."
     return f"{text}."
 
@@ -220,63 +153,6 @@ def _read(file: Path) -> pd.DataFrame:
         return read_table(file)
     except (OSError, ContentError):
         return pd.DataFrame()
-
-
-def _select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, str]) -> dict[str, Signal]:
-    """Return the signals in a table; empty if the table lacks `quantity`, `position` or a column of `_POINT`.
-
-    Args:
-        table: The table. Rows of sets other than `_MEASURED_SETS`, and of predictors other than the model, are ignored.
-        source: Description of the table.
-        quantities: Quantities of the table, and the names of their signals.
-    """
-    signals: dict[str, Signal] = {}
-    if not {"quantity", "position", *_POINT} <= set(table.columns):
-        return signals
-    if "distribution" in table:
-        table = table[table["distribution"].isin(_MEASURED_SETS)]
-    if "predictor" in table:
-        table = table[table["predictor"] == "model"]
-    for quantity, name in quantities.items():
-        rows = table[table["quantity"] == quantity]
-        if quantity in _HEADS:
-            signals |= _of_best_head(name, source, rows)
-            continue
-        if quantity == "icl_score":
-            ends = rows["position"].str.extract(r"^(\d+):(\d+)$").astype(float)
-            spans = ends[1] - ends[0]
-            rows = rows[spans == spans.max()]
-        elif quantity != "bigram_score":
-            rows = rows[rows["position"] == "mean"]
-        signals |= _signal(name, source, rows)
-    return signals
-
-
-def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signal]:
-    """Return the scores of the head with the largest last score; empty if they rise by at most `_RISE` standard errors over the run.
-
-    The score of a head that learns nothing only fluctuates. It shows no stages, although its values on fixed rows form a smooth curve.
-    """
-    if "part" not in rows:
-        return {}
-    rows = rows[np.isfinite(rows["value"].astype(float))]  # a diverged run may end with NaN
-    if rows.empty:
-        return {}
-    last = rows[rows["step"] == rows["step"].max()].sort_values("value")
-    head = last["part"].iloc[-1]
-    scores = rows[rows["part"] == head].sort_values("step")
-    (first, first_error), (final, final_error) = (scores[["value", "stderr"]].iloc[index] for index in (0, -1))
-    if not final - first > _RISE * np.hypot(first_error, final_error):
-        return {}
-    return _signal(name, f"{source}, head {head}", scores)
-
-
-def _signal(name: str, source: str, points: pd.DataFrame) -> dict[str, Signal]:
-    """Return a dictionary with the signal under its name; empty if the signal has fewer than `MIN_POINTS` finite points."""
-    points = points[[column for column in (*_POINT, "verdict", "init_loss", "mean_loss") if column in points]]
-    points = points[np.isfinite(points["value"].astype(float)) & points["step"].notna()]
-    points = points.astype({"step": int}).sort_values("step").drop_duplicates("step", keep="last")
-    return {name: Signal(name, source, points.reset_index(drop=True))} if len(points) >= MIN_POINTS else {}
 
 
 def _computed(path: Path, num_prompts: int) -> pd.DataFrame:
@@ -320,9 +196,9 @@ def _llc(folder: RunFolder, settings: str | None, worst: Verdict, longest: float
     num_suspect = int((rows["verdict"] == "suspect").sum())
     source = f"results/llc.csv (settings {kind or 'of the table'}; {len(rows)} of {num_chosen} estimates, {num_suspect} suspect)"
     rows = rows.assign(checkpoint_hash=_column(rows, "checkpoint_hash", None))
-    signal = _signal("llc", source, rows).get("llc")
+    signal = make_signal("llc", source, rows).get("llc")
     if signal is not None:
-        return _sparse_reason(signal, longest) or signal
+        return sparse_reason(signal, longest) or signal
     reasons = _column(table, "reasons", "")[chosen & ~usable]
     example = next((f" (for example: {reason.split('; ')[0]})" for reason in reasons if reason), "")
     return (

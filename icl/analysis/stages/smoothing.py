@@ -8,6 +8,12 @@ mean 0 and standard deviation 1, because a factor of e in the step is the natura
 and `longest`. Then we estimate the local scatter from the squared residuals, averaged with a Gaussian kernel whose width is one unit of log
 time.
 
+The scatter may be correlated between saved steps (`icl.analysis.scatter`). The curve is linear in the observations: f_hat = G y. So if the
+noise has the covariance N and the kernel the matrix K, the error of f_hat has the covariance G (K + N) G' - G K - K G' + K. We state errors
+from this covariance (`SmoothedSignal.stated`). The curve follows part of the correlated scatter, so the scatter is estimated too small. We
+therefore multiply it by `_INFLATION` + r, where r is its correlation between neighbouring saved steps. In simulations with the correlations
+0, 0.5 and 0.8, 90 to 95 % of the changes then lay within two errors of the truth. Without this factor, 80 to 90 % did.
+
 Hoogland et al. (2024) fit a squared-exponential process without a noise term. Their curve interpolates the points, so its
 slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, uses a kernel width that does not
 depend on the values; in this module, the width is fitted to the values.
@@ -23,7 +29,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
 
-from icl.analysis.scatter import estimate_scatter
+from icl.analysis.scatter import Scatter, estimate_scatter
 
 MAX_SPACING = 0.6
 """Largest median distance between neighbouring points, as a share of `longest` (our choice). If the points are farther
@@ -37,6 +43,7 @@ NUM_GRID = 161
 _SCATTER_WIDTH = 1.0
 _PRIOR_POINTS = 4.0
 """Weight of the overall scatter in the estimate of the local scatter, as an equivalent number of residuals."""
+_INFLATION = 1.1
 _LEAST_NOISE = 1e-5
 """Smallest noise, as a share of the values' standard deviation. Smaller noise is rounding error."""
 
@@ -48,6 +55,8 @@ class Points(NamedTuple):
     values: Float[np.ndarray, " s"]
     noise: Float[np.ndarray, " s"]
     """Standard deviation used for each observation: its standard error or the local scatter, whichever is larger."""
+    covariance: Float[np.ndarray, "s s"]
+    """Covariance of the noise, with correlated scatter of the size from which errors are stated."""
 
 
 class Curve(NamedTuple):
@@ -85,13 +94,10 @@ class SmoothedSignal(NamedTuple):
     """Curves with kernels of 2/3 and 3/2 times the most probable length."""
     if_correlated: Curve
     """Curve with the most probable length, for scatter with the correlation that `icl.analysis.scatter` estimates."""
+    stated: Curve
+    """The values of `curve`, with a covariance that takes the correlation of the scatter into account."""
     points: Points
     """The observations; more than `MAX_POINTS` observations are averaged in bins."""
-
-    @property
-    def curves(self) -> tuple[Curve, ...]:
-        """The three curves with independent scatter."""
-        return (self.curve, *self.others)
 
 
 def fit(
@@ -130,10 +136,15 @@ def fit(
         process = GaussianProcessRegressor(_kernel(amplitude, factor * length), alpha=variances, optimizer=None)
         mean, covariance = process.fit(times[:, None], scaled).predict(grid[:, None], return_cov=True)
         curves.append(Curve(grid, centre + unit * mean, unit**2 * covariance))
-    noise = _correlated_noise(times, scaled, stderr / unit, variances, (shortest, longest))
-    mean, covariance = _posterior(_kernel(amplitude, length), times, scaled, noise, grid)
-    if_correlated = Curve(grid, centre + unit * mean, unit**2 * covariance)
-    return SmoothedSignal(curves[0], tuple(curves[1:]), if_correlated, Points(times, values, unit * np.sqrt(variances)))
+    correlated = estimate_scatter(times, scaled, stderr / unit, shortest=shortest, longest=longest)
+    kernel, noise = _kernel(amplitude, length), _correlated_noise(correlated, stderr / unit, variances)
+    gain = _gain(kernel, times, noise, grid)
+    if_correlated = Curve(grid, centre + unit * gain @ scaled, unit**2 * _error(kernel, times, noise, grid, gain))
+    noise = _correlated_noise(correlated.scaled(_INFLATION + correlated.neighbours), stderr / unit, variances)
+    covariance = _error(kernel, times, noise, grid, _gain(kernel, times, np.diag(variances), grid))
+    stated = curves[0]._replace(covariance=unit**2 * covariance)
+    points = Points(times, values, unit * np.sqrt(variances), unit**2 * noise)
+    return SmoothedSignal(curves[0], tuple(curves[1:]), if_correlated, stated, points)
 
 
 def is_too_sparse(times: Float[np.ndarray, " S"], *, longest: float) -> bool:
@@ -199,38 +210,44 @@ def _most_probable(
 
 
 def _correlated_noise(
-    times: Float[np.ndarray, " S"],
-    scaled: Float[np.ndarray, " S"],
-    stderr: Float[np.ndarray, " S"],
-    variances: Float[np.ndarray, " S"],
-    lengths: tuple[float, float],
+    scatter: Scatter, stderr: Float[np.ndarray, " S"], variances: Float[np.ndarray, " S"]
 ) -> Float[np.ndarray, "S S"]:
     """Return the covariance of the observations' noise, with the estimated correlation of the scatter.
 
     We assume that the size of the wander (the correlated part of the scatter) varies in proportion to the local
     scatter.
     """
-    scatter = estimate_scatter(times, scaled, stderr, shortest=lengths[0], longest=lengths[1])
     unevenness = np.sqrt(variances / variances.mean())
     independent = np.maximum(stderr**2 + (scatter.white * unevenness) ** 2, _LEAST_NOISE**2)
-    wander = scatter._replace(white=0.0).covariance(len(times)) * np.outer(unevenness, unevenness)
+    wander = scatter._replace(white=0.0).covariance(len(stderr)) * np.outer(unevenness, unevenness)
     return np.diag(independent) + wander
 
 
-def _posterior(
+def _gain(
+    kernel: Kernel, times: Float[np.ndarray, " S"], noise: Float[np.ndarray, "S S"], grid: Float[np.ndarray, " G"]
+) -> Float[np.ndarray, "G S"]:
+    """Return the matrix that maps the observations to the curve, for noise of any covariance.
+
+    Rasmussen and Williams 2006, equation 2.23.
+    """
+    gain: np.ndarray = np.linalg.solve(kernel(times[:, None]) + noise, kernel(times[:, None], grid[:, None])).T
+    return gain
+
+
+def _error(
     kernel: Kernel,
     times: Float[np.ndarray, " S"],
-    scaled: Float[np.ndarray, " S"],
     noise: Float[np.ndarray, "S S"],
     grid: Float[np.ndarray, " G"],
-) -> tuple[Float[np.ndarray, " G"], Float[np.ndarray, "G G"]]:
-    """Return mean and covariance of the curve, for noise of any covariance.
+    gain: Float[np.ndarray, "G S"],
+) -> Float[np.ndarray, "G G"]:
+    """Return the covariance of the error of the curve that any `gain` gives (see the top of this module).
 
-    Rasmussen and Williams 2006, equations 2.23 and 2.24.
+    For the gain that belongs to this noise, it is the posterior covariance (equation 2.24 of the same book).
     """
-    prior = kernel(grid[:, None], times[:, None])
-    gain = np.linalg.solve(kernel(times[:, None]) + noise, prior.T).T
-    return gain @ scaled, kernel(grid[:, None]) - gain @ prior.T
+    crossed = gain @ kernel(times[:, None], grid[:, None])
+    error: np.ndarray = gain @ (kernel(times[:, None]) + noise) @ gain.T - crossed - crossed.T + kernel(grid[:, None])
+    return error
 
 
 def _local_scatter(

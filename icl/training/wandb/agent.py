@@ -110,10 +110,10 @@ def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
     return {key: values[key] for key in values if key in names}
 
 
-def describe_run(run: Any, config: RunConfig) -> None:
+def describe_run(run: Any, config: RunConfig, *, suffix: str = "") -> None:
     """Set the name of the W&B run, and its configuration without the swept keys, which W&B locks. If W&B fails, only say so."""
     try:
-        run.name = run_name(config)
+        run.name = run_name(config) + suffix
         names = _swept_names() or set()
         locked = names | {name.partition(".")[0] for name in names if name not in dict(run.config)}
         settings = {key: value for key, value in config.to_dict().items() if key not in locked}
