@@ -217,3 +217,16 @@ def test_phases_are_timed_kept_and_not_begun_again(tmp_path):
     assert all(
         record[phase.name]["commands"] == phase.commands for phase in read_phases("small") if "train" in phase.name
     )
+
+
+@pytest.mark.slow
+def test_the_shipped_stages_are_those_of_the_shipped_signals():
+    """The analysis of the shipped signals gives the shipped boundaries, within a twentieth of their standard errors."""
+    from tools.data.stages import recompute
+
+    shipped, new = read(DATA / "small/stages.csv"), recompute("small")
+    boundaries = [table[table["quantity"] == "boundary"].reset_index(drop=True) for table in (shipped, new)]
+    assert len(boundaries[0]) == len(boundaries[1]) > 0
+    assert boundaries[0]["verdict"].tolist() == boundaries[1]["verdict"].tolist()
+    differences = (boundaries[0]["value"] - boundaries[1]["value"]).abs()
+    assert (differences < 0.05 * boundaries[0]["stderr"]).all()

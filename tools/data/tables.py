@@ -57,7 +57,7 @@ def write_tables(size: str, root: Path, record: Mapping[str, Mapping[str, Any]])
             else:
                 yield f"{name:20s} not made, because its runs are missing"
             continue
-        text = conform(table, about).to_csv(index=False, float_format=_rounded)
+        text = shipped_text(conform(table, about))
         write_atomically(out / f"{name}.csv", text.encode())
         provenance["tables"][name] = {"rows": len(table), **_origin(about, record)}
         yield f"{name:20s} {len(table):6,} rows  {len(text) / 1000:6.0f} kB"
@@ -72,6 +72,11 @@ def find_runs(root: Path) -> dict[str, RunFolder]:
     done = [run for run in runs if (status := run.read_status()) is not None and status.state == "finished"]
     done.sort(key=lambda run: float(run.read_config().task.num_tasks) if "ladder" in run.path.parts else 0)
     return {str(run.path.relative_to(root)): run for run in done}
+
+
+def shipped_text(table: pd.DataFrame) -> str:
+    """Return the content of the file of a shipped table, with rounded numbers."""
+    return table.to_csv(index=False, float_format=_rounded)
 
 
 def _rounded(number: float) -> str:
