@@ -220,13 +220,18 @@ def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
         f"No choice: {num_healthy} of {len(trials)} settings are healthy at the last checkpoint, "
         "and none of the healthy settings is on a plateau in nbeta."
     )
-    num_beside = sum(not set(trial.last.judgement.broken).isdisjoint(CHECKPOINT_RULES) for trial in trials)
+    num_beside = sum(_is_beside_minimum(trial.last) for trial in trials)
     if num_beside <= len(trials) / 2:
         return reason
     return (
         f"{reason} Under {num_beside} of the settings, the estimate shows that the checkpoint is not at a minimum, which no settings can "
         "change. Choose --steps so that the last chosen checkpoint is at a minimum."
     )
+
+
+def _is_beside_minimum(result: LLCResult) -> bool:
+    """Return whether an estimate shows that its checkpoint is not at a minimum. If most chains fall far, the verdict says only this."""
+    return bool(result.num_diverged_down) or not set(result.judgement.broken).isdisjoint(CHECKPOINT_RULES)
 
 
 def slower_than(point: SearchPoint) -> SearchPoint:
