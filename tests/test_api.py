@@ -122,6 +122,7 @@ def test_the_ood_score_is_the_mean_squared_error_per_target():
     assert score == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_ood_score_is_accumulated_in_double_precision():
     """In float32, 500 batches of one prompt gave an error of 1e-7, and more than 2^24 prompts were not counted."""
     model = build_model(SMALL.to_run_config())

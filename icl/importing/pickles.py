@@ -1,8 +1,8 @@
 """Read files of `torch.save` that older code bases wrote, without unpickling them.
 
 A pickle can run any code, so no function of the file is called (`icl.files.torch_files`). Older code bases also saved a few harmless
-objects. This module has a list of their names. Of these objects, only the data are read. All other objects are refused by their
-names. No module of the older code is imported.
+objects. This module has a list of their names. Of these objects, only the data are read. A file with any other object is
+refused, and the message gives the object's name. No module of the older code is imported.
 """
 
 import re

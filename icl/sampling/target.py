@@ -107,7 +107,7 @@ class Target:
 
         Args:
             layout: How the moving parameters are arranged in one row of a matrix.
-            checkpoint: Stacked parameters of one member.
+            checkpoint: Parameters of one member, with a leading axis of length 1.
             batch: Any batch.
 
         Raises:

@@ -64,7 +64,7 @@ class ProgressBar(pl.Callback):
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Create the bar at the step at which training starts."""
+        """Create the bar. In a resumed run, it begins at the step from which training resumes."""
         if trainer.is_global_zero:
             num_members = len(self.metrics_log.members)
             name = "training" if num_members == 1 else f"training {num_members} members"

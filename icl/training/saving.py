@@ -94,7 +94,7 @@ class ResumeFiles(pl.Callback):
         self.guard, self.files = guard, files
         self._saved_at = time.monotonic()
         self._extra_steps: dict[Member, int | None] = {}
-        """Each member's `extra_step` after the previous step."""
+        """Value of each member's `extra_step` at the end of the previous training step."""
         self._saved_extra_steps: dict[Member, int | None] = {}
         """Each member's `extra_step` in its `last.ckpt`."""
 

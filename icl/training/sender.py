@@ -147,7 +147,7 @@ class Sender:
     def _best_files(self, last: _File) -> list[str] | None:
         """Return the names of the files of the best checkpoint that `last.ckpt` names, or None if `last.ckpt` is damaged.
 
-        The list is empty if a checkpoint was scheduled for the best step, because such a checkpoint is never deleted.
+        The list has only files that may be deleted later. So it is empty if the best step is a scheduled step.
         """
         if not self._has_best:
             return []

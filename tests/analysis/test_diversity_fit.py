@@ -83,7 +83,9 @@ def test_linear_is_ordinary_least_squares_and_held_out_is_what_it_says():
     assert found.r2_cv == pytest.approx(1 - (residuals**2).sum() / (around**2).sum())
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(m, marks=[pytest.mark.slow] if m == "lasso" else []) for m in MODELS]
+)
 def test_pure_noise_is_never_claimed(model_type):
     """Of 20 tables of noise, at most one is `ok`, and most are `invalid`."""
     generator = np.random.default_rng(1)

@@ -116,6 +116,7 @@ def laplace_mean(xs, ys, variance):
     return torch.from_numpy(means)
 
 
+@pytest.mark.slow
 def test_an_estimated_bayes_predictor_makes_the_residual_too_large_by_its_share_of_the_variance(monkeypatch):
     """The model is a mixture with weight p and the exact Bayes predictor, so its expected residual is (1 - p)^2 times the predictor's variance.
 

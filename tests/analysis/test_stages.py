@@ -226,6 +226,7 @@ def coverage(phi, num_runs):
     return np.array(changes), np.array(times)
 
 
+@pytest.mark.slow
 def test_errors_of_changes_and_turns_cover_correlated_scatter():
     """Errors that took the scatter for independent were far too small: half of the changes were off by more than two of them."""
     for z in coverage(0.8, 6):

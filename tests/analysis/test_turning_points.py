@@ -52,6 +52,7 @@ def test_a_minimum_at_an_end_is_in_doubt(curve, reason):
     assert re.search(reason, " ".join(place.reasons))
 
 
+@pytest.mark.slow
 def test_a_crossing_of_a_line_is_off_by_its_standard_error():
     """Over draws, the z score has mean 0 and deviation 1. The prompts share much of their noise, which moves all steps together."""
     crossing_log, scores = LOGS[20] + 0.4 * (LOGS[21] - LOGS[20]), []
@@ -87,7 +88,7 @@ def log_steps(num_steps, last=10_000):
     return torch.cat((torch.tensor([0]), torch.logspace(0, math.log10(last), num_steps - 1).round().long().unique()))
 
 
-@pytest.mark.parametrize("num_steps", [8, 38])
+@pytest.mark.parametrize("num_steps", [8, pytest.param(38, marks=pytest.mark.slow)])
 def test_a_flat_curve_that_fluctuates_has_no_turning_points(num_steps):
     """The fluctuation between steps (0.02) is far above the error over prompts (0.003). One in 20 may be `ok`."""
     steps = log_steps(num_steps)
@@ -178,7 +179,10 @@ def test_a_loss_that_rises_again(low, dip, finding):
             assert found.critical.lower < step_at(5.0) < found.critical.upper
 
 
-@pytest.mark.parametrize(("shake", "end"), [(0.02, 1.0), (0.0, 2.0), (0.02, 4.0)])
+@pytest.mark.parametrize(
+    ("shake", "end"),
+    [(0.02, 1.0), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(0.0, 2.0), (0.02, 4.0)])],
+)
 def test_a_monotone_or_flat_loss_has_no_transience(shake, end):
     """The loss falls to the end, or falls and is then flat, with noise of prompts and steps. One in 200 may be called transient."""
     findings = []
@@ -196,6 +200,7 @@ def test_what_is_gone_at_the_end_is_no_rise():
     assert transience(STEPS, around(curve, noise=0.1), zero=ZERO, ridge=RIDGE).finding == "none"
 
 
+@pytest.mark.slow
 def test_a_rise_that_may_be_chance_is_unresolved():
     """The scatter of steps is 0.01 and the noise of prompts is small. So a rise of 0.06 is about four standard errors, and 0.2 fourteen."""
     for rise, finding in ((0.06, "unresolved"), (0.2, "transient ridge")):
@@ -204,7 +209,7 @@ def test_a_rise_that_may_be_chance_is_unresolved():
         assert found.count(finding) > 10
 
 
-@pytest.mark.parametrize("num_steps", [4, 5, 6, 8, 12])
+@pytest.mark.parametrize("num_steps", [4, *(pytest.param(num, marks=pytest.mark.slow) for num in (5, 6, 8, 12))])
 def test_few_steps_of_a_flat_loss_do_not_show_transience(num_steps):
     """The fluctuation between steps has standard deviation 0.02. With few steps, a flexible trend would follow it."""
     steps = log_steps(num_steps)

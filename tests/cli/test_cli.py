@@ -196,6 +196,7 @@ def test_the_environment_file_is_read_by_the_command_line(tmp_path, monkeypatch,
     assert f"{tmp_path}/elsewhere" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise():
     """This runs in a separate process, because OpenMP reads its environment only once, when PyTorch is loaded."""
     code = """

@@ -40,6 +40,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_process_that_icl_starts_imports_nothing_from_the_working_folder(folder):
     (local_root() / "r").mkdir()
     (local_root() / "r" / "status.json").write_text('{"state": "finished", "step": 1, "max_steps": 1, "updated": 1}')

@@ -26,8 +26,12 @@ OPPOSITE = [torch.full((3,), 0.5), torch.full((3,), -0.5)]
 SORTED = [OPPOSITE[0]] * 3 + [OPPOSITE[1]] * 3
 
 
-@pytest.mark.parametrize("kernel", ["sgld", "rmsprop"])
-@pytest.mark.parametrize("batches", [OPPOSITE, in_turn(OPPOSITE), SORTED], ids=["list", "function", "sorted list"])
+@pytest.mark.parametrize("kernel", ["sgld", pytest.param("rmsprop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "batches",
+    [OPPOSITE, pytest.param(in_turn(OPPOSITE), marks=pytest.mark.slow), SORTED],
+    ids=["list", "function", "sorted list"],
+)
 def test_noise_of_minibatches_in_turn_is_within_the_bound(kernel, batches):
     """Each visit to a minibatch finds the chain where the others have pushed it. The bias is twice that of independent minibatches."""
     result = estimate_llc(tilted, {"w": torch.zeros(3)}, batches, **{**BASE, "kernel": kernel})
@@ -81,13 +85,14 @@ def test_large_steps_of_baoab_across_a_kink_are_not_ok():
     assert result.interval[0] < KINK_TRUTH < result.interval[1]
 
 
+@pytest.mark.slow
 def test_small_steps_of_baoab_across_a_kink_are_ok():
     result = kink_estimate(4e-3, num_draws=1000, num_burnin_steps=400)
     assert result.verdict == "ok"
     assert result.llc == pytest.approx(KINK_TRUTH, abs=3 * result.stderr + result.bias_bound)
 
 
-@pytest.mark.parametrize("lr", [2e-3, 0.032])
+@pytest.mark.parametrize("lr", [2e-3, pytest.param(0.032, marks=pytest.mark.slow)])
 def test_baoab_has_no_measured_bias_on_a_quadratic(lr):
     """The larger step is 0.84 of the largest stable step in the direction of curvature 105."""
     result = estimate_llc(

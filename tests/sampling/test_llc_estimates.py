@@ -562,7 +562,13 @@ def test_the_interval_is_students_t_and_wider_for_few_effective_draws():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "step", "thinning"), [("baoab", 0.2, 1), ("baoab", 0.2, 5), ("baoab", 1.5, 1), ("sgld", 0.2, 20)]
+    ("kernel", "step", "thinning"),
+    [
+        ("baoab", 0.2, 1),
+        pytest.param("baoab", 0.2, 5, marks=pytest.mark.slow),
+        ("baoab", 1.5, 1),
+        pytest.param("sgld", 0.2, 20, marks=pytest.mark.slow),
+    ],
 )
 def test_the_sensitivity_is_right_if_draws_are_nearly_independent(kernel, step, thinning):
     """All directions have curvature 1, so the localization has a thousandth of the data's weight, and the sensitivity is d/2 s (1 - s)."""

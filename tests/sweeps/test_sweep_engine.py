@@ -273,6 +273,7 @@ def test_a_signal_is_passed_on_and_the_same_command_does_only_what_is_missing(tm
     assert ledger.count("started") == {1: 1, 2: 2, 3: 2}
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_programs_that_do_not_listen(tmp_path, ledger, behave):
     behave(seconds=LONG, deaf=[1])
     engine = start_engine(write(tmp_path, [1]))

@@ -68,7 +68,7 @@ def agree(
         signals: All signals of the run.
         fits: Smoothed signals. The keys are the names of the signals.
         tolerance: Distance in ln(step + 1) from the strongest candidate within which other candidates always belong to the same
-            boundary. Candidates that agree within two standard errors may be twice as far away.
+            boundary. A distance of up to twice `tolerance` is allowed if it is at most two standard errors.
         least_change: Minimum change of a signal within a stage, as a share of the signal's range.
     """
     remaining = [

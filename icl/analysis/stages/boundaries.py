@@ -19,7 +19,7 @@ mean slopes of f over intervals of log time. Every mean slope has a standard err
   the motion, but the slopes of the two cubics may differ. The scores of heads need this kind: before an induction head forms, its scores
   hardly move.
 
-An interval counts as motion only if f changes over it by at least `least_change` of the range of f. Smaller changes can
+In an interval of motion, f must change by at least the share `least_change` of its whole range. Smaller changes can
 be artefacts of smoothing a corner. We take the strongest boundary first, and then search on each side of it. Between
 two boundaries, a plateau is reported only if there is no onset. At the end, each boundary is tested again, with
 intervals between the neighbouring boundaries only. A turn or a plateau is dropped if there is no motion on one of its

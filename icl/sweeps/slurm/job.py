@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 MAX_IDLE = 2
 """Number of consecutive starts without progress after which a job is not queued again."""
 _SLACK_SECONDS = 120.0
-"""Slurm sends its warning of the time limit at most this many seconds too early. If more time is left when the signal arrives, the
-signal announces a preemption instead."""
+"""Slurm may send its warning of the time limit earlier than we asked for, by at most this many seconds. A signal that arrives even earlier
+announces a preemption instead."""
 _PAUSE_SECONDS = 5.0
 
 
