@@ -17,7 +17,7 @@ $(BIN)/icl: setup.py
 train: install  ## Train the quickstart preset (about two minutes)
 	$(BIN)/icl train
 
-test: install  ## Run the default tests (under five minutes on two cores)
+test: install  ## Run the default tests (four to six minutes on two cores)
 	$(BIN)/pytest
 
 test-slow: install  ## Run the slow tests too

@@ -8,6 +8,7 @@ error is the root mean square error (RMSE) over the repetitions.
 
 - `baoab` has the sampler of the checkpoint's preset, with the changes that you give, such as `--lr` or `--num_draws`.
 - `sgld` runs with several step sizes. With a smaller step, its chains have more moves, so that the number of moves times lr stays the same.
+  The burn-in of 150 moves suits the quickstart. It is too short for `L2H4`, whose chains need about 3 / (lr localization) moves.
 - `devinterp` is SGLD in devinterp 1.3.2, with the sizes of our SGLD. We give it the checkpoint's loss on many batches. Without this, its
   estimate would have the noise of a few batches.
 

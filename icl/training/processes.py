@@ -68,7 +68,7 @@ class SrunEnvironment(SLURMEnvironment):
 
 
 class Plan(NamedTuple):
-    """What rank 0 has decided to train. The other processes could decide otherwise, because their folders and memory may differ."""
+    """Rank 0's decision about what is trained. The other processes could decide otherwise, because their folders and memory may differ."""
 
     steps: Sequence[int | None]
     """Step from which each member continues; None for a member that is not trained."""

@@ -51,7 +51,10 @@ def write_signals(run: RunFolder, measured: pd.DataFrame, llcs: pd.DataFrame) ->
 def main(words: Sequence[str] | None = None) -> None:
     """Write the tables."""
     parser = argparse.ArgumentParser(prog="python -m tools.data.stages", description=__doc__.partition("\n")[0])
-    parser.add_argument("sizes", nargs="+", choices=list(LABELS))
+    shipped = [size for size in LABELS if (FOLDER / size / "stages.csv").is_file()]
+    parser.add_argument(
+        "sizes", nargs="+", choices=shipped, metavar="SIZE", help=f"one or more of {', '.join(shipped)}"
+    )
     for size in parser.parse_args(words).sizes:
         table = recompute(size)
         write_atomically(FOLDER / size / "stages.csv", shipped_text(table).encode())
