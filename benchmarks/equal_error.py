@@ -7,8 +7,8 @@ errors. Each sampler estimates the LLC several times, with different noise. Its 
 error is the root mean square error (RMSE) over the repetitions.
 
 - `baoab` has the sampler of the checkpoint's preset, with the changes that you give, such as `--lr` or `--num_draws`.
-- `sgld` runs with several step sizes. With a smaller step, its chains have more moves, so that the number of moves times lr stays the same.
-  The burn-in of 150 moves suits the quickstart. It is too short for `L2H4`, whose chains need about 3 / (lr localization) moves.
+- `sgld` runs with several step sizes. Its burn-in has 3 / (lr localization) moves, after which 95 % of the way to equilibrium is done in the
+  flattest directions. Its draws are two thirds as many. So the number of moves times lr is the same for every step size.
 - `devinterp` is SGLD in devinterp 1.3.2, with the sizes of our SGLD. We give it the checkpoint's loss on many batches. Without this, its
   estimate would have the noise of a few batches.
 
@@ -174,9 +174,9 @@ def make_samplers(
     sgld = dataclasses.replace(baoab, kernel="sgld", num_samples=4096 * baoab.batch_size)
     samplers = {f"baoab, lr {baoab.lr:.2g}": our_estimate(checkpoint, baoab)}
     for factor in factors:
-        longer = dataclasses.replace(
-            sgld, lr=factor * sgld.lr, num_burnin_steps=round(150 / factor), num_draws=round(100 / factor)
-        )
+        lr = factor * sgld.lr
+        burnin = 3 / (lr * sgld.localization)
+        longer = dataclasses.replace(sgld, lr=lr, num_burnin_steps=round(burnin), num_draws=round(burnin * 2 / 3))
         samplers[f"sgld, lr {longer.lr:.2g}"] = our_estimate(checkpoint, longer)
         if has_devinterp() and not checkpoint.config.model.double_residual:
             samplers[f"devinterp, lr {longer.lr:.2g}"] = devinterp_estimate(checkpoint, longer)

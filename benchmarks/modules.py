@@ -1,8 +1,8 @@
 """Compare `estimate_llc` with devinterp 1.3.2: the speed of LLC chains on three PyTorch modules.
 
-Both programs run 4 SGLD chains on the same list of minibatches, one chain after another, with the same number of threads. As in
-`benchmarks.sampling`, neither program computes the checkpoint's loss. Nearly all moves are burn-in, so we measure the time of the moves
-alone.
+Both programs run 4 SGLD chains on the same list of minibatches, with the same number of threads. devinterp runs one chain after another. `icl`
+gives each thread other chains. As in `benchmarks.sampling`, neither program computes the checkpoint's loss. Nearly all moves are burn-in, so we
+measure little more than the time of the moves.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from icl.sampling.llc import LOOP_SIZE
 from icl.sampling.modules import module_loss
 from icl.sampling.target import Target
 
-NUM_CHAINS, NUM_MOVES, BATCH_SIZE = 4, 64, 64
+NUM_CHAINS, NUM_MOVES, BATCH_SIZE = 4, 128, 64
 _KERNEL: dict[str, Any] = {"lr": 1e-6, "nbeta": 10.0, "localization": 100.0}
 
 
@@ -83,7 +83,7 @@ def our_module_chains(model: nn.Module, inputs: Tensor) -> Callable[[], object]:
         **_KERNEL,
     )
     layout = make_layout(params)
-    target = Target(loss=loss, batches=batches, maps=layout.size <= LOOP_SIZE)
+    target = Target(loss=loss, batches=batches, maps=layout.size <= LOOP_SIZE, is_thread_safe=True)
     checkpoints = stack([params])
     return lambda: run_chains(
         target,

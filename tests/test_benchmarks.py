@@ -19,6 +19,7 @@ from icl.runs.folder import RunError
 from icl.runs.metrics_file import MetricsFile
 from icl.training.data import PromptStream
 from icl.training.module import PopulationAdam
+from icl.whole_runs import RunEvaluator
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,6 +115,26 @@ def test_a_step_takes_trainings_prompts_and_a_turn_whole_blocks_of_them(monkeypa
     for (xs, ys, _), expected in zip(seen, stream, strict=False):
         assert torch.equal(xs, expected.xs)
         assert torch.equal(ys, expected.ys)
+
+
+def test_a_step_alone_is_split_into_parts_as_in_training(monkeypatch):
+    from benchmarks import cases
+
+    given = {}
+    monkeypatch.setattr(cases, "make_step", lambda *_, **settings: given.update(settings))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cases.training_step(1, "cpu", compiled=True)
+    assert given == {"compiled": True, "packed": False, "num_parts": 2}
+
+
+def test_the_evaluation_of_a_whole_run_is_measured(monkeypatch):
+    from benchmarks import cases
+
+    monkeypatch.setattr(cases, "CONFIG", TINY)
+    monkeypatch.setattr(cases, "NUM_CHECKPOINTS", 3)
+    monkeypatch.setattr(cases, "RunEvaluator", lambda **options: RunEvaluator(**options | {"compiled": False}))
+    turns = cases.take_evaluation_turns("cpu", 0.1)
+    assert all(turn.peer > 0 and turn.ours > 0 for turn in turns)
 
 
 # The application, whose stretches here end at the rows of its log (10 steps) and have four steps at most

@@ -183,7 +183,7 @@ def over_checkpoints(
     with progress_bar(name, len(files), "checkpoint", disable=len(files) == 1 or bar is not None) as run_bar:
         for batch in batches:
             entries += batch.entries if keep_arrays else [entry._replace(arrays={}) for entry in batch.entries]
-            (bar or run_bar).update(len(batch.entries))
+            (run_bar if bar is None else bar).update(len(batch.entries))
     return entries, first.config
 
 

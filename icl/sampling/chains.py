@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl import rng
+from icl.compute.calls import in_parallel
 from icl.config import ChainsConfig
 from icl.model.flat import Layout
 from icl.model.stacked import Params
@@ -45,6 +46,8 @@ WATCH_SECONDS = 10.0
 """Minimum number of seconds between two calls of a `Watch` function."""
 _NUM_NOISE_TESTS = 4
 """Largest number of draws at which the variance of a chain's gradient over minibatches is measured."""
+_LARGE = 2**16
+"""Number of parameters from which several CPU cores make the noise of the members."""
 _STRIDE = 7919
 """A prime number. Its multiples choose the distances between two minibatches of a list."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
@@ -276,7 +279,18 @@ class _Group:
         buffer = torch.zeros_like(self.state.position)
         rows = buffer[:, : self.recorder.num_params].unbind()  # the padding columns get no noise, so they stay zero
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
+        members = list(zip(rows, generators, strict=True))
+        # The noise of a large model takes as long as its gradient, so each CPU core makes the noise of other members.
+        in_threads = buffer.device.type == "cpu" and self.recorder.num_params >= _LARGE
+        fill_each = in_parallel(_fill_with_noise)
         while True:
-            for row, generator in zip(rows, generators, strict=True):
-                row.normal_(generator=generator)
+            if in_threads:
+                fill_each(members)
+            else:
+                for member in members:
+                    _fill_with_noise(*member)
             yield buffer
+
+
+def _fill_with_noise(row: Tensor, generator: torch.Generator) -> None:
+    row.normal_(generator=generator)

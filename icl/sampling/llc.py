@@ -27,11 +27,12 @@ from icl.model.stacked import Params
 from icl.sampling.batches import Batches
 from icl.sampling.chains import Advance
 from icl.sampling.estimate import estimate
+from icl.sampling.modules import ModuleLoss
 from icl.sampling.result import CheckpointId, LLCResult
 from icl.sampling.target import Gradient, Loss, Observable, Target
 
 LOOP_SIZE = 2**14
-"""Number of moving parameters above which a CPU computes the chains' gradients one after another.
+"""Number of moving parameters above which a CPU computes the gradient of each chain separately.
 
 For a small model, the calls to PyTorch take most of the time, and `vmap` makes fewer calls. But on a CPU, the batched operations of `vmap`
 are slower than plain operations. For example, batched convolutions take 1.6 times as long.
@@ -109,6 +110,7 @@ def estimate_llcs(
         name=options.loss_name,
         vectorize=vectorize,
         maps=vectorize and not (is_on_cpu and layout.size > LOOP_SIZE),
+        is_thread_safe=isinstance(loss, ModuleLoss),
         gradient=options.gradient,
         must_depend=options.gradient is None,
     )

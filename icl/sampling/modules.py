@@ -1,7 +1,9 @@
 """The loss of a PyTorch module and a criterion, as a function of the module's parameters."""
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,16 +12,17 @@ from torch.func import functional_call
 from icl.config.validation import ConfigError
 from icl.model.stacked import Params
 from icl.sampling.batches import Batch
-from icl.sampling.target import Loss, describe
+from icl.sampling.target import describe
 
 
-def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple[Loss, Params]:
+def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> tuple["ModuleLoss", Params]:
     """Return the loss function of a module and a criterion, and the module's parameters.
 
     A batch may be a pair (inputs, targets). The loss is then `criterion(model(inputs), targets)`, or
     `criterion(model(*inputs), targets)` if inputs is a tuple. A batch may also be a dict of arguments, as for models of Hugging
     Face's `transformers`. The loss is then `criterion(model(**batch), batch)`. The loss calls a copy of the model in evaluation
-    mode, and never the caller's model. Parameters with `requires_grad=False` are not sampled: they keep their current values.
+    mode, and never the caller's model. On a CPU, several threads may call `criterion` at once. Parameters with
+    `requires_grad=False` are not sampled: they keep their current values.
 
     Example:
         ```python
@@ -42,11 +45,22 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
             "The module has no parameter with `requires_grad=True`, so there is nothing to sample. Call "
             "`model.requires_grad_()`, or set it for the parameters that chains should move."
         )
-    call = _with_params(copy.deepcopy(model).eval().requires_grad_(False))
+    return ModuleLoss(copy.deepcopy(model).eval().requires_grad_(False), criterion), params
 
-    def loss(params: Params, batch: Batch) -> Tensor:
+
+class ModuleLoss:
+    """The loss that `module_loss` returns. Several threads may call it at once, because each thread calls its own copy of the module.
+
+    The copies share the tensors of the module's parameters and buffers, so they need hardly any memory.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) -> None:
+        self.model, self.criterion, self._threads = model, criterion, threading.local()
+
+    def __call__(self, params: Params, batch: Batch) -> Tensor:
+        """Return the loss of the module with these parameters on a batch."""
         if isinstance(batch, Mapping):
-            return criterion(call(params, (), dict(batch)), batch)
+            return self.criterion(self._call(params, (), dict(batch)), batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             raise ConfigError(
@@ -55,9 +69,15 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Any], Tensor]) ->
             )
         inputs, targets = batch
         inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        return criterion(call(params, inputs), targets)
+        return self.criterion(self._call(params, inputs), targets)
 
-    return loss, params
+    @property
+    def _call(self) -> Callable[..., Any]:
+        """The function that calls this thread's copy of the module."""
+        if not hasattr(self._threads, "call"):
+            shared = {id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers())}
+            self._threads.call = _with_params(copy.deepcopy(self.model, shared))
+        return self._threads.call
 
 
 def _with_params(model: nn.Module) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
+from icl.compute.calls import in_parallel
 from icl.config.validation import ConfigError
 from icl.model.flat import Layout
 from icl.model.stacked import Params, unstack
@@ -59,6 +60,8 @@ class Target:
     """If False, chains run one after another by plain autograd. This is needed for losses that `vmap` cannot map."""
     maps: bool = True
     """Whether `vmap` computes the gradients and losses of several members. If False, a loop computes one member after another."""
+    is_thread_safe: bool = False
+    """Whether several threads may call the loss at once. If so, the loop computes several members at once, each on its own CPU core."""
     gradient: Gradient | None = None
     """A faster gradient of the same loss for the chains' moves."""
     shared_losses: StackedLosses | None = None
@@ -78,7 +81,11 @@ class Target:
     @cached_property
     def default_gradient(self) -> Gradient:
         """Function that computes the gradient of `loss`, by `vmap` or by a loop."""
-        return vmapped_gradient(self.loss) if self._is_mapped else looped_gradient(self.loss)
+        return (
+            vmapped_gradient(self.loss)
+            if self._is_mapped
+            else looped_gradient(self.loss, in_threads=self.is_thread_safe)
+        )
 
     @cached_property
     def chain_gradient(self) -> Gradient:
@@ -154,22 +161,39 @@ def vmapped_gradient(loss: Loss) -> Gradient:
     return gradient
 
 
-def looped_gradient(loss: Loss) -> Gradient:
-    """Return a function that computes the gradients of one member after another with plain autograd, for losses that `vmap` cannot map."""
+def looped_gradient(loss: Loss, *, in_threads: bool = False) -> Gradient:
+    """Return a function that computes each member's gradient separately with plain autograd, for losses that `vmap` cannot map.
+
+    Args:
+        loss: The loss.
+        in_threads: Whether CPU cores compute several members at once. The loss must then be safe to call from several threads.
+    """
+
+    def of_member(layout: Layout, row: Tensor, fixed: Params, batch: Batch, grad: Tensor) -> Tensor:
+        """Write the gradient of one member into `grad`, and return its losses."""
+        # Each parameter is a leaf, so its gradient is copied only once, into its columns of the row.
+        leaves = [part.detach().requires_grad_() for part in layout.split(row)]
+        with torch.enable_grad():
+            values = _require_loss(loss(layout.join(leaves, fixed), batch))
+            parts = torch.autograd.grad(values.mean(), leaves, allow_unused=True)
+        pairs = zip(leaves, parts, strict=True)
+        torch.cat([torch.zeros_like(leaf) if part is None else part for leaf, part in pairs], out=grad)
+        return values.detach()
+
+    members_at_once = in_parallel(of_member)
 
     def gradient(layout: Layout, rows: Tensor, fixed: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        grads, components = torch.empty_like(rows), []
-        for i, row in enumerate(rows):
-            # Each parameter is a leaf, so its gradient is copied only once, into its columns of the row.
-            leaves = [part.detach().requires_grad_() for part in layout.split(row)]
-            with torch.enable_grad(), _refuse_random_loss(row.device):
-                params = layout.join(leaves, {name: tensor[i] for name, tensor in fixed.items()})
-                values = _require_loss(loss(params, _batch_of(i, batch)))
-                parts = torch.autograd.grad(values.mean(), leaves, allow_unused=True)
-            pairs = zip(leaves, parts, strict=True)
-            torch.cat([torch.zeros_like(leaf) if part is None else part for leaf, part in pairs], out=grads[i])
-            components.append(values.detach())
-        return grads, torch.stack(components)
+        grads = torch.empty_like(rows)
+        members = [
+            (layout, row, {name: tensor[i] for name, tensor in fixed.items()}, _batch_of(i, batch), grads[i])
+            for i, row in enumerate(rows)
+        ]
+        with _refuse_random_loss(rows.device):
+            if in_threads and rows.device.type == "cpu":
+                losses = members_at_once(members)
+            else:
+                losses = [of_member(*member) for member in members]
+        return grads, torch.stack(losses)
 
     return gradient
 

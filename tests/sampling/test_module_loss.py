@@ -1,5 +1,8 @@
 """Losses of PyTorch modules: frozen parameters, losses that the seed does not determine, and losses that `vmap` cannot run."""
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from icl.config.validation import ConfigError
-from icl.sampling import estimate_llc, llc, module_loss
+from icl.sampling import chains, estimate_llc, llc, module_loss
 
 SETTINGS = {"lr": 1e-3, "nbeta": 50.0, "localization": 5.0, "num_chains": 3, "num_draws": 4, "num_burnin_steps": 3}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -194,6 +197,45 @@ def test_many_parameters_run_one_after_another_on_a_cpu_with_the_same_noise(mode
     looped = run(watching, params)
     assert not any(sizes)
     torch.testing.assert_close(looped.loss_trace, mapped.loss_trace)
+
+
+class Remembering(nn.Module):
+    """A module that keeps a value of its own between two operations, as many modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, xs):
+        """Return the outputs."""
+        self.hidden = self.first(xs).tanh()
+        time.sleep(1e-3)  # meanwhile another thread calls the module
+        return self.last(self.hidden)
+
+
+@pytest.mark.parametrize("large", [10, 2**16])
+def test_chains_in_threads_each_call_their_own_copy_of_the_module(monkeypatch, large):
+    """Also the noise of the chains is the same, whether one thread makes it or several."""
+    monkeypatch.setattr(llc, "LOOP_SIZE", 10)
+    monkeypatch.setattr(chains, "_LARGE", large)
+    before, traces = torch.get_num_threads(), []
+    model, threads = Remembering().double(), set()
+
+    def criterion(outputs, targets):
+        threads.add(threading.get_ident())
+        return functional.mse_loss(outputs, targets)
+
+    loss, params = module_loss(model, criterion)
+    for num_threads in (1, 3):
+        threads.clear()
+        try:
+            torch.set_num_threads(num_threads)
+            traces.append(run(loss, params, [(XS.double(), YS.double())]).loss_trace)
+        finally:
+            torch.set_num_threads(before)
+    assert len(threads) > 1
+    torch.testing.assert_close(*traces)
+    assert not hasattr(model, "hidden")
 
 
 # What the seed fixes
