@@ -1,6 +1,6 @@
 """Train, load, evaluate and use models in a few lines of Python.
 
-`ICRegConfig` has the names and documented defaults of an older code base. It corresponds to the preset `icr`.
+The settings in `ICRegConfig` have the names and the documented defaults of an older code base. The preset `icr` has the same values.
 
 Examples:
     >>> cfg = ICRegConfig(D=4, K=8, d_model=64, d_mlp=64, n_layers=2, M="inf")
@@ -72,7 +72,7 @@ class ICRegConfig:
     M: int | float | str = 64
     """Number of training tasks; `"inf"` or `math.inf` means the Gaussian prior."""
     max_M: int = 32_768
-    """Largest number of tasks in the older code. It has no effect, and is accepted only so that old scripts still work."""
+    """Largest number of tasks in the older code. Here it has no effect. We accept it so that old scripts still work."""
 
     def to_run_config(self) -> RunConfig:
         """Return a configuration with these values. All other settings come from the preset `icr`.
@@ -127,7 +127,8 @@ def train_ic_regression(
         checkpoint_every: Number of steps between checkpoints. The first and the last step are always saved; None saves only these.
         eval_every: Number of steps between evaluations on `pretrain` and `true` tasks; None means no evaluation.
         print_every: Number of steps between rows of `metrics.csv`.
-        early_stopping_patience: Number of evaluations without improvement after which training stops. It needs `eval_every`.
+        early_stopping_patience: Number of evaluations without improvement after which training stops; None means never. If you set a
+            patience, also set `eval_every`.
         early_stopping_min_delta: Smallest decrease of the evaluated loss that counts as improvement.
 
     Returns:
@@ -177,7 +178,7 @@ def load_checkpoint(
         path: A checkpoint file, or a run's folder. The file may also be a `.pt` file of older code, such as
             `checkpoint_step_150000.pt` (`icl.importing`). Instead of a path, give the address of a run or a checkpoint in a store,
             such as `hf://USER/REPO`, `hf://USER/REPO@REVISION/RUN` or `s3://BUCKET/RUN`.
-        cfg: Required D, K and architecture of the checkpoint's model; other settings are not compared. By default, any values are
+        cfg: The D, K and architecture that the checkpoint's model must have; other settings are not compared. By default, any model is
             accepted. If a `.pt` file contains no config, the number of heads is taken from `cfg`.
         step: The step to load from a folder or a store. The default is the last step.
 
@@ -250,7 +251,7 @@ def evaluate_ood_score(
     if (config.task.task_size, config.task.max_examples) != (model.task_size, model.max_examples):
         raise ConfigError(
             f"The model is for D = {model.task_size}, K = {model.max_examples}, "
-            f"but `cfg` says D = {config.task.task_size}, K = {config.task.max_examples}."
+            f"but `cfg` says D = {config.task.task_size}, K = {config.task.max_examples}. Pass the `cfg` of the model's own run."
         )
     source = prompt_source(config, stream="true")
     loss = metrics.PositionLoss(max_examples=model.max_examples)
@@ -285,4 +286,6 @@ def _require_shape(saved: RunConfig, wanted: RunConfig, file: str | Path) -> Non
         f"{key} is {settings[key]}, not {expected[key]}" for key in settings if settings[key] != expected[key]
     ]
     if differences:
-        raise CheckpointError(f"The model in {file} does not fit `cfg`: {'; '.join(differences)}.")
+        raise CheckpointError(
+            f"The model in {file} does not fit `cfg`: {'; '.join(differences)}. Correct `cfg`, or leave it out to accept any model."
+        )

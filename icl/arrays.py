@@ -26,8 +26,8 @@ def real_tensor(
     Args:
         value: A tensor, an array of any byte order or strides, a pandas object, or nested lists of numbers.
         name: Name of the value in error messages.
-        dtype: The dtype to convert to. By default floating-point numbers keep their dtype, tensors of integers get torch's
-            default dtype, and Python numbers and NumPy integers become float64.
+        dtype: The dtype to convert to. By default, floating-point tensors and arrays keep their dtype, tensors of integers get
+            torch's default dtype, and Python numbers and NumPy integers become float64.
         device: The device to move to. By default a tensor stays on its device.
         error: Class of the exception.
 

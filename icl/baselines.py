@@ -1,19 +1,19 @@
 """Baselines to compare a model with: the Bayes predictors ridge and dMMSE, least squares, and simpler predictors.
 
 Each function takes a batch of prompts and predicts every target. Prediction k uses x_1, y_1, ..., x_{k-1}, y_{k-1} and x_k, never y_k or
-anything later. All functions except `ols` and `lasso` compute the predictions for all prefixes in one pass.
+anything later. All functions except `ols` and `lasso` compute the predictions for all k in one pass.
 
-- `zero`, `task_mean`: y_k = 0, and y_k = (mean of the tasks) . x_k. Both ignore the examples (Hoogland et al. 2024).
-- `averaging`, `knn`, `ols`: as in the file models.py of Garg et al. (2022). Without examples, they predict 0.
-- `lasso`: least squares with an l1 penalty (Garg et al. 2022, appendix), a suitable baseline for sparse tasks.
-- `ridge`, `dmmse`: the Bayes predictors under w ~ N(0, I) and under w uniform on M tasks (Raventos et al. 2023, section 2). The sigma^2 of
-  Raventos et al. is our `noise_variance`. The Bayes predictors of other priors are in `icl.bayes`.
-- `smoothed_dmmse`: the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies between
-  `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
+- `zero` predicts 0, and `task_mean` predicts (mean of the tasks) . x_k. Both ignore the examples (Hoogland et al. 2024).
+- `averaging`, `knn` and `ols` follow the file models.py of Garg et al. (2022). Without examples, they predict 0.
+- `lasso` is least squares with an l1 penalty (Garg et al. 2022, appendix). It is a suitable baseline for sparse tasks.
+- `ridge` is the Bayes predictor under w ~ N(0, I), and `dmmse` is the Bayes predictor under w uniform on M tasks (Raventos et al. 2023,
+  section 2). The sigma^2 of Raventos et al. is our `noise_variance`. The Bayes predictors of other priors are in `icl.bayes`.
+- `smoothed_dmmse` is the Bayes predictor under a mixture of M Gaussians around the tasks (Raventos et al. 2023, section 3.1). It lies
+  between `dmmse` and `ridge`. The parameter `task_variance` is tuned on new tasks (`tune_task_variance`).
 
-Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return predictions
-with the dtype and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device, baselines compute on the
-CPU.
+Prompts and tasks may also be arrays or lists. Baselines compute in float64 (`dmmse` in float32 if this is precise enough), and return
+predictions with the dtype and device of the prompts. Devices other than CPU and CUDA have no float64; for prompts on such a device,
+baselines compute on the CPU.
 
 To add a baseline, write a function of the same form, add it to the table `BASELINES`, and test it against an independent implementation.
 The contract tests cover all entries of this table.
@@ -39,7 +39,7 @@ from icl.tasks.laws import GAUSSIAN, Law, squared_error_equivalent
 
 
 def zero(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
-    """Predict 0, the mean over the Gaussian prior. The loss of this predictor is D + sigma^2.
+    """Predict 0, the mean target under w ~ N(0, I). For tasks from this prior, the expected loss of this predictor is D + sigma^2.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -97,8 +97,9 @@ def knn(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, k: int = 
 def ols(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"]) -> Float[Tensor, "*S B K"]:
     """Predict by least squares on the examples. With fewer than D examples, use the solution with the smallest norm.
 
-    Directions in which the inputs vary only by rounding errors are ignored: their singular value is below max(K, D) eps, but at most 1 %,
-    of the largest singular value. So if the inputs lie in a subspace, the solution lies in the same subspace. The computation is always on the CPU, because PyTorch's solvers for other devices need full rank.
+    Directions in which the inputs vary only by rounding errors are ignored. These are the directions whose singular value is less than
+    min(max(K, D) eps, 0.01) times the largest singular value. So if the inputs lie in a subspace, the solution lies in the same subspace.
+    The computation is always on the CPU, because PyTorch's solvers for other devices need full rank.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree.
@@ -144,7 +145,7 @@ def dmmse(
     noise_variance: float,
     noise: Law = GAUSSIAN,
 ) -> Float[Tensor, "*S B K"]:
-    """Predict by the posterior mean under w uniform on `tasks`, the discrete minimum mean squared error estimator.
+    """Predict by the posterior mean under w uniform on `tasks`: the discrete minimum mean squared error (dMMSE) estimator.
 
     Task m has weight exp(-S_m / (2 sigma^2)), where S_m is its sum of squared errors on the examples. If the noise is not Gaussian, each
     squared error is replaced by -2 sigma^2 times the log density of the residual. Tasks are processed in chunks. The sums over chunks are
@@ -180,10 +181,10 @@ def smoothed_dmmse(
 ) -> Float[Tensor, "*S B K"]:
     """Predict by the posterior mean under w = w_m + N(0, tau^2 I), with w_m uniform on `tasks` and tau^2 = `task_variance`.
 
-    Given m, the targets are Gaussian around X w_m with covariance tau^2 X X^T + sigma^2 I = L L^T. So the entries of L^-1 y are independent
-    observations of the task w_m, with variance one, at the inputs L^-1 X. `dmmse` weighs the tasks by these observations. The prediction of
-    y_k is L_kk times the prediction of `dmmse`, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is dMMSE. If w = 0 is the only task and
-    tau = 1, this is ridge.
+    Given m, the targets are Gaussian with mean X w_m and covariance tau^2 X X^T + sigma^2 I = L L^T. So the entries of L^-1 y are
+    independent observations of the task w_m, with noise variance one, at the inputs L^-1 X. From these observations, dMMSE predicts each
+    entry of L^-1 y. The prediction of y_k is L_kk times dMMSE's prediction of entry k, plus sum_{j<k} L_kj (L^-1 y)_j. For tau = 0 this is
+    dMMSE. If w = 0 is the only task and tau = 1, this is ridge.
 
     Raises:
         ConfigError: If the shapes do not agree, there are no tasks, `noise_variance` is not positive, or `task_variance` is
@@ -196,7 +197,7 @@ def smoothed_dmmse(
     inputs, targets = _widen(xs), _widen(ys).unsqueeze(-1)
     triangle = covariance_root(task_variance**0.5 * inputs, noise_variance)  # L: B K K
     whitened = torch.linalg.solve_triangular(triangle, torch.cat((inputs, targets), dim=-1), upper=False)  # B K D+1
-    # Whitened targets can be too large for `dmmse`, which accepts only numbers that float32 can represent.
+    # Whitened targets can be too large for `dmmse`, which accepts only numbers that float32 can represent. So we call `mean_outputs`.
     observations = whitened.flatten(0, -3)  # B K D+1
     outputs = mean_outputs(observations[..., :-1], observations[..., -1], _widen(tasks), 1.0).view_as(targets[..., 0])
     known = (triangle.tril(-1) @ whitened[..., -1:]).squeeze(-1)
@@ -212,8 +213,8 @@ def tune_task_variance(
 ) -> float:
     """Return the `task_variance` with the smallest loss of `smoothed_dmmse` on these prompts, accurate to about 10 %.
 
-    Choose the variance on prompts of new tasks, and compare predictors on prompts of other new tasks. The search covers variances from 1e-4
-    to 10. It takes the best of 11 values, and refines this value with Brent's method on the logarithm.
+    Pass prompts of new tasks. Do not use the same prompts again to compare predictors. The search covers variances from 1e-4 to 10. It
+    takes the best of 11 values, and refines this value with Brent's method on the logarithm.
     """
 
     def loss(log_variance: float) -> float:
@@ -231,8 +232,8 @@ def tune_task_variance(
 def lasso(xs: Float[Tensor, "*S B K D"], ys: Float[Tensor, "*S B K"], *, alpha: float) -> Float[Tensor, "*S B K"]:
     """Predict with the w that minimises |y - X w|^2 / (2 k) + alpha |w|_1 on the k examples. Without examples, predict 0.
 
-    scikit-learn fits each prefix of each prompt separately on the CPU. One fit takes about 0.2 ms. A fit that has not converged after
-    100,000 iterations is used nevertheless. Slow convergence occurs if the numbers in a prompt differ greatly in size.
+    scikit-learn fits each prefix of each prompt separately on the CPU. One fit takes about 0.2 ms. A fit stops after 100,000 iterations
+    even if it has not converged. Convergence is slow if the numbers in a prompt differ greatly in size.
 
     Raises:
         ConfigError: If the prompts' shapes do not agree, or `alpha` is not positive. For alpha = 0 use `ols`.
@@ -277,7 +278,7 @@ def covariance_root(inputs: Float[Tensor, "*S B K D"], noise_variance: float) ->
 
 
 def _computing_device(tensor: Tensor) -> torch.device:
-    """Return the tensor's device if it supports float64, else the CPU."""
+    """Return the device of a tensor if this device supports float64, otherwise the CPU."""
     return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 

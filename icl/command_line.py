@@ -4,8 +4,8 @@ A setting is written `--section.key VALUE` or `--section.key=VALUE`. A whole sec
 nested parameters in this way: `--task={'num_tasks': 2}`. This module keeps the values of settings as strings. `icl.resolve` converts
 them, together with the values from files.
 
-The parsers of `icl train` and `icl llc` are in this module and not beside the commands, because the code for sweeps also parses such
-command lines, which sweep files contain.
+The parsers of `icl train` and `icl llc` are in this module and not beside their commands. The reason is that sweep files contain
+command lines of these two commands, and the code for sweeps parses them too.
 """
 
 import argparse
@@ -139,7 +139,7 @@ class CommandParser(argparse.ArgumentParser):
 class _StoreOnce(argparse.Action):
     """Action that stores the value of an option, and refuses the option if it is given twice.
 
-    For an option that also has an older name, both names could be given, and it would be unclear which value counts.
+    If an option also has an older name, a user could give a value under each name. It would be unclear which value counts.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -230,7 +230,7 @@ def _describe_settings(section: str) -> str:
 
 def add_config_option(parser: CommandParser) -> None:
     """Add the option `--config FILE`, which may be given several times."""
-    text = "read settings from a file, such as that of `icl llc --calibrate`; a later file overrides an earlier one"
+    text = "read settings from FILE, such as the file that `icl llc --calibrate` writes; a later --config overrides an earlier one"
     parser.add("--config FILE", text, action="append", default=[])
 
 
@@ -262,8 +262,8 @@ def llc_parser() -> CommandParser:
         """\
 Estimate the local learning coefficient (LLC) at saved steps of a run, each with standard error, diagnostics and verdict.
 Finished steps are stored. After an interruption, run the same command again to continue. RUN is a folder or a run's
-name; without RUN, the command uses the run that `icl train` makes from the same settings. The exit status is not zero
-if every estimate is invalid, except in a sweep, where an invalid estimate is also a result.""",
+name; without RUN, the command uses the run that `icl train` makes from the same settings. If every estimate is invalid,
+the exit status is 1. In a sweep, the exit status is 0 even then, because an invalid estimate is a result too.""",
         """icl llc runs/quickstart
         icl llc runs/quickstart --steps last --sampler.num_draws 1000
         icl llc runs/quickstart --calibrate
@@ -284,7 +284,8 @@ if every estimate is invalid, except in a sweep, where an invalid estimate is al
     parser.add("--out FILE", "also write the rows to FILE (.csv or .json)")
     parser.add(
         "--rescale C",
-        "as a control, also estimate the LLC with weights rescaled by C in a way that does not change the model's function",
+        "as a control, also estimate the LLC after multiplying some weights by C and dividing others by C, "
+        "which leaves the model's function unchanged",
     )
     parser.add(
         "--stderr X",
@@ -294,7 +295,7 @@ if every estimate is invalid, except in a sweep, where an invalid estimate is al
     )
     parser.add(
         "--components heads|layers",
-        "estimate the refined LLC and the susceptibilities of each attention head, or of each layer, with the rest of the model fixed",
+        "estimate the refined LLC and the susceptibilities of each attention head or of each layer, while all other weights are fixed",
         choices=("heads", "layers"),
     )
     flags = {

@@ -2,9 +2,9 @@
 
 Given the inputs, the targets y_1, ..., y_k of a prompt have a log density, which we call the evidence:
 
-- `gaussian_evidence`, under w ~ N(0, I), is log N(y; 0, X X^T + sigma^2 I).
-- `discrete_evidence`, under w uniform on M tasks, is log (1/M) sum_m N(y; X w_m, sigma^2 I), an exact log-sum-exp. The noise may also have
-  one of the other distributions in `icl.tasks.laws`.
+- `gaussian_evidence` is the evidence under w ~ N(0, I): log N(y; 0, X X^T + sigma^2 I).
+- `discrete_evidence` is the evidence under w uniform on M tasks: log (1/M) sum_m N(y; X w_m, sigma^2 I), an exact log-sum-exp. The noise
+  may also have one of the other distributions in `icl.tasks.laws`.
 
 The chain rule gives the predictive density of each target: log p(y_k | earlier examples, x_k) is the evidence of the first k targets minus
 the evidence of the first k - 1. The negative of this log density is the negative log-likelihood (NLL), in nats per target:

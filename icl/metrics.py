@@ -1,12 +1,12 @@
 """Metrics of predictions: losses by position, gaps to other predictors, in-context learning scores.
 
-All metrics are pure functions of tensors (..., B, K). Leading axes are members of a population, and each member gets its own results. A result is a
-mean over the B prompts, with a standard error, which is the sample standard deviation divided by sqrt(B). The standard error is correct only for
-independent prompts; the positions of one prompt may be correlated. Squared errors are per target and never divided by D (Raventos et al. 2023
-divide by D).
+All metrics are pure functions of tensors (..., B, K). Leading axes are members of a population, and each member gets its own results. A
+result is a mean over the B prompts, with its standard error: the sample standard deviation divided by sqrt(B). The standard error is
+correct if the prompts are independent; the positions of one prompt may be correlated. Squared errors are per target and never divided by D
+(Raventos et al. 2023 divide by D).
 
 - Loss: `position_mean` and `overall_mean` of the `squared_error` to the targets (Hoogland et al. 2024, eq. 1 and 4).
-- Gap to another predictor (delta): the same means, but of the squared difference of predictions (Raventos et al. 2023, eq. 4).
+- Gap to another predictor (delta): the same means of the squared difference between the two predictions (Raventos et al. 2023, eq. 4).
 - ICL score: loss(k2) - loss(k1), so negative values are good. In eq. 2, Hoogland et al. define the score with the opposite sign, but their
   plots have our sign.
 - Prior-task scores (Hoogland et al.): the gaps to `baselines.zero` and `baselines.task_mean`.
@@ -54,7 +54,7 @@ def overall_mean(values: Float[Tensor, "*N B K"]) -> Estimate:
 
 
 def icl_score(errors: Float[Tensor, "*N B K"], first: int, second: int) -> Estimate:
-    """Return loss(second) - loss(first), of shape (*N,). It is negative if more examples help. Positions count from 1.
+    """Return the score loss(second) - loss(first), of shape (*N,). The score is negative if more examples help. Positions count from 1.
 
     The difference is taken within each prompt, so the standard error accounts for the correlation between the two positions.
 

@@ -1,6 +1,6 @@
 """Presets: the settings of papers, and our own small models. `preset("L2H4")` returns a complete `RunConfig`.
 
-A comment at every preset names its source. Where a paper does not give a setting, the choice is ours, and the comment says so. Tests
+A comment at every preset names its source. If the paper does not give a setting, we chose the value, and the comment says so. Tests
 check the exact numbers of parameters: `transience` 68,100, `L2H4` 51,717, `raventos-base` 1,591,808, `raventos-small` 202,752,
 `carroll` 2,654,217, `icr` 4,761,097, `L2W256` 3,355,016.
 
@@ -9,10 +9,10 @@ The `sampler` of every preset except `L2W256` is our choice, because estimates w
 
 - In a flat direction, chains spread to a width of 1 / sqrt(localization). This width is small compared with the root mean
   square weight, so chains stay in the basin.
-- `nbeta` equals `localization`. So the LLC counts mostly directions whose curvature is above one, and the loss along the
-  chains rises only a little.
-- lr x nbeta x h is about 3 for the largest h that we measured along the run, where h is the largest eigenvalue of the loss's Hessian.
-  Above 4, the chains of `sgld` are unstable.
+- `nbeta` equals `localization`. So mostly directions whose curvature is above one contribute to the LLC, and the loss along
+  the chains rises only a little.
+- Let h be the largest eigenvalue of the loss's Hessian. At the step where the measured h is largest, lr x nbeta x h is about 3.
+  If this product is above 4, the chains of `sgld` are unstable.
 
 We have checked estimates with these samplers for the quickstart, and for `L2H4` at one checkpoint. For another model or task,
 `icl llc RUN --calibrate` searches for settings, and the verdicts say whether these settings work.
@@ -163,11 +163,11 @@ TRANSIENCE = RunConfig(
     checkpoints=CheckpointsConfig(num_log=60, num_linear=60),
 )
 
-# Hoogland et al. (2024), arXiv 2402.02364, language model. Text, model, optimiser and sampler have the settings in the authors' files. At step
-# 25,000, the authors change to a second training text. To do the same, add --language.next_source hf://georgeyw/dsir-pile-5m-2
-# --language.change_step 25000. The preset leaves these settings out, because both texts would be fetched before the first step. The authors
-# save every 100 steps. In the sampler, `nbeta` is n / ln n with n = 100, as in their settings. We have not checked estimates with this
-# sampler at this size.
+# Hoogland et al. (2024), arXiv 2402.02364, language model. The settings of text, model, optimiser and sampler are from the authors' files.
+# At step 25,000, the authors change to a second training text. To do the same, add --language.next_source hf://georgeyw/dsir-pile-5m-2
+# --language.change_step 25000. The preset does not contain these two settings, because with them `icl` would fetch both texts before the
+# first step. The authors save every 100 steps. In the sampler, `nbeta` is n / ln n with n = 100, as in their settings. We have not checked
+# estimates with this sampler at this size.
 L2W256 = RunConfig(
     preset="L2W256",
     language=LanguageConfig(
@@ -257,7 +257,7 @@ _WORLDS = {
     "laplace-noise": dataclasses.replace(_NOISY, noise="laplace"),
     "student-t-inputs": dataclasses.replace(_NOISY, inputs="student_t", input_df=3.0),
     "ar1-inputs": dataclasses.replace(_NOISY, inputs="ar1", input_correlation=0.9),
-    # These eight tasks change during training. If eight tasks are fixed, the model memorises them.
+    # In these two presets, the eight tasks change during training. The model would memorise eight fixed tasks.
     "resampled-pool": TaskConfig(num_tasks=8, pool="resampled", pool_steps=30),
     "walking-pool": TaskConfig(num_tasks=8, pool="walk", pool_steps=30),
 }

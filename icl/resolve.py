@@ -72,7 +72,7 @@ def read_points(environment: Mapping[str, str] = os.environ) -> list[dict[str, A
 
 
 def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse a command line whose value for a swept key differs from the sweep's value.
+    """Refuse a command line that sets a swept key to a value other than the sweep's value.
 
     Raises:
         ConfigError: If there is such a key. The message names the key and both values.
@@ -85,9 +85,11 @@ def refuse_conflicts(swept: Mapping[str, Any], given: Mapping[str, Any]) -> None
 
 
 def refuse_overridden(*sources: Mapping[str, Any]) -> None:
-    """Refuse a setting such as `seeds.model` that a population sets for each member, if the population's source or a later source also sets it.
+    """Refuse a setting that has no effect, because a setting of the population determines its value for each member.
 
-    Earlier sources are overridden as usual. For example, a population on the command line overrides a run's config.yaml.
+    For example, `population.seeds` determines `seeds.model`. The source that sets `population.seeds`, and every later source, must not
+    set `seeds.model`, unless `population.seeds` contains only this value. A value in an earlier source is overridden: for example, a
+    population on the command line overrides a run's config.yaml.
 
     Args:
         sources: Sources of settings that `resolve` has accepted.
@@ -138,7 +140,7 @@ def refuse_unknown(keys: Iterable[Any]) -> None:
 
 
 def _suggestion(key: str, known: Mapping[str, Any]) -> str:
-    """Return a hint for an unknown key: its new name, the nearest key, or the command that lists the keys."""
+    """Return a hint for an unknown key: the present name of an older key, the nearest key, or the command that lists the keys."""
     section, _, leaf = key.rpartition(".")
     leaves = {
         name.rpartition(".")[2]: name for name in reversed(list(known))

@@ -2,7 +2,8 @@
 
 The functions of this module keep no state and do not use the global generator. The key of a stream is a 64-bit hash of its seed and name.
 Each draw has a 128-bit counter (block, index, step). Philox4x32-10 maps the key and the counter to four random 32-bit words. So prompt 7 of
-step 1,000 has the same numbers whatever ran before, with one process or eight, alone or in a batch.
+step 1,000 always has the same numbers. It does not matter what ran before, how many processes there are, or which other prompts are in
+the batch.
 
 Integers are exact on every device. Normals are computed in float64 and rounded once to float32, so the normals of two devices differ at
 most in the last place.
@@ -141,7 +142,7 @@ def words(
 
 @lru_cache(maxsize=256)
 def _device_tensor(words: tuple[int, ...], device: torch.device) -> Int64[Tensor, " N"]:
-    """Copy numbers to a device, and cache the copy. Otherwise every draw would wait until the GPU has copied the numbers again."""
+    """Copy numbers to a device, and cache the copy. Without the cache, every draw would wait for another copy to the GPU."""
     with torch.inference_mode(False):  # the tensor is kept, and may later be used where gradients are recorded
         return torch.tensor(words, device=device)
 
@@ -161,5 +162,5 @@ def _words(
 
 
 def _high(words: Tensor) -> Tensor:
-    """Return the upper 32 bits. On XLA devices `words >> 32` rounds negative numbers towards zero, so we call a shift function instead."""
+    """Return the upper 32 bits. We call a shift function, because on XLA devices `words >> 32` rounds negative numbers towards zero."""
     return torch.bitwise_right_shift(words, 32)

@@ -16,7 +16,9 @@ MAX_SLUG = 120
 
 
 def run_name(config: RunConfig) -> str:
-    """Return the `run_name` of a run if it is set. Otherwise, return the preset's name with every setting that differs from the preset.
+    """Return the `run_name` of a run if it is set. Otherwise, return the preset's name with the settings that differ from the preset.
+
+    The name leaves out the section `population`, and settings that may change when a run is resumed.
 
     Examples:
         >>> from icl.config import TaskConfig
@@ -38,7 +40,7 @@ def run_name(config: RunConfig) -> str:
 def varying_names(configs: Sequence[RunConfig]) -> list[str]:
     """Return a name for each of several runs, made from the settings that differ among the runs.
 
-    If each run has a single seed for its model, data and noise, as in a population, this seed appears as `seed`. The number of tasks
+    If each run uses one seed for its model, data and noise, as in a population, this seed appears as `seed`. The number of tasks
     appears as `M`. If all runs have equal settings, the names are empty. Runs with equal settings have equal names.
 
     Examples:

@@ -35,8 +35,8 @@ from icl.tasks.rows import TEST
 from icl.tasks.shifts import SHIFTS, available_shifts, require_shift
 
 PROMPTS = "report"
-"""Value of the column `prompts` for the fixed prompts of `icl.evaluation.sets.REPORT`. A table without this column comes from an
-older version, which used the prompts that training uses for its evaluations and early stopping (`MONITOR`)."""
+"""Value of the column `prompts` in our tables. It means the fixed prompts of `icl.evaluation.sets.REPORT`. A table without this column
+comes from an older version, which evaluated on the prompts of training's own evaluations and of early stopping (`MONITOR`)."""
 _HEADLINES = ("loss", "bayes_excess", "delta_dmmse", "delta_ridge")
 _SETS_KEPT = 64
 """Number of evaluation sets kept in memory, enough for about three runs. Runs that share sets usually follow each other."""
@@ -65,7 +65,7 @@ class RunEvaluator:
 
         Args:
             num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
-            num_ood_prompts: Number of prompts in each set other than the training tasks (`pretrain`); None uses `num_prompts`.
+            num_ood_prompts: Number of prompts in each set except `pretrain` (the training tasks); None uses `num_prompts`.
             shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses every shift that is possible for the run's D and K.
             compiled: Whether to compile the forward pass on a CPU; None compiles if a run has so much work that compiling saves time.
             bar: Progress bar over the checkpoints of all runs; None shows a separate bar for each run.
@@ -125,7 +125,7 @@ class RunEvaluator:
         return numbers.assign(prompts=PROMPTS), references.assign(prompts=PROMPTS)
 
     def _predictor(self, first: Checkpoint, sets: Sequence[EvaluationSet], *, num_checkpoints: int) -> Predict:
-        """Return the function that computes the predictions of a run's checkpoints. By default it is compiled if this saves time."""
+        """Return the function that computes the predictions of a run's checkpoints, compiled if the user chose this or if it saves time."""
         model, compiled = first.config.model, self.compiled
         if compiled is None:
             num_params = sum(tensor.numel() for tensor in first.params.values())
@@ -177,7 +177,7 @@ def evaluate_run(
     Args:
         path: A run's folder or a checkpoint file.
         num_prompts: Number of prompts per set; None uses the run's `evaluation.num_prompts`.
-        num_ood_prompts: Number of prompts in each set other than the training tasks (`pretrain`); None uses `num_prompts`.
+        num_ood_prompts: Number of prompts in each set except `pretrain` (the training tasks); None uses `num_prompts`.
         shifts: Names from `icl.tasks.shifts.SHIFTS`; None uses every shift that is possible for the run's D and K.
 
     Returns:
@@ -246,7 +246,7 @@ def write_numbers(out: Path, numbers: pd.DataFrame, baselines: pd.DataFrame, see
 def headline_table(table: pd.DataFrame, *, by: str) -> pd.DataFrame:
     """Return a table with one row per run: loss, excess and gaps at the run's last step, on the training tasks and on new tasks.
 
-    The excess over the Bayes predictor has a column for its standard error.
+    The excess is the loss minus the loss of the Bayes predictor. A further column contains its standard error.
 
     Args:
         table: The first tables from `evaluate_run` of several runs, joined.
@@ -278,9 +278,9 @@ def evaluation_over_seeds(
         only_last: Whether to pool only the last step of each run. Runs that stopped early may have different last steps.
 
     Returns:
-        Columns `runs` (the settings in which the groups differ), step (unless `only_last`), distribution, quantity, position, value (the
-        mean over seeds), stderr (over prompts, an upper bound), seed_stderr, num_seeds, low, high and prompts. There are no rows
-        if no two runs differ only in their seeds.
+        A table with the columns `runs` (the settings in which the groups differ), step (unless `only_last`), distribution, quantity,
+        position, value (the mean over seeds), stderr (an upper bound of the standard error over prompts), seed_stderr, num_seeds, low,
+        high and prompts. The table is empty if no two runs differ only in their seeds.
     """
     keys = ["distribution", "quantity", "position"] if only_last else ["step", "distribution", "quantity", "position"]
     if only_last:
@@ -289,7 +289,7 @@ def evaluation_over_seeds(
 
 
 def seeds_headline(pooled: pd.DataFrame) -> pd.DataFrame:
-    """Return the main numbers as strings, with one row per group of runs. `pooled` is the result of `evaluation_over_seeds` with `only_last`."""
+    """Return the main numbers as strings, with one row per group of runs. `pooled` is from `evaluation_over_seeds` with `only_last`."""
     rows = pooled[(pooled["position"] == "mean") & pooled["distribution"].isin(["pretrain", "true"])]
     rows = rows[rows["quantity"].isin(_HEADLINES)]
     texts = [pooled_text(row) for row in rows.to_dict("records")]

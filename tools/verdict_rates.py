@@ -11,7 +11,7 @@ time is log(1 + step). There are eight kinds of curves:
 - `turn`: loss and LLC move in one direction until half of the log time has passed, and then back. The strength of this boundary
   is about ten standard errors in each signal.
 - `language noise` and `language line`: the loss of a language run, and the score of a head. Their scatter is as in `noise` and `line`.
-- `onset`: the same two signals are constant until three quarters of the log time have passed, and then move in one direction.
+- `onset`: the two signals of a language run are constant until three quarters of the log time have passed, and then move in one direction.
 """
 
 import argparse

@@ -35,7 +35,7 @@ class About(NamedTuple):
     needs_finite_tasks: bool = False
     """Whether the analysis needs a run with a finite M."""
     needs_density: bool = False
-    """Whether the analysis needs a model with a predictive distribution (`model.output` `gaussian` or `mixture`)."""
+    """Whether the analysis needs a model with a predictive distribution (`model.output` is `gaussian` or `mixture`)."""
     families: tuple[str, ...] = ("regression",)
     """Values of `model.family` for which the analysis is available."""
 
@@ -63,7 +63,7 @@ ANALYSES: dict[str, About] = {
     ),
     "language-behaviour": About(
         "run",
-        "a language run's losses, in-context learning, bigrams and n-grams, heads' attention, composition, positions and norms",
+        "for a language run: losses, in-context learning, bigrams and n-grams, attention and composition of heads, position embeddings, norms",
         "language",
         families=("language",),
     ),
@@ -74,12 +74,12 @@ ANALYSES: dict[str, About] = {
     ),
     "mixture": About(
         "run",
-        "mixtures of dMMSE and ridge that are closest to the model (fixed weight, or prior odds), the steps of transitions, and the effect of M",
+        "the mixtures of dMMSE and ridge that are closest to the model, the steps at which the model changes between dMMSE and ridge, and the effect of M",
         needs_finite_tasks=True,
     ),
     "prior": About(
         "run",
-        "the prior over tasks that the model has learned: tasks of prompts that the model generates, compared with the M training tasks and with N(0, I)",
+        "the prior over tasks that the model has learned: the model generates prompts, and their tasks are compared with the M training tasks and with N(0, I)",
         needs_density=True,
     ),
     "diversity": About(

@@ -3,13 +3,14 @@
 All numbers are exact functions of the weights, so they have no standard errors. If a weight of a checkpoint is not
 finite, all numbers of this checkpoint are NaN.
 
-W_E (C, D + 1) embeds tokens. W_P (2K, C) embeds positions, one in each row. W_U maps the residual stream to the
-outputs, one in each row. With `model.output` `scalar`, W_U has one row. With `token`, only row 0 of W_U gives
-predictions. With `gaussian`, row 0 gives the mean of the predictive distribution. With `mixture`, row 0 gives the mean
-of the first component.
+W_E (C, D + 1) embeds tokens. W_P (2K, C) has one row for each position. W_U maps the residual stream to the outputs,
+and has one row for each output. If `model.output` is `scalar`, W_U has one row. If it is `token`, only row 0 of W_U
+gives predictions. If it is `gaussian`, row 0 gives the mean of the predictive distribution. If it is `mixture`, row 0
+gives the mean of the first component.
 
-Some rows get no gradient: the last row of W_P, and with `token` all rows of W_U except row 0. Only weight decay changes
-these rows. They still enter the spectra of W_P and W_U, the overlaps of W_P, and the shares of dead weights.
+Some rows get no gradient: the last row of W_P and, if `model.output` is `token`, all rows of W_U except row 0. Only
+weight decay changes these rows. They still enter the spectra of W_P and W_U, the overlaps of W_P, and the shares of
+dead weights.
 
 Rows of the table, by `quantity`:
 
@@ -21,7 +22,7 @@ Rows of the table, by `quantity`:
   subspaces of the C channels. The subspace of W_E, or of W_P transposed, is spanned by the fewest left singular vectors
   that hold at least the share `spectrum_kept` of sum s^2. The subspace `readout` is the direction of the effective
   unembedding (below). `cosine` is the cosine of each principal angle, largest first. `overlap_chance` is the mean
-  overlap of two random subspaces of these dimensions, d1 and d2: max(d1, d2) / C. Hoogland et al. 2024 show cosines
+  overlap of two random subspaces with the same dimensions d1 and d2: max(d1, d2) / C. Hoogland et al. 2024 show cosines
   between W_E and W_P. We do not repeat their computation. They multiplied each column of W_E by the full C x C factor U
   of the singular value decomposition of W_P transposed. Their cosine is between the column and this product. U is
   orthogonal, but it does not project onto a subspace. Their cosines therefore say nothing about subspaces.
@@ -33,8 +34,8 @@ Rows of the table, by `quantity`:
   `bias` is W_U[0] . beta_f + b_U[0]. Here gamma_f and beta_f are the weight and the bias of the final norm, and b_U is
   the bias of the unembedding. If there is a final norm, it centres its input, so adding one constant to all weights of
   this part changes no prediction. As in the published figures, we do not subtract the mean of the weights.
-- `share_small` of every other parameter tensor (biases too), and, in part `all`, of all parameters together: the share
-  of dead weights.
+- `share_small` is also given for every other parameter tensor (including biases) and, in part `all`, for all parameters
+  together. There it is the share of dead weights.
 """
 
 import math
@@ -142,7 +143,8 @@ def principal_cosines(first: Float[Tensor, "C r"], second: Float[Tensor, "C s"])
 def _rows(params: Params, settings: Settings) -> list[Row]:
     if all(bool(tensor.isfinite().all()) for tensor in params.values()):
         return [*_matrix_rows(params, settings), *_weight_rows(params, settings)]
-    # Singular value decomposition would raise an error. Weights of zero give the same rows, except those of `cosine`.
+    # These weights would make the singular value decomposition raise an error. So we compute the rows for weights of zero (which give
+    # no `cosine` rows), and then set their values to NaN.
     zeros = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
     return [row | {"value": torch.nan} for row in _rows(zeros, settings)]
 

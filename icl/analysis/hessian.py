@@ -1,12 +1,13 @@
 """Curvature at every saved step: extreme eigenvalues, trace and spectrum of the Hessian of the loss.
 
 The loss is the training loss per target (squared error, or negative log-likelihood: `icl.model.heads`), averaged over
-positions and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. With
-`model.output` `token`, only row 0 of the unembedding is used for predictions. The entries of the Hessian are zero for
-the weights in the other rows, and for the last position embedding. A Hessian-vector product is the vector-Jacobian
-product of the gradient (torch.func), computed for many checkpoints at once. `icl.compute.linalg` estimates eigenvalues,
-trace and spectrum from these products. Each saved step has its own random start vector and probes, so the errors that
-these vectors cause are independent between steps.
+positions and over fixed prompts, which are the same at all steps. The Hessian covers all P parameters. Some parameters
+never affect the loss, so their entries are zero: the last position embedding and, if `model.output` is `token`, all
+rows of the unembedding except row 0. A Hessian-vector product is the vector-Jacobian product of the gradient
+(torch.func), computed for many checkpoints at once. From these products, `icl.compute.linalg` estimates the eigenvalues
+and the spectrum by the Lanczos method, which begins with a random start vector. It estimates the trace with more random
+vectors, called probes. Each saved step has its own start vector and probes, so the errors that these vectors cause are
+independent between steps.
 
 For comparison: the data released with Hoogland et al. 2024 contain the trace and the three largest eigenvalues for the mean
 squared error on 1,024 prompts. For L2H4 with `model.double_residual`, the released trace is about 150 at the start and 2,800 at
@@ -16,9 +17,9 @@ Rows of the table, by `quantity`:
 
 - `eigenvalue`: the parts `top 1`, `top 2`, ... are the largest eigenvalues in descending order. The parts `bottom 1`,
   ... are the smallest (most negative) ones in ascending order. `stderr` is the standard error over the random choice of
-  the prompts, to first order. It does not include a bias: with a finite number of prompts, the eigenvalues at both ends
-  are more extreme than they are for the expected loss. `lanczos_error` is the estimated error of the Lanczos method for
-  these prompts. If it exceeds 1 % of the eigenvalue, the verdict is `suspect`.
+  the prompts, to first order. `stderr` does not include the bias of the eigenvalues: with a finite number of prompts,
+  the eigenvalues at both ends are more extreme than those of the expected loss. `lanczos_error` is the estimated error
+  of the Lanczos method for these prompts. If it exceeds 1 % of the eigenvalue, the verdict is `suspect`.
 - `trace`: `stderr` accounts for the random choice of the prompts and of the probes. If the standard error from the
   probes alone exceeds 5 % of the trace, the verdict is `suspect`.
 - `spectral_node`, `spectral_weight`: approximate eigenvalues, and the share of all P eigenvalues that each of them represents.
@@ -156,7 +157,7 @@ def hessian_products(
 def _ritz(krylov: Krylov) -> Ritz:
     """Return the eigenvalues of each checkpoint; NaN for a checkpoint whose Hessian is not finite.
 
-    For such a matrix, the eigenvalue solver raises an error for all checkpoints together.
+    Such a matrix would make the eigenvalue solver raise an error for all checkpoints, so we replace it by zeros first.
     """
     is_finite = krylov.projected.isfinite().flatten(1).all(1)
     projected = krylov.projected.where(is_finite[:, None, None, None], 0.0)

@@ -8,16 +8,18 @@ over seeds is `ok` if
 - every seed has the finding, with the verdict `ok` and the same text in the column `finding`,
 - and, for the change of a signal over a stage, the interval does not contain zero.
 
-Otherwise the finding is `suspect`, and the column `reasons` says why. The rise of a loss is its last value minus its
-minimum. It is never negative, so an interval that excludes zero would show nothing. Each run has its own test of the
-rise, and the result of this test is in the column `finding`. If nothing rises in any seed, the finding is `none`.
+Otherwise the finding is `suspect`, and the column `reasons` says why. For the rise of a loss, the interval is not a
+condition. This rise is the last value of the loss minus its minimum, so it is never negative, and an interval above
+zero would prove nothing. Instead, each run tests its own rise. The result of this test is in the column `finding`: it
+is `none` if the loss does not rise.
 
 A run can have several boundaries between stages, or several crossings in one direction. We match them between seeds by
 their steps. Two steps t match if their difference in ln(t + 1) is at most ln `SAME_RATIO`, or at most `SAME_ERRORS`
-standard errors. The nearest steps are joined first. The steps that are joined come from different seeds, and each of
-them matches all others. Crossings are matched only if a seed has several of them. With one crossing in each seed, all
-are the same finding, however far apart they are. `invalid` boundaries are left out. Changes over stages are pooled only
-if every boundary was found in all seeds. Otherwise the stages of the seeds are not the same.
+standard errors. The nearest steps are joined first. A group of joined steps has at most one step of each seed, and each
+of its steps matches all others in the group. Crossings are matched only if a seed has several of them. If each seed has
+only one crossing, we treat all crossings as the same finding, however far apart they are. `invalid` boundaries are left
+out. Changes over stages are pooled only if every boundary was found in all seeds. Otherwise the stages of the seeds are
+not the same.
 """
 
 import math
@@ -36,9 +38,10 @@ CURVES: dict[str, tuple[str, ...]] = {
 }
 """Columns that identify a number measured at a saved step. The keys are the names of the analyses."""
 SAME_RATIO = 2.0
-"""Ratio of two steps (of t + 1) up to which they can be the same boundary in two seeds (our choice)."""
+"""Largest ratio of t + 1 between two steps t that can be the same boundary in two seeds (our choice)."""
 SAME_ERRORS = 2.0
-"""Difference in ln(t + 1), in standard errors, up to which two steps can be the same boundary in two seeds."""
+"""Largest difference in ln(t + 1), in standard errors, between two steps t that can be the same boundary in two
+seeds."""
 _STEPS = (
     "crossing_step",
     "critical_step",
@@ -71,8 +74,8 @@ class PooledRuns(NamedTuple):
     The table is empty for `stages`."""
     findings: pd.DataFrame
     """Pooled findings, with the columns `runs`, `quantity`, `labels`, `number`, `icl.analysis.seeds.POOLED`,
-    `num_runs`, `finding`, `verdict` and `reasons`. `number` is the index, from 1, of a finding among the matched
-    findings that have the same name and labels, in order of their steps."""
+    `num_runs`, `finding`, `verdict` and `reasons`. If several findings have the same name and labels, `number` counts
+    them from 1, in the order of their steps."""
 
     def table(self) -> pd.DataFrame:
         """Return findings and curves as one table. Only curves have a `step`."""

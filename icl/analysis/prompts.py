@@ -18,7 +18,7 @@ class PromptSettings:
     """Settings that several analyses share."""
 
     distribution: Literal["pretrain", "true"] = setting(
-        "pretrain", "tasks of the prompts: the run's M training tasks, or new tasks"
+        "pretrain", "tasks of the prompts: the run's M training tasks (pretrain), or new tasks (true)"
     )
 
 

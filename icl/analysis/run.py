@@ -64,7 +64,8 @@ class Members(NamedTuple):
 
 
 Measure = Callable[[Members], list[Measurement]]
-"""Function that returns one measurement for each checkpoint, but none for a checkpoint that is only a predecessor (`Members.lead`)."""
+"""Function that returns one measurement for each checkpoint. It returns none for a checkpoint that is only a predecessor
+(`Members.lead`)."""
 
 
 def setting(default: Value, text: str) -> Value:
@@ -88,7 +89,7 @@ def analyse(name: str, path: str | Path, **settings: Any) -> Result:
 
     Raises:
         ConfigError: If there is no such analysis or setting.
-        CheckpointError: If the analysis needs checkpoints and there is no usable one.
+        CheckpointError: If the analysis needs checkpoints and no checkpoint is usable.
     """
     module = find(name := served_analysis(name, Path(path)))
     known = [field.name for field in dataclasses.fields(module.Settings)]
@@ -211,8 +212,8 @@ def named_runs(path: Path, others: str | None) -> dict[str, Path]:
 def _listed_runs(text: str, analysed: Path) -> Iterator[Path]:
     """Yield the runs in a comma-separated list.
 
-    A name may itself contain commas. So we read the text from the left, and take as one run the longest piece that
-    names a folder, or that is a pattern with matches.
+    A name may itself contain commas. So we read the text from the left. Each run is the longest piece that is the name
+    of a folder, or a pattern with matches.
     """
     words = [word.strip() for word in text.split(",")]
     while words:

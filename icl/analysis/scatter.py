@@ -7,11 +7,11 @@ not exist. We model n points at u = ln(step + 1) as
     y_i = f(u_i) + e_i,   f ~ a * Matern(5/2, l),   cov(e_i, e_j) = (known_i + white) [i = j] + wander exp(-|i - j| / tau).
 
 The trend f is a Gaussian process with variance a and length l. Its Matern(5/2) kernel makes it smooth (Rasmussen and Williams 2006, section
-4.2.1). The scatter e has three parts: known errors of the points, an independent part (`white`), and a correlated part (`wander`), which is
-an autoregression of order one over the saved steps. The bracket [i = j] is 1 if i = j, else 0. In this formula, known_i, white and wander
-are variances. We choose the values of the five parameters (a, l, white, wander, tau) that maximise the posterior density (equation 5.8 of
-the same book, with its gradient 5.9). The priors of ln l (mean 0, standard deviation 1) and of ln tau (mean ln 3, standard deviation 2) are
-normal and weak.
+4.2.1). The deviation e from the trend has three parts: the known errors of the points, and the two parts of the scatter. One part of the
+scatter (`white`) is independent between points. The other part (`wander`) is correlated: it is an autoregression of order one over the
+saved steps. The bracket [i = j] is 1 if i = j, else 0. In this formula, known_i, white and wander are variances. We choose the values of
+the five parameters (a, l, white, wander, tau) that maximise the posterior density (equation 5.8 of the same book, with its gradient 5.9).
+The priors of ln l (mean 0, standard deviation 1) and of ln tau (mean ln 3, standard deviation 2) are normal and weak.
 
 Trend and wander differ only in their smoothness. A trend that bends within a few saved steps therefore counts as wander.
 """
@@ -63,7 +63,7 @@ class Scatter(NamedTuple):
     def difference_variance(self, lag: int) -> float:
         """Return the variance of the difference between two points that are `lag` saved steps apart.
 
-        The correlated parts cancel if the points are close.
+        The closer the two points are, the more of their correlated parts cancels.
         """
         return 2 * (self.white**2 + self.wander**2 * (1 - self.phi**lag))
 

@@ -1,4 +1,4 @@
-"""Standard errors and intervals over seeds, for a number that is measured in runs that differ only in their seeds.
+"""Standard errors and intervals over seeds, for a number measured in several runs with the same settings and different seeds.
 
 The standard error over prompts says how precisely we know a number of one trained model. It says nothing about models
 that are trained with the same settings and other seeds. So a claim about the effect of a setting, such as the task
@@ -17,7 +17,7 @@ other.
 
 Training steps are averaged as ln(step + 1), because they are spread over orders of magnitude. The interval is computed
 in ln(step + 1) too, and its limits are converted back to steps. No step is negative, so the lower limit is at least 0.
-For steps, the mean of the runs' errors over prompts is not an upper bound.
+For steps, the mean of the runs' errors over prompts is not an upper bound on the error of the mean step.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ def pool(table: pd.DataFrame, *, by: Sequence[str], is_step: bool = False) -> pd
 
 
 def pooled_text(row: Mapping[str, Any], *, is_step: bool = False) -> str:
-    """Return a row of `pool` in the format of `OverSeeds.text`.
+    """Return the number in a row of `pool` as a string, in the format of `OverSeeds.text`.
 
     For two seeds, the mean plus and minus its standard error gives the two values. For steps, mean and error are first
     converted to ln(step + 1), in which `pool` computed them.
@@ -124,10 +124,11 @@ def pooled_text(row: Mapping[str, Any], *, is_step: bool = False) -> str:
 
 
 def seed_groups(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
-    """Group the runs that differ only in their seeds. Keys are the groups' names, values the names of their runs.
+    """Group the runs that differ only in their seeds.
 
-    The name of a group shows the settings in which the groups differ, such as `M=8`. If two runs also have the same seeds, they are the
-    same experiment, and only the first one counts.
+    The keys of the result are the names of the groups, and the values are the names of the runs in each group. The name of a group shows
+    the settings in which the groups differ, such as `M=8`. If two runs also have the same seeds, they are the same experiment, and only
+    the first one counts.
     """
     plain = {name: dataclasses.replace(config, seeds=SeedsConfig()) for name, config in configs.items()}
     groups: dict[str, list[str]] = {}
@@ -144,7 +145,10 @@ def seed_groups(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
 def pool_runs(
     table: pd.DataFrame, groups: Mapping[str, Sequence[str]], *, by: Sequence[str], is_step: bool = False
 ) -> pd.DataFrame:
-    """Pool a table with a column `run` over each group of at least two runs. The first column, `runs`, is the group's name."""
+    """Pool a table with a column `run` over each group of at least two runs.
+
+    The first column of the result, `runs`, is the name of the group.
+    """
     label = {run: name for name, runs in groups.items() if len(runs) > 1 for run in runs}
     inside = table[table["run"].isin(list(label))]
     return pool(inside.assign(runs=inside["run"].map(label)), by=["runs", *by], is_step=is_step)

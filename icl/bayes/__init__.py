@@ -7,8 +7,9 @@ The candidates are the priors that a model may have learned (`candidates`):
 - `gaussian`: N(0, I). With Gaussian noise, the Bayes predictor is ridge.
 - `prior`: the run's prior of new tasks, if it is not N(0, I).
 
-The priors of new tasks and all noise laws are mixtures of Gaussians. Given a mixture component (or a scale for each coordinate of w) and a
-scale for the noise of each target, w and the targets are jointly Gaussian. The Bayes predictor is a weighted mean over the mixture.
+The priors of new tasks and all noise laws are mixtures of Gaussians. Such a mixture has a finite number of components, or it has scales:
+random factors that multiply the variances. Given the component of the prior (or a scale for each coordinate of w) and a scale for the
+noise of each target, w and the targets are jointly Gaussian. The Bayes predictor is a weighted mean over these components or scales.
 
 - `icl.bayes.gaussians` is exact. It sums over the components of a finite mixture, for Gaussian noise. There is one component for `gaussian`
   and `low_rank`, and there are J components for `mixture`. For `sparse` there are 2^D components, and the sum is used only if 2^D is at
@@ -16,8 +17,8 @@ scale for the noise of each target, w and the targets are jointly Gaussian. The 
 - `icl.bayes.particles` draws the scales with a particle filter, and gives a standard error.
 - `icl.bayes.posterior` draws tasks from the posterior of a candidate given a few examples.
 
-The distribution of the inputs does not matter, because all posteriors are conditional on the inputs. So under `student_t` and `ar1` inputs, ridge and
-dMMSE remain the Bayes predictors.
+The distribution of the inputs does not matter, because all posteriors are conditional on the inputs. So ridge and dMMSE remain the Bayes
+predictors under `student_t` and `ar1` inputs.
 """
 
 from jaxtyping import Float

@@ -1,6 +1,6 @@
 """Posteriors of a task under a finite mixture of Gaussians, at every prefix of a prompt, by Kalman filters.
 
-Given the component of the mixture and the variances of the noise, w is Gaussian. Given these and the earlier targets, each target is
+Given the component of the mixture and the variances of the noise, w is Gaussian. If the earlier targets are also given, the next target is
 Gaussian too. At each example, the Kalman filter updates the posterior N(m, V) of w, and multiplies the component's weight by the likelihood
 of the target. The Bayes predictor is the weighted mean of m . x_k over the components. The predictive density of y_k is the weighted mean
 of the likelihoods. Bishop (2006), section 3.3, describes the case of one component.
@@ -21,8 +21,8 @@ from icl.tasks.laws import TaskLaw
 MAX_COMPONENTS = 1024
 """Largest number 2^D of components of a `sparse` prior for which predictions are computed exactly."""
 MIN_NOISE_VARIANCE = 1e-12
-"""Smallest noise variance for which posteriors are computed, for coordinates of w with variance 1. From about 1e-14 down, rounding errors
-make variances negative."""
+"""Smallest noise variance for which posteriors are computed, for coordinates of w with variance 1. At about 1e-14 and below, rounding
+errors make variances negative."""
 _NUMBERS_AT_ONCE = 2**18
 """Largest number of elements of the covariance matrices that are in memory at once. A single prompt may need more."""
 

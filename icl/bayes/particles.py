@@ -13,15 +13,16 @@ The predictive density of y_k is the weighted mean of the likelihoods of the par
 negative logarithm is the NLL. To first order, the NLL is too large by half of its squared standard error, because the logarithm is concave.
 
 For Student's t with df degrees of freedom, the scale is distributed as (df - 2) / chi^2_df. For Laplace, the scale has an exponential
-distribution (Andrews and Mallows 1974). The scale of a coordinate of a `sparse` task is 1 / p with probability p, otherwise 0. The filter uses
-the scale 1e-6 instead of 0: with the scale 0, a coordinate would stay exactly 0, whatever the data say. Under the prior `mixture`, w is a
-mixture of Gaussians given the noise scales. So each particle sums exactly over the components, with its own weights for them.
+distribution (Andrews and Mallows 1974). The scale of a coordinate of a `sparse` task is 1 / p with probability p, otherwise 0. The filter
+uses the scale 1e-6 instead of 0: with the scale 0, a coordinate would stay exactly 0, whatever the data say. Under the prior `mixture`, w
+is a mixture of Gaussians given the noise scales. So each particle sums exactly over the components, and has its own weight for each
+component.
 
-Limits for `sparse`. The spread over runs is the error of the filter only for noise variances from about 0.1. For smaller noise, a run that
-has settled on wrong nonzero coordinates rarely leaves them, and all runs have this bias. With D = 8, p = 0.25 and Gaussian noise, the mean
-squared errors at examples 5 to 8 were 0.0047 (from the spread: 0.0048) for the noise variance 0.25, 0.009 (0.004) for 0.01 and 0.1 (0.008)
-for 0.001. So below `MIN_SPARSE_NOISE_VARIANCE` the standard errors are NaN, which means unknown. A smaller spike, or more proposals for each
-scale, did not remove this bias.
+Limits for `sparse`. The spread over runs measures the error of the filter only for noise variances of about 0.1 or more. For smaller noise,
+a run that has settled on wrong nonzero coordinates rarely leaves them, and all runs have this bias. With D = 8, p = 0.25 and Gaussian
+noise, the mean squared error at examples 5 to 8 was 0.0047 for the noise variance 0.25, 0.009 for 0.01, and 0.1 for 0.001. The spread
+suggested 0.0048, 0.004 and 0.008 instead. So below `MIN_SPARSE_NOISE_VARIANCE` the standard errors are NaN, which means unknown. A scale
+below 1e-6, or more proposals for each scale, did not remove this bias.
 """
 
 import math
@@ -58,7 +59,7 @@ def particle_filter(
     num_particles: int = NUM_PARTICLES,
     seed: int = 0,
 ) -> BayesPredictions:
-    """Estimate the posterior mean of each target, with its standard error over independent runs; NaN if the error is unknown.
+    """Estimate the posterior mean of each target, with its standard error over independent runs (NaN if it is unknown).
 
     All prompts use the same random numbers, so the prediction for a prompt does not depend on the other prompts.
     """
@@ -268,9 +269,9 @@ class _Particles(NamedTuple):
 def _rejuvenate(particles: _Particles, proposals: Float[Tensor, "P N D"], chances: Float[Tensor, "P N D"]) -> None:
     """Propose a new scale for each coordinate in turn, and accept or reject it by a Metropolis-Hastings test. Update in place.
 
-    The acceptance ratio is the likelihood ratio of the examples so far. A new scale s' instead of s for coordinate d multiplies the prior of w by
-    N(w_d; 0, s') / N(w_d; 0, s). With c = 1 / s' - 1 / s, the likelihood ratio is the mean of this factor over the posterior N(m_d, V_dd):
-    sqrt(s / s') (1 + c V_dd)^(-1/2) exp(-c m_d^2 / (2 (1 + c V_dd))).
+    The acceptance ratio is the likelihood ratio of the examples so far. If a new scale s' replaces the scale s of coordinate d, the prior
+    of w is multiplied by N(w_d; 0, s') / N(w_d; 0, s). With c = 1 / s' - 1 / s, the likelihood ratio is the mean of this factor over the
+    posterior N(m_d, V_dd): sqrt(s / s') (1 + c V_dd)^(-1/2) exp(-c m_d^2 / (2 (1 + c V_dd))).
     """
     means, covariances, scales = particles
     for d in range(scales.shape[-1]):

@@ -27,7 +27,8 @@ same command again to continue with the next step. If the run has saved more ste
 are analysed.
 
 If FOLDER contains runs, each run is analysed. The findings of `behaviour`, `mixture` and `stages` are then pooled over the runs that
-differ only in their seeds. The means and their standard errors over seeds are in FOLDER/NAME-seeds.csv and FOLDER/NAME-seeds.png.
+differ only in their seeds. The table FOLDER/NAME-seeds.csv contains the means and their standard errors over seeds. For `behaviour`
+and `mixture`, the figure FOLDER/NAME-seeds.png shows the curves of all runs.
 
 analyses (`icl analyse --what NAME --help` lists the options of one analysis):
 """
@@ -47,7 +48,7 @@ def run(words: list[str]) -> int:
         require_output_table(options.out, path)
     if options.output_plot is not None:
         if options.output_plot.suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise StorageError(f"Figures are written as .png, .pdf or .svg, got {options.output_plot}.")
+            raise StorageError(f"`--output_plot` must name a .png, .pdf or .svg file, got {options.output_plot}.")
         require_output(options.output_plot, path)
     path = require_place(path)
     if ANALYSES[chosen[0]].of == "run" and (runs := _runs_below(path)):
@@ -91,7 +92,7 @@ def _served(name: str, words: list[str]) -> str:
 
 
 def _what(words: list[str]) -> list[str]:
-    """Return the analyses that `--what` names. Return an empty list if only the help is requested."""
+    """Return the analyses that `--what` names. If the user only asks for the help, return an empty list."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--what", nargs="?")
     name = early.parse_known_args(words)[0].what

@@ -62,7 +62,7 @@ def analyse_runs(
 
 
 def _pool(name: str, folder: Path, tables: "Mapping[str, pd.DataFrame]", runs: Mapping[str, Path]) -> None:
-    """Pool the findings of an analysis over seeds. Print them and write a table, and for analyses in `CURVES` also a figure."""
+    """Pool the findings of an analysis over seeds, print them and write a table. For analyses in `CURVES`, also write a figure."""
     from icl.analysis.over_runs import CURVES, pool_analysis, summary
     from icl.plotting.over_runs import plot_over_runs
     from icl.plotting.style import save_figure

@@ -33,7 +33,10 @@ def run(words: list[str]) -> int:
     parser.add_argument("action", choices=("ls", "pull", "push", "verify"), help="what to do (see above)")
     text = "the store: a folder, s3://bucket/prefix or hf://USER/REPO (default: the run's `checkpoints.store`, or s3://$AWS_BUCKET_NAME)"
     parser.add("--store URL", text)
-    parser.add("--force", "for pull and push: copy every file, even if an earlier step then replaces a later step")
+    parser.add(
+        "--force",
+        "for pull and push: copy every file, even if the source is at an earlier step than the target",
+    )
     options = parser.parse_args(words)
     if options.force and options.action not in ("pull", "push"):
         raise ConfigError(f"`--force` works only with pull and push, not with {options.action}; leave out `--force`.")
@@ -87,7 +90,7 @@ def _require_name(word: str) -> None:
     """Refuse a word that is not a valid name of a run.
 
     Raises:
-        RunError: If the word is refused.
+        RunError: If the word is not a valid name.
     """
     try:
         require_run_name(name_of(word))

@@ -73,8 +73,8 @@ experiment needs no terminal and writes to this log from the start. `nohup icl d
 the log of nohup. With --slurm, jobs of a Slurm cluster divide the runs among themselves, and the command returns at
 once.
 
-The defaults of the options are the values in the first example below. The defaults of --warmup_steps, --checkpoint_every and
---eval_every are in proportion to --num_steps. All settings of `icl train` are allowed too (`icl train --help` lists
+The defaults of the options are the values in the first example below. If you change --num_steps, the defaults of --warmup_steps,
+--checkpoint_every and --eval_every change in proportion. All settings of `icl train` are allowed too (`icl train --help` lists
 them). The default preset is `icr`. If you choose a preset, on the command line or in a file, the defaults are the
 settings of this preset."""
 _EXAMPLES = f"""\
@@ -222,7 +222,7 @@ def _read_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _documented(num_steps: Any) -> dict[str, Any]:
-    """Return the settings of the first example in `_EXAMPLES`. Warm-up and intervals are in proportion to the number of steps."""
+    """Return the settings of the first example in `_EXAMPLES`, with warm-up and intervals in proportion to `num_steps`."""
     steps = (
         num_steps if isinstance(num_steps, int) and num_steps < 2**63 else _DEFAULT_STEPS
     )  # `resolve` refuses an invalid number of steps later
@@ -250,7 +250,7 @@ def _title(config: RunConfig, num_drawn: int, num_all: int) -> str:
 
 def _detach(words: list[str], base: Path) -> int:
     """Start the same command in the background, and wait until it has locked the experiment or has ended."""
-    # Lock once here, so that an error is shown on the terminal. The background process then locks the experiment itself.
+    # If the experiment cannot be locked, this shows the error on the terminal. The background process locks the experiment again.
     with lock_experiment(base):
         pass
     log = base / "experiment.log"

@@ -40,7 +40,7 @@ def submit(runs: list[ExperimentRun], options: argparse.Namespace) -> int:
 
 
 def run_in_job(runs: list[ExperimentRun], options: argparse.Namespace, draw: Callable[[Sequence[str]], None]) -> int:
-    """Train runs in one of the Slurm jobs of an experiment. If all runs are done or have failed afterwards, draw the figure."""
+    """Train runs in one of the Slurm jobs of an experiment. If every run is then done or has failed, draw the figure."""
     base, job = options.base_checkpoint_dir, SlurmJob(options.in_job)
     require_same_settings(runs, base)
     result, metadata = run_job(runs, base=base, max_power=options.max_power, retry=options.retry, job=job)

@@ -74,9 +74,9 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _reporting_errors(work: Callable[[], int], *, only_prints: bool) -> int:
-    """Return the exit status of some work. An error is printed in one line.
+    """Do some work, and return its exit status. An error is printed in one line.
 
-    If the work only prints, it is no error if the program that reads the output, such as `head`, has ended.
+    The program that reads the output, such as `head`, may end early. If the work only prints, the exit status is then 0.
     """
     try:
         try:
@@ -107,7 +107,7 @@ def _flush() -> None:
 
 
 def _require_working_folder() -> None:
-    """Refuse a working folder that cannot be used. PyTorch would end the process with a message of its own.
+    """Refuse a working folder that cannot be used. Without this check, PyTorch would end the process with a message of its own.
 
     Raises:
         UserError: If there is no usable working folder. The message says why.
@@ -123,7 +123,7 @@ def _require_working_folder() -> None:
 
 
 def _open_streams() -> None:
-    """Make it safe to print. Every output stream is open, and prints `?` for a character that its encoding lacks, such as ± in ASCII.
+    """Make it safe to print: open every output stream, and let it print `?` for a character that its encoding lacks (± in ASCII).
 
     A stream that the user has closed (`>&-`) is replaced by the null device. Otherwise, the next file that the program opens would get the
     stream's number, and messages of libraries would be written into this file.
@@ -163,7 +163,7 @@ def _with_home(word: str) -> str:
 def _require_ranks() -> None:
     """Refuse process ranks (`_RANKS`) that are not whole numbers, and unset empty ones.
 
-    Lightning reads these variables when it is imported, and would fail.
+    Lightning reads these variables when it is imported, and fails if a value is not a whole number.
 
     Raises:
         ConfigError: If a rank is not a whole number from 0. The message names the variable.
@@ -181,15 +181,15 @@ def _require_ranks() -> None:
 def _signals_of_a_point() -> dict[signal.Signals, Handler]:
     """Return handlers that defer signals, or no handlers if `wandb agent` did not start this program.
 
-    The handlers are used while modules are imported, which takes seconds. `icl.training.wandb.agent.work_at_point` handles the
-    signals later. It returns the sweep point to W&B, so that another agent can train it. If the program ended during the imports,
-    W&B would never assign the point again.
+    The handlers are used while modules are imported, which takes seconds. Later, `icl.training.wandb.agent.work_at_point` handles
+    the deferred signals: this function returns the sweep point to W&B, so that another agent can train the point. If a signal ended
+    the program during the imports, W&B would never assign the point again.
     """
     return {signal.SIGTERM: defer, signal.SIGINT: defer} if os.environ.get("WANDB_SWEEP_ID") else {}
 
 
 def _share_the_machine() -> None:
-    """Let PyTorch's threads sleep soon when they wait for each other, unless an environment variable already controls this.
+    """Let waiting threads of PyTorch sleep after a short time, unless an environment variable already sets how they wait.
 
     By default, waiting threads of GNU's OpenMP spin for milliseconds at every operation. We measured a step that takes 16 ms
     on two idle cores:

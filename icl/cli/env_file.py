@@ -4,8 +4,8 @@ A folder that comes from somebody else may contain such a file. So only the vari
 W&B are set. None of these variables names a program or a configuration file, or changes how programs are loaded. All other
 variables in the file are ignored, and a message names them. They are not an error, because other programs may need them.
 
-The file cannot send the user's secrets anywhere. `${NAME}` in a value stands for a variable of the same file, never for a variable
-of the environment. An address of a server is ignored if a key that is not from the file would be used at this server.
+The file cannot send the user's secrets to a server of its choice. `${NAME}` in a value stands for a variable of the same file, never for
+a variable of the environment. The address of a server is ignored if `icl` would use a key at this server that is not from the file.
 """
 
 import io
@@ -37,7 +37,7 @@ _MAX_BYTES = 2**20
 _MAX_REFERENCES = 100
 """Largest number of `${NAME}` in a value."""
 _MANY_SPACES = re.compile(r"[^\S\n]{200}")
-"""The time that python-dotenv needs grows with the square of the number of spaces in a row."""
+"""Pattern of 200 spaces in a row. We refuse such a file, because python-dotenv's time grows with the square of this number."""
 _WANDB = re.compile(r"WANDB_[A-Z0-9][A-Z0-9_]*")
 _NOT_OF_WANDB = re.compile(
     r"WANDB_(X_.*|.*(CONFIG|SETTINGS|LAUNCH|DOCKER|SERVICE|PROXY|PROXIES|SSL|HEADERS|JUPYTER|NOTEBOOK|SWEEP).*"
@@ -71,8 +71,8 @@ def load_env_file(path: Path = Path(".env")) -> None:
         os.environ[name] = re.sub(r"^\$HOME(?=/|$)", "~", value) if name == "LOCAL_ROOT" else value
     for name in diverted:
         print(
-            f"icl: {path} sets {name}, which `icl` ignores because a key that is not from this file would be used at this "
-            f"address; if you trust the address, export {name} in the shell.",
+            f"icl: {path} sets {name}. `icl` ignores this address, because it would use a key there that is not from this file; "
+            f"if you trust the address, export {name} in the shell.",
             file=sys.stderr,
         )
     ignored = [name for name in variables if not may_be_set(name)]
@@ -110,8 +110,8 @@ def _read_variables(path: Path) -> dict[str, str]:
         ]
         if unknown and may_be_set(name) and name not in os.environ:
             raise ConfigError(
-                f"{path.absolute()} sets {name} to a value with ${{{_shown(unknown[0])}}}, which the file does not set above; "
-                f"`icl` inserts no other variables, so write the value itself, or export {name} in the shell."
+                f"{path.absolute()} sets {name} to a value with ${{{_shown(unknown[0])}}}, but no line above sets {_shown(unknown[0])}; "
+                f"write the value itself instead of ${{{_shown(unknown[0])}}}, or export {name} in the shell."
             )
         parts = [atom.resolve(known) for atom in atoms]
         left -= sum(map(len, parts))
@@ -153,7 +153,8 @@ def _would_use_key(endpoint: str, variables: Mapping[str, str]) -> bool:
 def _has_hub_login() -> bool:
     """Return whether the user has logged in to the Hub by `hf auth login`.
 
-    The package `huggingface_hub` reads `HF_ENDPOINT` when it is imported, so it cannot be asked before `HF_ENDPOINT` is set.
+    We look for the login ourselves. The package `huggingface_hub` could tell, but it reads `HF_ENDPOINT` when it is imported, and
+    `HF_ENDPOINT` is not set yet.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"

@@ -9,7 +9,7 @@ from icl.config import RunConfig
 from icl.config.validation import UserError
 
 _SHARE = 16
-"""The time is estimated from two trials (`_seconds`). The larger one uses the prompts of a full evaluation, divided by this number."""
+"""Ratio of the number of prompts in a full evaluation to the number in the larger of the two trials (`_seconds`)."""
 _MOST = 256
 """Maximum number of prompts per set in the larger trial."""
 
@@ -27,12 +27,12 @@ class _Group(NamedTuple):
 def work_ahead(checkpoints: Iterable[Sequence[Path]], *, num_prompts: int | None, num_ood_prompts: int | None) -> str:
     """Return a sentence with the number of runs, the number of checkpoints, and an estimate of the evaluation time.
 
-    The estimate comes from trials with few prompts. It ignores stored results, so it is too long if some checkpoints are already done.
+    The estimate comes from trials with few prompts. It does not subtract the checkpoints whose results are already stored.
 
     Args:
         checkpoints: The files to evaluate, for each run. The estimate of the time ignores a run whose first file cannot be read.
         num_prompts: Number of prompts per set; None uses each run's `evaluation.num_prompts`.
-        num_ood_prompts: Number of prompts per set, except for the set of training tasks; None uses `num_prompts`.
+        num_ood_prompts: Number of prompts in each set except `pretrain` (the training tasks); None uses `num_prompts`.
     """
     runs = list(checkpoints)
     seconds = sum((_seconds(group, num_prompts, num_ood_prompts) for group in _groups(runs)), start=0.0)
@@ -61,7 +61,7 @@ def _seconds(group: _Group, num_prompts: int | None, num_ood_prompts: int | None
     """Return the estimated time for a group, in seconds.
 
     The time has three parts: the time to sample the prompts once, a constant time per checkpoint, and a time per checkpoint in proportion
-    to the number of prompts. Two trials with different numbers of prompts separate the constant from the proportional time.
+    to the number of prompts. Two trials with different numbers of prompts tell the constant time from the proportional time.
     """
     import torch
 

@@ -66,7 +66,8 @@ If the files do not contain a setting, give it as an option, such as --task.nois
     parser.add(
         "--tasks SOURCE",
         "the training tasks of a run with finite M: a file (.npy, .pt or .safetensors) with a table of shape (M, D); or "
-        "`recompute` to draw the tasks again from the older code's seed, --seeds.tasks; or `unknown` to import without tasks, and so without dMMSE",
+        "`recompute` to draw the tasks again from the older code's seed (--seeds.tasks); or `unknown` to import without tasks "
+        "(dMMSE is then not available)",
     )
     parser.add(
         "--step N",
@@ -84,7 +85,7 @@ def _fetched(path: str, code: str) -> Path:
         return Path(path)
     if code != timaeus_lm.NAME:
         raise ConfigError(
-            f"{path} is on the Hugging Face Hub, from which only --from {timaeus_lm.NAME} reads; for other code, copy the files to a "
+            f"{path} is on the Hugging Face Hub, but only --from {timaeus_lm.NAME} reads from the Hub; for other code, copy the files to a "
             "folder, and import this folder."
         )
     return timaeus_lm.fetch(path)
@@ -99,8 +100,8 @@ def _print_result(result: "ImportedRun") -> None:
     print(f"Tasks   {result.tasks}")
     if result.settings.unknown:
         print(
-            f"Unknown {', '.join(result.settings.unknown)}: config.yaml has the values of the preset {config.preset}, except that an "
-            "unknown trainer.max_steps is the last step. Predictions and analyses do not depend on these settings."
+            f"Unknown {', '.join(result.settings.unknown)}: for these settings, config.yaml has the values of the preset {config.preset}; "
+            "an unknown trainer.max_steps is set to the last step. Predictions and analyses do not depend on these settings."
         )
     print(f"Steps   {len(steps):,}, from {steps[0]:,} to {steps[-1]:,}")
     print(f"Run     {result.folder.path}")
@@ -109,8 +110,8 @@ def _print_result(result: "ImportedRun") -> None:
 def _folder(out: str | None, path: str) -> Path:
     """Return the new run's folder.
 
-    If `out` contains a slash, it is the path of the folder. Otherwise it is the name of a folder in `$LOCAL_ROOT`. Without `out`, this
-    folder is named after the imported file, folder or repository.
+    If `out` contains a slash, it is the path of the folder. Otherwise it is the name of a folder in `$LOCAL_ROOT`. Without `out`, the
+    new folder is in `$LOCAL_ROOT` and has the name of the imported file, folder or repository.
     """
     if out is not None:
         if not out.strip():

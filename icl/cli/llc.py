@@ -73,8 +73,8 @@ def _sample_point(path: str | None, flags: frozenset[str], options: Mapping[str,
         describe_run(wandb_run, job.config, suffix=f"/llc/{sampler_name(job.config)}")
         return _work(job, flags, wandb_run)
 
-    # The first function is called before the settings of the sweep point are known. So the run's folder may not exist, but
-    # `read_job` only reads settings.
+    # The first function is called before the settings of the sweep point are known. The run's folder may not exist then. This is no
+    # problem, because `read_job` only reads settings.
     return work_at_point(lambda: read_job(path, flags, options, {}, given).config, work)
 
 
@@ -104,7 +104,7 @@ def _work(job: Job, flags: frozenset[str], wandb_run: Any = None) -> int:
 
 
 def _estimate(job: Job, wandb_run: Any) -> int:
-    """Estimate the LLCs, print and draw them. Return 1 if every estimate is invalid. In a sweep, return 0 then too."""
+    """Estimate the LLCs, print and draw them. Return 1 if every estimate is invalid and the run is not a point of a sweep, otherwise 0."""
     import pandas as pd
 
     from icl.sampling.rescaling import describe_pair
@@ -133,7 +133,7 @@ def _estimate(job: Job, wandb_run: Any) -> int:
     if not estimates.is_usable:
         print("icl: every estimate is invalid; search for better settings with `--calibrate`.", file=sys.stderr)
         in_sweep = wandb_run is not None or POINT_VARIABLE in os.environ
-        # In a sweep over settings, invalid estimates are results too. Also, W&B's agent stops after a few programs fail.
+        # In a sweep over settings, invalid estimates are results too. Also, W&B's agent stops after a few programs have failed.
         return 0 if in_sweep else 1
     return 0
 
@@ -227,7 +227,7 @@ def _calibrate(job: Job) -> int:
 
 
 def _say(line: str) -> None:
-    """Print a line above the progress bar. The line is not delayed, even if the output goes to a pipe."""
+    """Print a line above the progress bar at once, even if the output goes to a pipe."""
     from tqdm import tqdm
 
     tqdm.write(line)

@@ -26,7 +26,7 @@ _LOGGED_COLUMNS = (
 def describe_work(
     path: Path, sampler: SamplerConfig, *, mode: str, rescale: float = 1.0, components: Sequence[str] = ("",)
 ) -> str:
-    """Return a sentence that says for how many steps the LLC is still to be estimated, and with which chains.
+    """Return a sentence that says at how many steps the LLC remains to be estimated, and how many chains and moves this takes.
 
     Raises:
         ConfigError: If a requested step is not saved.
@@ -62,7 +62,7 @@ def describe_work(
 
 
 def format_rows(table: "pd.DataFrame", *, first: Sequence[str] = ()) -> str:
-    """Return the most important columns of a table as text, with at most 40 rows. The columns in `first` come before them."""
+    """Return a table as text: the columns in `first`, then the most important other columns. At most 40 rows are shown."""
     is_language = _loss_name(table).endswith("cross_entropy")
     names = {
         "init_loss": "L(w0)",
@@ -97,7 +97,7 @@ def count_verdicts(table: "pd.DataFrame") -> str:
 
 
 def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
-    """Return sentences that say whether estimates measure the geometry of a basin, or only depend on the loss of the checkpoints."""
+    """Return sentences that say whether the estimates measure the geometry of a basin, or only reflect the loss of the checkpoints."""
     import numpy as np
 
     from icl.sampling.records import trivial_predictor
@@ -123,7 +123,7 @@ def describe_rise(table: "pd.DataFrame", trivial_loss: float) -> str:
     num_escaped = int((share > 0.5).sum())
     if not num_escaped:
         rise = f"{max(share.max(), 0):.0%} of the difference between the loss of {trivial} and the checkpoint's loss"
-        return f"{facts} The loss rose by at most {rise}, which is no sign that chains left a checkpoint's basin."
+        return f"{facts} The loss rose by at most {rise}. This is no sign that chains left a checkpoint's basin."
     where = f"At {num_escaped} of {len(rows)} checkpoints" if len(rows) > 1 else "At this checkpoint"
     facts += (
         f" {where} the chains left the checkpoint's basin. In this case, the estimate nbeta (E[L] - L(w0)) only reflects the loss L(w0) and is "
@@ -190,7 +190,7 @@ def write_rows(out: Path, table: "pd.DataFrame") -> Path:
 
 
 def log_rows(wandb_run: Any, table: "pd.DataFrame") -> None:
-    """Log a row to W&B for each step after the last step that W&B already has. If W&B fails, only say so."""
+    """Log a row to W&B for each step after the last step that W&B already has. If W&B fails, print a message and continue."""
     from icl.training.wandb.log import WandbLog
 
     log = WandbLog(wandb_run, is_lent=True)

@@ -24,7 +24,7 @@ class Job(NamedTuple):
     config: RunConfig
     """Configuration of the run, in which the section `sampler` contains the settings of this command."""
     mode: str
-    """Label of the rows: `published` and the settings that differ from the published ones; empty without --published."""
+    """Label of the rows. With --published: `published` and the settings that differ from the published ones. Otherwise: empty."""
     rescale: float | None
     """The factor of --rescale; None if the option is not given."""
     components: "Division | None"
@@ -60,7 +60,7 @@ def read_job(
         config = resolve(saved.to_dict(), published, *from_files, swept, given)
         if (
             folder.is_file() and "sampler.steps" in given
-        ):  # a single file ignores `sampler.steps` of the run's own settings
+        ):  # for a single file, only a `sampler.steps` on the command line counts
             _require_step(folder, config.sampler.steps)
     if "stderr" in options:
         config = _until_precise(config, options["stderr"], swept, given)
@@ -112,7 +112,7 @@ def _require_step(file: Path, steps: str) -> None:
 def require_rescalable(path: Path, factor: float) -> None:
     """Refuse a factor, or an architecture, for which weights cannot be rescaled.
 
-    This check comes first, because the LLCs of the original weights take long to estimate.
+    The check comes before any estimate, because estimating the LLCs of the original weights takes long.
     """
     from icl.runs.checkpoints import checkpoint_files, load_checkpoint_file
     from icl.sampling.rescaling import rescaled

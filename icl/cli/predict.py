@@ -25,7 +25,7 @@ def run(words: list[str]) -> int:
         "path CHECKPOINT",
         "a checkpoint file, the folder or name of a run, or an address in a store, such as hf://USER/REPO or hf://USER/REPO@REVISION",
     )
-    parser.add("--step N", "the step to load from a run (default: its last one)", type=whole_number(0, 10**15))
+    parser.add("--step N", "the step to load from a run (default: the last saved step)", type=whole_number(0, 10**15))
     parser.add("--prompt FILE", "file with the context and the queries", type=Path, required=True)
     parser.add("--out FILE", "also write the predictions to FILE (.csv or .json)", type=Path)
     options = parser.parse_args(words)

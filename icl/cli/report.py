@@ -21,7 +21,7 @@ def run(words: list[str]) -> int:
     parser.add("paths RUN", "a run's folder or name, or a folder with runs below it", nargs="+", type=Path)
     text = "file of the page (default: report.html in the folder RUN; for several RUNs, in the working directory)"
     parser.add("--out FILE", text, type=Path)
-    text = "write the page again whenever the runs change, until all runs have ended or you press Ctrl-C; a browser reloads it automatically"
+    text = "write the page again whenever the runs change, until all runs have ended or you press Ctrl-C; a browser reloads the page automatically"
     parser.add("--watch", text)
     options = parser.parse_args(words)
     from icl.report.page import write_report

@@ -50,12 +50,12 @@ def add_slurm_options(parser: CommandParser) -> None:
     parser.add("--jobs N", text, type=whole_number(1, _MAX_JOBS))
     text = 'with --slurm: further options of sbatch, all in one pair of quotes, such as "--time=4:00:00 --gpus=1 --partition=long"'
     parser.add("--sbatch OPTIONS", text)
-    text = "only for the script that --slurm submits: run as one of the jobs whose submission folder is FOLDER"
+    text = "used only by the script that --slurm submits: run as one of the jobs of the submission in FOLDER"
     parser.add("--in-job FOLDER", text, type=Path)
 
 
 def join_sbatch(words: Sequence[str]) -> list[str]:
-    """Join `--sbatch` and its value into one word, because a value that begins with `-` would be mistaken for an option."""
+    """Join `--sbatch` and its value into one word, because argparse would take a value that begins with `-` for an option."""
     joined: list[str] = []
     for word in words:
         if joined[-1:] == ["--sbatch"]:

@@ -116,10 +116,10 @@ def _run(
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = CommandParser(
         "sweep",
-        "Run a W&B sweep file (grid or random) without a W&B account or a network. After an interruption, run the same command\n"
-        "again to continue. It then also tries failed points (combinations of settings) again, except those whose loss became\n"
-        "NaN. Several machines can run the command at the same time and divide the work. They need the same folder of runs\n"
-        "($LOCAL_ROOT, by default `runs`). The output of each run is in its sweep.log.\n"
+        "Run a W&B sweep file (grid or random) without a W&B account or a network. A point is one combination of settings.\n"
+        "After an interruption, run the same command again to continue. The command then also tries failed points again, except\n"
+        "points whose loss became NaN. Several machines can run the command at the same time and divide the work. They need the\n"
+        "same folder of runs ($LOCAL_ROOT, by default `runs`). The output of each run is in its sweep.log.\n"
         "With --slurm, the same work is done by jobs of a Slurm cluster, and the command returns at once.",
         "icl sweep sweeps/training-runs/quickstart.yaml --workers 2\n"
         f"icl sweep sweeps/training-runs/L2H4Minf.yaml {SLURM_EXAMPLE}",
@@ -127,7 +127,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add("file FILE", "the sweep file", type=Path)
     text = "number of programs that run at the same time (default: 1)"
     parser.add("--workers N", text, type=whole_number(1, 1000), default=1)
-    text = "train up to N points in one program, if they differ only in seeds and number of tasks (without N: all such points)"
+    text = "train up to N points in one program if these points differ only in seeds and number of tasks (without N: all such points)"
     parser.add("--pack N", text, type=whole_number(1), nargs="?", const=sys.maxsize, default=1)
     parser.add("--count N", "use only the first N points", type=whole_number(1))
     parser.add("--seed S", "seed for the draws of a random sweep (default: 0)", type=whole_number(0, 2**63 - 1))

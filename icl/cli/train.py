@@ -49,7 +49,7 @@ def _train_point(filed: Sequence[dict[str, Any]], given: dict[str, Any]) -> int:
         refuse_conflicts(swept, given)
         if config.population:
             raise ConfigError(
-                "A sweep point under `wandb agent` is one run; remove `population`, or run the file with `icl sweep --pack`."
+                "Under `wandb agent`, each sweep point must be a single run; remove `population`, or run the file with `icl sweep --pack`."
             )
         describe_run(wandb_run, config)
         point = local_root() / run_name(config) / "point.json"
@@ -154,7 +154,7 @@ def _headline(means: "pd.Series", drawn: "DrawnRun") -> str:
 
 
 def _show_members(results: "Sequence[TrainResult]") -> list[str]:
-    """Print a row for each run of a population, and draw the figure of each run. Figures of runs that were already done are kept.
+    """Print a row for each run of a population, and draw the run's figure. If the run was already done, keep its figure.
 
     Returns:
         The reason for each run whose figure could not be drawn. The list is empty if there is no such run.

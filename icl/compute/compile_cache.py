@@ -5,9 +5,9 @@ files that it finds there, even if another user wrote them. Instead, we use a fo
 user's cache: `icl/torch-<version>-python-<version>` in $XDG_CACHE_HOME or `~/.cache`. If the user has set $TORCHINDUCTOR_CACHE_DIR, our
 folder lies there instead.
 
-`digests.json` contains the SHA-256 of every file. A process that starts removes damaged files and files without a digest, unless another
-process is using the folder. (A file has no digest if the process that wrote it died.) The removed files are compiled again. If the folder
-cannot be made or is not private, the process uses a temporary folder.
+`digests.json` contains the SHA-256 of every file. When a process starts, it removes damaged files and files without a digest, unless
+another process is using the folder. (A file has no digest if the process that wrote it died.) Removed files are compiled again when they
+are needed. If the folder cannot be made or is not private, the process uses a temporary folder.
 """
 
 import atexit

@@ -8,15 +8,15 @@ needs one more product for each random probe vector. The results are:
 - Eigenvalues: the eigenvalues of Q A Q' (Ritz values), which are most accurate at both ends of the spectrum. A Ritz value
   with residual r lies within r of an eigenvalue of A. If all other eigenvalues are farther away than a distance `gap`, this bound improves
   to r^2 / gap (Parlett 1998, "The symmetric eigenvalue problem", section 11.7). We compute the gap from the other Ritz values, so the
-  stated error ignores eigenvalues that Lanczos has not found yet. Until the Krylov space is exhausted, a multiple eigenvalue is found only
-  once.
+  stated error ignores eigenvalues that Lanczos has not found yet. Until the Krylov space is exhausted (until A maps it into itself), a
+  multiple eigenvalue is found only once.
 - Trace: tr(Q A Q') plus the mean of v' R A R v over probe vectors v of random signs, where R = I - Q'Q. This is Hutch++ with a Krylov space
   as its sketch (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation", algorithm 1; Chen and Hallman 2023,
   "Krylov-aware stochastic trace estimation"). The estimate is unbiased. Only the part outside the Krylov space is random, and this part is
   small.
-- Density: the Ritz values are nodes, and the squared first components of the Ritz vectors (in the basis Q) are their weights. This is stochastic
-  Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"). The
-  estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
+- Density: the Ritz values are nodes, and the squared first components of the Ritz vectors (in the basis Q) are their weights. This is
+  stochastic Lanczos quadrature from one start vector (Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos
+  quadrature"). The estimated share of the P eigenvalues in an interval has a standard error of about sqrt(2 share (1 - share) / P).
 
 All tensors have a leading axis N for the members of a population, each with its own matrix.
 """
@@ -34,7 +34,8 @@ Products: TypeAlias = Callable[[Tensor], Tensor]
 """Function that maps vectors (N, P) to their products with each batch's matrix, (N, J, P)."""
 
 _BREAKDOWN = 100
-"""The Krylov space counts as exhausted if the residual is at most this number times the rounding error of the largest product A v so far."""
+"""The Krylov space counts as exhausted if the residual is at most this number times the rounding error of the largest product A v so
+far."""
 
 
 class Krylov(NamedTuple):
@@ -112,7 +113,8 @@ def ritz(krylov: Krylov) -> Ritz:
     by_batch = torch.einsum("nam,njab,nbm->njm", vectors, krylov.projected, vectors)
     residuals = krylov.remainder.unsqueeze(-1) * vectors[:, -1].abs()  # N m
     distances, infinity = values.diff(dim=-1), torch.full_like(values[:, :1], torch.inf)
-    # Lower bounds for the distances to the next eigenvalues: a neighbouring Ritz value may be wrong by its residual, so we subtract this.
+    # Lower bounds on the distances to the next eigenvalues. A neighbouring Ritz value may be wrong by its residual, so we subtract the
+    # residual.
     below = torch.cat((infinity, distances - residuals[:, :-1]), dim=-1)
     above = torch.cat((distances - residuals[:, 1:], infinity), dim=-1)
     gaps = torch.minimum(below, above).clamp(min=torch.finfo(torch.float64).tiny)

@@ -25,7 +25,8 @@ _LOG_WEIGHT_ERROR = 1e-2
 """Use float32 only if the rounding error of a log-weight is below this number."""
 
 _MIN_NOISE_VARIANCE = 1e-30
-"""Use float32 only from this noise variance on. For a smaller one, squares underflow or the inverse of the variance overflows in float32."""
+"""Use float32 only if the noise variance is at least this number. For a smaller variance, squares underflow or the inverse of the variance
+overflows in float32."""
 
 _Weigh = Callable[[Tensor], Tensor]
 """Function that maps the excess sums of squared errors, S_m - min S_m, to the tasks' weights."""
@@ -116,8 +117,9 @@ def _indicator(excess: Tensor) -> Tensor:
 def sums_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
     """Return float32 if its rounding changes the weights by less than about 1 %, else float64.
 
-    The rounding error of a log-weight is about eps / (2 sigma^2) times the sum of the squares from which S_m is computed. Return float64
-    in any case if `xs` is float64, if float32 cannot represent squares of the size of the noise variance, or if PyTorch may round the inputs of float32 products to fewer bits.
+    The rounding error of a log-weight is about eps / (2 sigma^2) times the sum of the squares from which S_m is computed. Return float64 in
+    any case if `xs` is float64, if float32 cannot represent squares of the size of the noise variance, or if PyTorch may round the inputs
+    of float32 products to fewer bits.
     """
     is_inexact = torch.get_float32_matmul_precision() != "highest"
     if xs.dtype == torch.float64 or noise_variance < _MIN_NOISE_VARIANCE or is_inexact:

@@ -3,11 +3,11 @@
 `model.family` selects a regression run or a language run. Both use the sections `model`, `optim`, `trainer`, `evaluation`,
 `early_stopping`, `checkpoints`, `seeds` and `sampler`. The section `task` describes the prompts of a regression run, and must keep its
 defaults in a language run. The section `language` describes the text of a language run, and must keep its defaults in a regression run.
-The saved settings of a regression run have no section `language`, and leave out all settings of `LATER_SETTINGS` (`icl.config.tree`) that
-have their defaults. So `config.yaml`, the digests of the settings and the default name of a regression run are the same as in
-versions without language models.
+The first versions had no language models. To give a regression run the same `config.yaml`, the same digests of the settings and the same
+default name as in those versions, its saved settings have no section `language`. They also leave out all settings of `LATER_SETTINGS`
+(`icl.config.tree`) that have their defaults.
 
-A row is one sequence of `context_size` tokens that begins with the token `vocab_size` - 1, which marks the beginning and the end of
+A row is a sequence of `context_size` tokens. Its first token is always `vocab_size` - 1. This token marks the beginning and the end of
 documents (BOS and EOS, as in Hoogland et al. 2024). The model predicts the `context_size` - 1 tokens after the first.
 """
 
@@ -35,19 +35,19 @@ class LanguageConfig:
     tokenizer: str | None = None
     """Tokenizer of text: a file tokenizer.json, or hf://USER/NAME. A source that consists of tokens needs no tokenizer."""
     column: str = "text"
-    """Name of the field of each JSONL record, or of the dataset's column, that contains the text."""
+    """Name of the field that contains the text in a JSONL record, or of the column that contains the text in a dataset."""
     vocab_size: int = 64
     """Number V of tokens in the vocabulary, including token V - 1, which marks the beginning of a row."""
     context_size: int = 64
-    """Number of tokens of a row, including the first one, which is always V - 1."""
+    """Number of tokens in a row. The first token of a row is always V - 1; the model predicts the others."""
     num_successors: int = 8
-    """Number F of possible successors of each token in the synthetic language. Successor j has probability proportional to 1 / j, so
-    the bigram probabilities of the language are known."""
+    """Number F of possible successors of each token in the synthetic language. Outside copies, the next token is successor j with a
+    probability proportional to 1 / j."""
     copy_rate: float = 0.1
     """Probability that a copy of an earlier segment of the row begins at a given token of the synthetic language. No copy begins while
     another copy is in progress."""
     copy_length: int = 16
-    """Largest length of a copied segment. Lengths are uniform between half of this number and this number."""
+    """Largest number of tokens in a copied segment. The length of each copy is drawn uniformly from `copy_length` / 2 to `copy_length`."""
 
     def __post_init__(self) -> None:
         counts = {"vocab_size": 3, "context_size": 4, "num_successors": 1, "copy_length": 2, "change_step": 1}

@@ -61,12 +61,12 @@ class ModelConfig:
     `mixture`: a predictive distribution of y, which is one Gaussian or a mixture of Gaussians. With a predictive distribution, training
     minimises the negative log-likelihood, and the prediction is the mean of the distribution."""
     num_components: int = 4
-    """Number J of Gaussians of the output `mixture`. With any other output, it has no effect and must keep its default."""
+    """Number J of Gaussians in the output `mixture`. With any other output, this setting has no effect and must keep its default."""
     init: Literal["pytorch", "gpt2", "normal"] = "pytorch"
     """Distribution of the initial weights. `pytorch`: nn.Linear's uniform distribution. `gpt2`: N(0, 0.02^2), with scaled residual
     projections. `normal` (only language models): N(0, 0.05^2) for every matrix."""
     double_residual: bool = False
-    """Whether each block's input is added twice, as in the code of Hoogland et al. This is needed only to reproduce their results."""
+    """Whether each block's input is added twice, as in the code of Hoogland et al. Set this to true only to reproduce their results."""
 
     def __post_init__(self) -> None:
         counts = {"num_layers": 1, "num_heads": 1, "embed_size": 1, "mlp_size": 0 if self.is_language else 1}
@@ -85,7 +85,7 @@ class ModelConfig:
             require(got == value, f"`model.{name}` must be {value!r} in a {self.family} model, got {got!r}.")
         require(
             self.is_language == (self.init == "normal"),
-            f"`model.init` must be {'' if self.is_language else 'pytorch or gpt2, not '}normal in a {self.family} model, got {self.init!r}.",
+            f"`model.init` must be {'normal' if self.is_language else 'pytorch or gpt2'} in a {self.family} model, got {self.init!r}.",
         )
 
     @property

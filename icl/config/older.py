@@ -75,8 +75,8 @@ OLDER_SETTINGS = {
     "restoring_force": "sampler.localization",
     "num_burn_in": "sampler.num_burnin_steps",
 }
-"""Settings that replace older flags and settings, keyed by the older name in lower case, without section. An empty string means that there is
-no replacement."""
+"""Settings that replace older flags and settings, keyed by the older name in lower case, without section. An empty string means that
+the older setting is not needed any more."""
 
 _SUFFIXES = (".py", ".sh", ".ipynb")
 _LAUNCHERS = ("python", "python3", "-m", "nohup", "wandb")

@@ -37,8 +37,8 @@ class ChainsConfig:
     """Friction factor c of `baoab`, in [0, 1): the share of the velocity that a move keeps. Despite its name, a larger
     value means less friction. Other kernels ignore it."""
     target_stderr: float | None = None
-    """Target for the standard error of the LLC. The chains of a checkpoint stop when the standard error is at most this number. If this is
-    set, `num_draws` is the maximum number of draws. By default, every chain makes `num_draws` draws."""
+    """Target for the standard error of the LLC. The chains of a checkpoint stop when the standard error is at most this target, or after
+    `num_draws` draws. Without a target (the default), every chain makes `num_draws` draws."""
     thinning: int = 1
     """Number of moves from one draw to the next."""
     num_init_batches: int = 32
@@ -62,7 +62,7 @@ class ChainsConfig:
 
     @property
     def num_moves(self) -> int:
-        """Number of moves of a chain. Each move needs one gradient; the gradients for diagnostics are not counted."""
+        """Number of moves of a chain, including burn-in. Each move needs one gradient; diagnostics need further gradients."""
         return self.num_burnin_steps + (self.num_draws - 1) * self.thinning + 1
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class ChainsConfig:
             "`nbeta` is None, which means n / ln n, but `num_samples` (n) is not set. Set `nbeta` or `num_samples`.",
         )
         if self.nbeta is not None:
-            repair = f". Write none for n / ln n with n = `{prefix}num_samples`"
+            repair = f". Write none to use n / ln n with n = `{prefix}num_samples`"
             require_number(f"{prefix}nbeta", self.nbeta, "positive", repair=repair)
         require(self.friction < 1, f"`{prefix}friction` must be in [0, 1), got {self.friction!r}.")
         for name in ("lr", "nbeta", "localization", "friction"):
@@ -95,8 +95,8 @@ class SamplerConfig(ChainsConfig):
     kernel: Kernel = "baoab"
     """Markov kernel: `baoab` (underdamped Langevin dynamics), `sgld`, or SGLD preconditioned by RMSprop (`rmsprop`)."""
     num_samples: int = 2**15
-    """Sample size n in n / ln n. If `minibatches` is `fixed`, it is also the number of prompts in the set from which minibatches are
-    drawn. This set is divided into num_samples / batch_size minibatches."""
+    """Sample size n. If `nbeta` is none, nbeta is n / ln n. If `minibatches` is `fixed`, n is also the number of prompts in the fixed set,
+    which is divided into num_samples / batch_size minibatches."""
     num_draws: int = 180
     """Number of draws of each chain. All averages are taken over the draws."""
     num_burnin_steps: int = 60
@@ -109,13 +109,13 @@ class SamplerConfig(ChainsConfig):
     """Source of the minibatches: one set of `num_samples` prompts (`fixed`), or new prompts for every minibatch (`fresh`)."""
     loss: Literal["mse", "subsequence"] = "mse"
     """Loss whose LLC is estimated. `mse`: the mean squared error per target over all positions. `subsequence`: the mean over the
-    first K' positions only, where K' is uniform on 1..K. If training minimises another loss, this loss replaces the squared error: the
-    negative log-likelihood if `model.output` is `gaussian` or `mixture`, or the cross-entropy for language models."""
+    first K' positions only, where K' is uniform on 1..K. For some models, the loss of training takes the place of the squared error: the
+    negative log-likelihood if `model.output` is `gaussian` or `mixture`, and the cross-entropy for language models."""
     steps: str = "all"
     """Saved steps at which the LLC is estimated: `all`, `last`, a list such as 1,2,3, or a range such as 0:1000:100 (first step, last
     step, spacing)."""
     memory: float | None = None
-    """Memory in GiB for the chains that run at the same time. The default is 2 GiB, or on CUDA half of the free memory."""
+    """Memory in GiB for the chains that run at the same time. The default is half of the free memory on CUDA, and 2 GiB on other devices."""
 
     section: ClassVar[str] = "sampler"
 

@@ -1,10 +1,10 @@
 """Steps at which checkpoints are saved, and the learning rate as a function of the step.
 
-Step s is the state after s updates, so step 0 is the initial model. A list of checkpoint steps is sorted without duplicates, begins with
-step 0 and ends with the last step. The points of linear and log-spaced grids are rounded down, as in the code of Hoogland et al. (2024) and
+Step s is the state after s updates, so step 0 is the initial model. A list of checkpoint steps is sorted and has no duplicates. It begins
+with step 0 and ends with the last step. The points of linear and log-spaced grids are rounded down, as in the code of Hoogland et al. (2024) and
 in Carroll et al. (2025), appendix A. Rounding down gives the grids of these papers: 190 steps out of 500,000 (from 100 log-spaced and 100
-linear points), and 2,203 steps out of 150,000. Hoogland et al. count steps from zero and save after the update. So their step t is our step
-t + 1, and their log grid ends at 499,999.
+linear points), and 2,203 steps out of 150,000. Hoogland et al. count steps from zero and save after the update, so their step t is our step
+t + 1. A rounding error in their code moves the end of their log grid from 500,000 to 499,999.
 """
 
 import bisect
@@ -53,7 +53,7 @@ def rate_factor(schedule: str, *, warmup_steps: int | None, schedule_steps: int)
 
     `constant` is always 1. `warmup` rises to 1 at update `warmup_steps` and stays there. `triangle` rises to 1 at update
     `warmup_steps` (by default half of the schedule) and falls to 0 at update `schedule_steps`, so the last update changes
-    nothing. A triangle with only one step is 0 at this step. The OneCycleLR of Hoogland et al. (their config.py) ends at
+    nothing. A triangle with only one step is always 0. The OneCycleLR of Hoogland et al. (their config.py) ends at
     4 / (schedule_steps - 2)^2 of the peak instead of 0. With their 500,000 steps and peak of 3e-3, this is a rate of 4.8e-14.
     """
     if schedule == "constant":

@@ -54,8 +54,8 @@ class OptimConfig:
     """Length of the schedule in steps. The default is `trainer.max_steps`. To train only the first part of a schedule, set this to the full
     length of the schedule."""
     grad_clip: float | None = None
-    """Largest norm of the gradient; larger gradients are scaled down to it. Each member of a population is clipped separately. By
-    default gradients are not clipped."""
+    """Largest norm of the gradient. A gradient with a larger norm is scaled down to this norm. In a population, the gradient of each run is
+    clipped separately. By default gradients are not clipped."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
@@ -63,7 +63,7 @@ class OptimConfig:
     eps: float = 1e-8
     """Small number (epsilon) that is added to the denominator of Adam's update."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW (Loshchilov and Hutter 2019): each update also subtracts lr x `weight_decay` x the weight, for all weights."""
+    """Weight decay of AdamW (Loshchilov and Hutter 2019). Each update also subtracts lr x `weight_decay` x w from every weight w."""
 
     def __post_init__(self) -> None:
         betas: dict[str, Bound] = {"beta1": "zero or positive", "beta2": "zero or positive"}
@@ -103,7 +103,7 @@ class TrainerConfig:
     """Number of steps between rows of `metrics.csv`. The `train/loss` of a row is the mean over the steps since the previous row. (The
     column is called `train/nll` if `model.output` is `gaussian` or `mixture`.)"""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "tpu", "mps"] = "auto"
-    """Kind of device; `auto` uses $DEVICE, or else the best device of this machine."""
+    """Kind of device. `auto` uses the kind in $DEVICE if this variable is set, otherwise the best device of this machine."""
     devices: int = 1
     """Number of devices per machine."""
     num_nodes: int = 1
@@ -116,8 +116,8 @@ class TrainerConfig:
     """Names of loggers, separated by commas: `csv`, `tensorboard`, `wandb`. `auto` uses W&B if it is set up. `metrics.csv` is always
     written."""
     compile: Literal["auto", "true", "false"] = "auto"
-    """Whether to compile the training step with `torch.compile`, which takes 10 to 30 s. `auto` compiles if the run is long enough. It
-    compiles a language run only on a CPU, and only if each batch is computed in one part."""
+    """Whether to compile the training step with `torch.compile`, which takes 10 to 30 s. `auto` compiles if the run is long enough. A
+    language run must also be on a CPU, and its model must compute each batch as a whole, not in several parts."""
 
     def __post_init__(self) -> None:
         names = ("max_steps", "batch_size", "log_every", "devices", "num_nodes")
@@ -167,7 +167,7 @@ class EarlyStoppingConfig:
     """Metric that must keep falling: an `eval/...` column of `metrics.csv`. The column `eval/pretrain/nll` exists only if `model.output`
     is `gaussian` or `mixture`."""
     patience: int | None = None
-    """Number of evaluations (not steps) without improvement after which training stops; None means that training never stops early."""
+    """Training stops after this number of evaluations (not steps) without improvement. None means that training never stops early."""
     min_delta: float = 0.0
     """Smallest decrease of the metric `monitor` that counts as improvement."""
 
@@ -180,7 +180,7 @@ class CheckpointsConfig:
     """Steps whose checkpoints are saved: step 0, the last step and three grids."""
 
     every: int | None = None
-    """Spacing of a grid of equally spaced steps. By default there is no such grid."""
+    """Number of steps between the points of an equally spaced grid. By default there is no such grid."""
     num_log: int = 20
     """Number of points of a log-spaced grid from 1 to `max_steps`. Points that are equal after rounding are saved once."""
     num_linear: int = 10
@@ -231,8 +231,8 @@ class PopulationConfig:
     """Several runs that one process trains together, one run for each combination of a seed and a number of tasks."""
 
     seeds: tuple[int, ...] | None = None
-    """Seeds, such as 0,1,2. Each seed is the value of `seeds.model`, `seeds.data` and `seeds.noise` in its runs. All runs share the other
-    seeds."""
+    """Seeds, such as 0,1,2. A run uses its seed as `seeds.model`, `seeds.data` and `seeds.noise`. All runs have the same `seeds.tasks` and
+    `seeds.evaluation`."""
     num_tasks: tuple[int | float, ...] | None = None
     """Task diversities M, such as 1,8,64,inf."""
 

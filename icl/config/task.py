@@ -14,7 +14,7 @@ from typing import Literal
 from icl.config.validation import Bound, is_table_name, parse_num_tasks, require, validate
 
 MAX_POOL_STEPS = 2**40
-"""Largest value of `pool_steps`. A walk is computed from a binary tree over the steps, and this limit keeps the tree to 46 levels."""
+"""Largest value of `pool_steps`. A walk is computed from a binary tree over the steps. With this limit, the tree has at most 46 levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class TaskConfig:
     noise_variance: float = 0.25
     """Noise variance sigma^2 of the targets (not the standard deviation)."""
     imported_tasks: str | None = None
-    """Digest of the table of training tasks of an imported run, or `unknown` if the run was imported without its tasks. `icl import`
-    sets this. By default the tasks are drawn with the seed `seeds.tasks`."""
+    """Only for imported runs, and set by `icl import`: the digest of the table of training tasks, or `unknown` if the run was imported
+    without its tasks. In all other runs, the tasks are drawn with the seed `seeds.tasks`."""
     prior: Literal["gaussian", "student_t", "laplace", "sparse", "low_rank", "mixture"] = "gaussian"
     """Prior of the tasks, from which the pool is drawn. `gaussian`: N(0, I). `student_t` or `laplace`: heavy-tailed coordinates.
     `sparse`: each coordinate is zero with probability 1 - `prior_density`. `low_rank`: vectors in one random subspace. `mixture`: a
@@ -45,7 +45,7 @@ class TaskConfig:
     prior_components: int | None = None
     """Number of Gaussians of the prior `mixture`, at least 2."""
     prior_between: float | None = None
-    """Fraction of the variance of the prior `mixture` that is due to differences between the means of its Gaussians, at least 0 and below 1."""
+    """Fraction of the variance of the prior `mixture` that comes from the means of its Gaussians. It must be at least 0 and below 1."""
     noise: Literal["gaussian", "student_t", "laplace"] = "gaussian"
     """Distribution of the noise. Its variance is `noise_variance`."""
     noise_df: float | None = None
@@ -61,8 +61,8 @@ class TaskConfig:
     """How the pool changes during training. `fixed`: not at all. `resampled`: new tasks every `pool_steps` steps. `walk`: every task
     changes gradually and at random."""
     pool_steps: int | None = None
-    """Number of steps after which the pool is replaced (`resampled`), or after which the correlation of a task with its earlier value
-    has fallen to 1 / e (`walk`)."""
+    """Speed at which the pool changes. `resampled`: number of steps after which the tasks are replaced. `walk`: number of steps after which
+    the correlation between a task and its earlier value has fallen to 1 / e."""
 
     def __post_init__(self) -> None:
         counts = {"task_size": 1, "max_examples": 1, "prior_rank": 1, "prior_components": 2, "pool_steps": 1}
@@ -73,7 +73,7 @@ class TaskConfig:
         pool = self.imported_tasks
         require(
             pool is None or is_table_name(pool),
-            f"`task.imported_tasks` must be a digest that `icl import` wrote, or none, got {pool!r}.",
+            f"`task.imported_tasks` must be a digest that `icl import` wrote, `unknown` or none, got {pool!r}.",
         )
         object.__setattr__(self, "num_tasks", parse_num_tasks(self.num_tasks))
         self._check_parameters()

@@ -42,8 +42,8 @@ PRESETS_OF_WORLDS = frozenset(
         *("laplace-noise", "student-t-inputs", "ar1-inputs", "resampled-pool", "walking-pool"),
     )
 )
-"""Presets that change a setting of `task` in `LATER_SETTINGS`. Their runs save all settings of `task`. If a setting that has its default
-were left out, it would get the preset's value when the saved settings are resolved again."""
+"""Presets with another prior, noise, distribution of inputs or pool than the defaults. A run with such a preset saves all settings of `task`,
+including those that have their defaults. A setting that was left out would get the preset's value when the saved settings are read again."""
 LATER_SETTINGS: dict[str, Any] = {
     **{f"task.{name}": default for name, default in WORLD_SETTINGS.items()},
     "model.num_components": ModelConfig.num_components,
@@ -52,9 +52,9 @@ LATER_SETTINGS: dict[str, Any] = {
     "language.change_step": LanguageConfig.change_step,
 }
 """Settings that the first versions did not have: their dotted keys and defaults. With these defaults, `icl` does what the first versions did.
-`to_dict` leaves out the settings of this table that have their defaults; its docstring gives two exceptions. Saved settings, run names and
-the hashes of sweeps are computed from `to_dict`, so they do not change when a setting is added. To keep them unchanged when you add a
-setting, enter the new setting in this table."""
+`to_dict` leaves out each of these settings if it has its default (the docstring of `to_dict` gives two exceptions). Saved settings, run names
+and the hashes of sweeps are computed from `to_dict`. If you add a setting to `icl`, enter it in this table. The saved settings, names and
+hashes of existing runs then stay the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ class RunConfig:
     """All settings of a run, or of several runs (`population`). The defaults are the preset `quickstart`."""
 
     preset: str = "quickstart"
-    """Name of the preset that this configuration started from; see `icl.presets`."""
+    """Name of the preset whose settings are the starting point, such as `L2H4`. README.md lists the presets."""
     run_name: str | None = None
-    """Folder of the run below $LOCAL_ROOT. By default it consists of the preset's name and the settings that differ from the preset."""
+    """Folder of the run below $LOCAL_ROOT. The default name consists of the preset's name and the settings that differ from the preset."""
     task: TaskConfig = TaskConfig()
     language: LanguageConfig = LanguageConfig()
     model: ModelConfig = ModelConfig()
@@ -93,7 +93,7 @@ class RunConfig:
         )
         require(
             self.early_stopping.patience is None or self.evaluation.every is not None,
-            "`early_stopping.patience` is set, but `evaluation.every` is not. Early stopping needs evaluations.",
+            "`early_stopping.patience` is set, but `evaluation.every` is not. Early stopping needs evaluations; set `evaluation.every` to a number of steps.",
         )
 
     def _check_members(self) -> None:
@@ -202,7 +202,7 @@ class RunConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of one prompt (2K), or number of predicted tokens of one row of text (`context_size` - 1)."""
+        """Number of tokens of one prompt, 2K with the last target; or number of predicted tokens of one row of text, `context_size` - 1."""
         return self.language.num_predictions if self.model.is_language else 2 * self.task.max_examples
 
     @classmethod

@@ -208,11 +208,11 @@ def require_run_name(name: str) -> None:
     """Refuse a run's name that cannot be a folder below $LOCAL_ROOT."""
     require(
         all(re.fullmatch(r"[\w.,=+-]+", part) and set(part) != {"."} for part in name.split("/")),
-        f"`run_name` must be a folder below $LOCAL_ROOT, and may contain only letters, digits and . , = + - _ /, got {name!r}.",
+        f"`run_name` must be a folder below $LOCAL_ROOT, and may contain only letters, digits and the characters . , = + - _ /, got {name!r}.",
     )
     require(
         not any(part.startswith("-") for part in name.split("/")),
-        f"No part of `run_name` may begin with `-`, because it would be read as a command-line option, got {name!r}.",
+        f"No part of `run_name` may begin with `-`, because such a name would be read as a command-line option, got {name!r}.",
     )
     longest = max(len(os.fsencode(part)) for part in name.split("/"))
     require(

@@ -220,7 +220,7 @@ def _read_list(key: str, value: Any) -> list[Any] | None:
 
 
 class _NumberNames(ast.NodeTransformer):
-    """Replace the names `inf` and `nan`. Python prints such floats by name, but has no literals for them."""
+    """Replace the names `inf` and `nan` by the floats. Python prints these floats by name, but has no literals for them."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.copy_location(ast.Constant(float(node.id)), node) if node.id in ("inf", "nan") else node

@@ -1,10 +1,10 @@
 """Train the runs of a task-diversity experiment one after the other.
 
 The files in the runs' folders show which runs are done. So the same command continues an experiment after any interruption: it skips
-finished runs, resumes unfinished runs, and retries failed runs. Runs whose loss became NaN are retried only with `--retry`, or with
-other versions of packages. If a run fails, the failure is recorded and the next run starts. After SIGINT or SIGTERM, the current run is
-saved and the experiment ends. If the terminal is lost, the experiment continues and writes its output to `experiment.log`. A lock prevents
-two processes from training the same experiment at once.
+finished runs, resumes unfinished runs, and retries failed runs. Runs whose loss became NaN are retried only with `--retry`, or if the
+versions of packages have changed. If a run fails, the failure is recorded and the next run starts. After SIGINT or SIGTERM, the current
+run is saved and the experiment ends. If the terminal is lost, the experiment continues and writes its output to `experiment.log`. A lock
+prevents two processes from training the same experiment at once.
 """
 
 import contextlib

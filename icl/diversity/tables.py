@@ -1,9 +1,9 @@
 """The numbers of a task-diversity experiment as one tidy table, and the experiment's figure.
 
 Each row has one measured value and its standard error, for one number of tasks M, one step and one distribution of prompts. The column
-`quantity` says what the value is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a baseline,
-it is the baseline's name, such as `ridge`. Baselines do not depend on the step, but their rows are repeated at every step, so that
-a selection by M and step includes them.
+`quantity` says what the value is. For a model, it is `loss`, `delta_ridge`, `delta_dmmse` and so on. For the loss of a baseline, it is
+the baseline's name, such as `ridge`. Baselines do not depend on the step, but their rows are repeated at every step. So a selection by
+M and step includes the baselines.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def pool_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def require_same_experiment(experiments: Mapping[str, Mapping[str, RunFolder]]) -> None:
-    """Refuse experiments that differ in settings other than their seeds, or that have the same seeds.
+    """Check that experiments have the same settings, but different seeds.
 
     Raises:
         ConfigError: If two runs with the same M differ in a setting other than their seeds, or have the same seeds. The message names the

@@ -5,14 +5,14 @@ For models that differ only in M and in seeds, let
     r(M) = ln(gap to ridge / gap to dMMSE)
 
 A gap is the mean squared difference between the model's predictions and those of the baseline. Both gaps are measured
-on new tasks (`true`) and averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned its M
-tasks. A model with r < 0 is closer to ridge, so it has learned the Gaussian prior. The threshold of a seed is the M
-at which r falls to zero, interpolated linearly in log2 M between two trained M. The standard error of the threshold
-over prompts is propagated to first order from the standard errors of r. Both gaps are measured on the same prompts,
-so their errors are correlated. We therefore use an upper bound on the standard error of r: the sum of the relative
-standard errors of the two gaps. The models share their prompts too, so the errors of r at the two trained M are
-correlated. The threshold grows with both values of r. So the sum of their two contributions is an upper bound on the
-threshold's standard error.
+on new tasks (`true`) and averaged over positions. A model with r > 0 is closer to dMMSE, so it has learned its M tasks.
+A model with r < 0 is closer to ridge, so it has learned the Gaussian prior. The threshold of a seed is the M at which r
+falls to zero, interpolated linearly in log2 M between two trained M. The standard error of the threshold over prompts
+is propagated to first order from the standard errors of r. Both gaps are measured on the same prompts, so their errors
+are correlated. We therefore use an upper bound on the standard error of r: the sum of the relative standard errors of
+the two gaps. The models share their prompts too, so the errors of r at the two trained M are correlated. The threshold
+grows with both values of r. So the sum of the contributions of these two values is an upper bound on the threshold's
+standard error.
 
 The threshold depends on the length of training. At a later step, the threshold may be higher, because models with few
 tasks move away from ridge again (`icl analyse --what behaviour`). If the last steps differ between the models of a
@@ -20,11 +20,11 @@ seed, or between seeds, the verdict is `suspect`. Raventos et al. (2023, arXiv 2
 threshold differently, by a comparison of runs with different batch sizes. Models with M = inf are left out, because
 dMMSE is the same as ridge for M = inf.
 
-A seed has a threshold if r is significantly positive at one M, and significantly negative at the next M at which its
-sign is significant. Significant means more than `SIGN_ERRORS` standard errors from zero. If r falls to zero several
-times between these two M, we take the last fall. The threshold has the verdict `ok` if there is only one fall, if the
-significant signs change only once, and if the standard error of log2 of the threshold is at most `MAX_STDERR`. With
-at least three seeds, we average the log2 of the threshold over seeds, and give its 95 % interval
+We call r significant at an M if it is more than `SIGN_ERRORS` standard errors from zero. A seed has a threshold if r is
+significantly positive at one M, and significantly negative at the next M at which r is significant. If r falls to zero
+several times between these two M, we take the last fall. The threshold has the verdict `ok` if there is only one fall,
+if the significant signs change only once, and if the standard error of log2 of the threshold is at most `MAX_STDERR`.
+With at least three seeds, we average the log2 of the threshold over seeds, and give its 95 % interval
 (`icl.analysis.seeds`). With fewer seeds there is no interval; look at the thresholds of the single seeds.
 """
 
@@ -63,9 +63,9 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A table with the columns `COLUMNS`. `threshold` is a number of tasks, or NaN if there is none. `stderr_log2` is the standard error
-        of log2 of the threshold. In a seed's row, this is the standard error over prompts, and `lower` and `upper` are the neighbouring
-        trained M. In the row for all seeds, it is the standard error over seeds, and `lower` and `upper` are the limits of the 95 %
-        interval, or NaN if fewer than three seeds have a threshold. The table is empty if there are fewer than `MIN_SIZES` finite M.
+        of log2 of the threshold. In a seed's row, `stderr_log2` is over prompts, and `lower` and `upper` are the neighbouring trained M.
+        In the row for all seeds, `stderr_log2` is over seeds, and `lower` and `upper` are the limits of the 95 % interval, or NaN if
+        fewer than three seeds have a threshold. The table is empty if there are fewer than `MIN_SIZES` finite M.
     """
     table = table.assign(num_tasks=table["num_tasks"].astype(str))
     table = table[(table["distribution"] == "true") & (table["position"] == "mean") & (table["num_tasks"] != "inf")]
@@ -130,9 +130,9 @@ def sentences(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _without_tasks(config: RunConfig) -> RunConfig:
-    """Return the settings of a run without its name and with M = 1, so that these settings are equal for all runs of one seed.
+    """Return the settings of a run without its name and with M = 1. The result is equal for all runs of one seed.
 
-    M = 1 can be used with every other setting. M = inf cannot, because it excludes pools that change.
+    M = 1 can be used with every other setting. M = inf cannot be used with a pool that changes.
     """
     return dataclasses.replace(config, run_name=None, task=dataclasses.replace(config.task, num_tasks=1))
 
@@ -204,7 +204,8 @@ def _of_seed(
 def _zero(logs: np.ndarray, ratios: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
     """Return the log2 M at which the line through two points of r is zero, and an upper bound on its standard error.
 
-    The first value of r is positive, the second is negative or zero. So both derivatives of the zero are at least 0.
+    The first value of r is positive, the second is negative or zero. So the derivatives of the zero with respect to
+    both values are at least 0.
     """
     width, drop = logs[1] - logs[0], ratios[0] - ratios[1]
     derivatives = width / drop**2 * np.array([-ratios[1], ratios[0]])

@@ -1,4 +1,4 @@
-"""Frequencies of tokens and of pairs of tokens in the training text of a language run, and the losses of predicting from them.
+"""Frequencies of tokens and of pairs of tokens in a language run's training text, and the losses of predictions from these frequencies.
 
 q(t) is the frequency of the token t. q(t | s) is the frequency with which t follows directly after the token s. Both
 frequencies are counted in the first rows of the stream `frequencies`, which has the distribution of the training text.

@@ -19,11 +19,11 @@ calls `summarise`, which returns some of the numbers. The module `icl.metrics` c
   model predicts better after more examples.
 - `nll`: the negative log-likelihood in nats per target, only for models with a predictive distribution (`model.output` is `gaussian` or
   `mixture`).
-- `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge (with Gaussian noise) and
-  dMMSE (`icl.evidence`). If the prior or the noise is not Gaussian, there is also the Bayes predictor for new tasks (`icl.bayes`). The
-  expected difference is at least 0 on the prompts for which the predictor is optimal. These are `pretrain` for dMMSE, and `true` for
-  `bayes`, or for ridge if there is no `bayes`. If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the
-  mean squared standard error of this NLL.
+- `nll_over_ridge`, `nll_over_dmmse`, `nll_over_bayes`: `nll` minus the NLL of a predictor. The predictors are ridge (with Gaussian noise)
+  and dMMSE (`icl.evidence`). If the prior or the noise is not Gaussian, there is also the Bayes predictor for new tasks (`icl.bayes`). The
+  expected difference is at least 0 on the prompts for which the predictor is optimal. dMMSE is optimal on `pretrain`. On `true`, `bayes` is
+  optimal, or ridge if there is no `bayes`. If `bayes` is estimated, its NLL is too large by about half of `bayes_nll_variance`, the mean
+  squared standard error of this NLL.
 - `prior_zero`, `prior_task_mean`: prior-task scores, which are the gaps to the predictions with w = 0 and with the mean task (Hoogland
   et al. 2024).
 

@@ -6,8 +6,9 @@ versions with different prompts, `MONITOR` and `REPORT`. Training evaluates on t
 stopping ends the run. Everything after training uses the prompts of `REPORT`, so that no checkpoint is judged on the prompts that were used
 to choose it. Versions up to 0.1.0 used the prompts of `MONITOR` for both purposes.
 
-A language run has one set, `test`, with rows that no training step sees. Its baselines `unigram` and `bigram` are stored as losses. They
-predict the tokens from the frequencies of tokens, or of pairs of tokens, in a sample of the training text (`icl.evaluation.frequencies`).
+A language run has one set, `test`, with rows that no training step sees. Its baselines `unigram` and `bigram` are stored as losses.
+`unigram` predicts tokens from the frequencies of tokens, and `bigram` from the frequencies of pairs of tokens. The frequencies are
+counted in a sample of the training text (`icl.evaluation.frequencies`).
 """
 
 from collections.abc import Mapping
@@ -85,10 +86,10 @@ def evaluation_set(
     """Make the fixed prompts called `name` (`pretrain`, `true`, or a shift), with their baselines.
 
     All sets have the baselines ridge, OLS and zero. Without noise, `ridge` has the predictions of OLS, which is the limit of ridge for
-    zero noise. If the run has finitely many tasks, `pretrain` and `true` also have dMMSE and the mean task. With `with_bayes`, they also
-    have the Bayes predictor for new tasks if the prior or the noise is not Gaussian. If the model has a predictive distribution and there
-    is noise, the set also has the negative log-likelihoods of ridge, dMMSE and this Bayes predictor. For a language run, `name` is
-    `test`.
+    zero noise. If the run has finitely many tasks, `pretrain` and `true` also have dMMSE and the mean task. With `with_bayes`, these two
+    sets also have the Bayes predictor for new tasks if the prior or the noise is not Gaussian. If the model has a predictive distribution
+    and there is noise, the set also has the negative log-likelihoods of ridge, dMMSE and this Bayes predictor. For a language run, `name`
+    is `test`.
 
     Args:
         config: The run.

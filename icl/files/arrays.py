@@ -1,7 +1,7 @@
 """Write and read arrays in NumPy's file formats. Reading is safe even if a file is damaged or malicious.
 
 Reading never unpickles objects. The header of a damaged file can claim an array of a terabyte. So the claimed size is compared
-with the file's size before memory is allocated. If a file is damaged, the caller computes its content again.
+with the file's size before memory is allocated. If a file is damaged, an error is raised, and the caller can compute the content again.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def read_array(path: Path) -> np.ndarray:
     """Return the array of a `.npy` file.
 
     Raises:
-        ContentError: If the file is missing, damaged, or smaller than its header claims.
+        ContentError: If the file is missing or damaged, or is smaller than its header claims.
     """
     return np.array(_map_array(path))
 
@@ -99,7 +99,7 @@ def read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def _map_array(path: Path) -> np.memmap:
-    """Map a `.npy` file into memory. NumPy then compares the size that the header claims with the size of the file."""
+    """Map a `.npy` file into memory. When NumPy does this, it compares the size that the header claims with the size of the file."""
     _require_regular(path)
     try:
         return np.lib.format.open_memmap(path, mode="r")  # unlike np.load, this function refuses a zip file

@@ -1,7 +1,8 @@
-"""Read a pickle without unpickling it: no function that the pickle names is ever called.
+"""Read a pickle without unpickling it. No function that the pickle names is ever called.
 
-The reader has the stack and the memo of Python's unpickler. It accepts the instructions that `torch.load` with `weights_only=True`
-accepts, and makes numbers, strings and containers. For each other object, the caller gives a function, or asks for the object's data.
+Like Python's unpickler, the reader has a stack of values and a memo of values that are used again. It accepts the instructions that
+`torch.load` with `weights_only=True` accepts. The reader itself makes numbers, strings and containers. For every other object, the
+caller either gives a function that makes the object, or asks for the object's data (`PickledObject`).
 
 Errors are `ContentError`, whose message completes a sentence such as "last.ckpt cannot be used: ...".
 """
@@ -15,7 +16,7 @@ from typing import Any
 from icl.files.reading import ContentError
 
 _MAX_INSTRUCTIONS = 2**21
-"""Largest number of instructions of a pickle. Each of them may make a Python object of about 64 bytes."""
+"""Largest number of instructions of a pickle. Each instruction may make a Python object of about 64 bytes."""
 _MAX_KEY_BITS = 60
 """Largest number of bits of a whole number that is a key. With larger numbers, a file could contain many keys with equal hashes."""
 
@@ -52,11 +53,11 @@ class Objects:
     functions: Mapping[str, Callable[..., Any]]
     """For each function or class of the pickle, the function that is called in its place."""
     constants: frozenset[str]
-    """Names that may be arguments. They become a `Name`."""
+    """Names that may occur as arguments. Each of them becomes a `Name`."""
     is_kept: Callable[[str], bool]
-    """Whether an object that a function or class of this name would make becomes a `PickledObject`."""
+    """Function that takes the name of a function or class. It returns whether an object of this kind becomes a `PickledObject`."""
     load: Callable[..., Any]
-    """Function that returns an object outside the pickle (a persistent id)."""
+    """Function that returns an object that is stored outside the pickle. Its arguments are the object's persistent id."""
 
 
 def parse_pickle(stream: io.BytesIO, objects: Objects) -> Any:
@@ -70,7 +71,9 @@ def parse_pickle(stream: io.BytesIO, objects: Objects) -> Any:
 
 
 def as_tuple(values: Any) -> tuple[Any, ...]:
-    """Return a list or tuple as a tuple. Refuse other values: a tensor may have many more elements than the file has bytes.
+    """Return a list or tuple as a tuple.
+
+    Refuse other values. A tensor, for example, may have many more elements than the file has bytes.
 
     Raises:
         ContentError: If the value is refused.
@@ -84,7 +87,7 @@ def as_dict(pairs: Any = ()) -> dict[Any, Any]:
     """Return a dict of these keys and values.
 
     Raises:
-        ContentError: If a key is not a number or a string.
+        ContentError: If a key is not a number, a string, bytes or None, or if a whole number that is a key is too large.
     """
     if type(pairs) is dict:
         return dict(pairs)
@@ -99,7 +102,10 @@ def as_dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _as_bytes(text: Any, encoding: Any) -> bytes:
-    """Return the bytes that a pickle of protocol 2 stores as a Latin-1 string. Other encodings may need much memory or time."""
+    """Return the bytes that a pickle of protocol 2 stores as a Latin-1 string.
+
+    Refuse other encodings, which may need much memory or time.
+    """
     if encoding != "latin1" or not isinstance(text, str):
         raise ContentError("it is damaged (it contains bytes in an odd encoding)")
     return text.encode("latin1")
@@ -150,19 +156,19 @@ class _Reader:
         return values
 
     def last(self, count: int) -> list[Any]:
-        """Remove and return the last values."""
+        """Remove the last `count` values from the stack, and return them."""
         values = self.stack[-count:]
         del self.stack[-count:]
         return values
 
     def extend(self, values: list[Any]) -> None:
-        """Append values to the list before them."""
+        """Append values to the list that is the last value of the stack."""
         if type(self.stack[-1]) is not list:
             raise ContentError("it is damaged (it appends to a value that is not a list)")
         self.stack[-1].extend(values)
 
     def update(self, values: list[Any]) -> None:
-        """Add keys and values to the dict before them."""
+        """Add keys and values to the dict that is the last value of the stack."""
         if type(self.stack[-1]) is not dict:
             raise ContentError("it is damaged (it sets an item of a value that is not a dict)")
         self.stack[-1].update(as_dict([*zip(values[::2], values[1::2], strict=True)]))
@@ -188,7 +194,7 @@ class _Reader:
             raise UnknownObjectError(name.text)
 
     def build(self) -> None:
-        """Set the state of an object. The state of a dict is ignored: PyTorch stores versions of modules there."""
+        """Set the state of an object. Ignore the state of a dict, because PyTorch stores only the versions of modules in it."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], PickledObject):
             self.stack[-1].state = state
@@ -197,7 +203,7 @@ class _Reader:
 
 
 def _text(text: str) -> str:
-    text.encode()  # fails for invalid Unicode, which could not be printed
+    text.encode()  # raises an error for invalid Unicode, which could not be printed
     return text
 
 
@@ -211,7 +217,7 @@ _VALUES: Mapping[str, Callable[[Any], Any]] = {
     "NEWTRUE": lambda _: True,
     "NEWFALSE": lambda _: False,
 }
-"""Instructions that add a value to the stack, each with a function of its argument."""
+"""Instructions that add a value to the stack, each with the function that makes the value from the instruction's argument."""
 _STEPS: Mapping[str, Callable[[_Reader, Any], None]] = {
     **dict.fromkeys(("PROTO", "STOP"), lambda self, _: None),
     "MARK": lambda self, _: self.mark(),
@@ -230,4 +236,4 @@ _STEPS: Mapping[str, Callable[[_Reader, Any], None]] = {
     "BUILD": lambda self, _: self.build(),
     "BINPERSID": lambda self, _: self.push(self.objects.load(*as_tuple(self.stack.pop()))),
 }
-"""The other instructions."""
+"""The other instructions, each with the function that carries it out."""

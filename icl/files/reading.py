@@ -1,10 +1,10 @@
 """Read JSON and YAML from files of unknown origin, within limits on size, depth, numbers and time.
 
-Python's parsers raise a dozen kinds of errors for damaged or malicious text, and they accept repeated keys. They also return values
-that cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a
-float, and dates. This module raises the same error, `ContentError`, in all these cases. The error's message completes a sentence
-such as "status.json cannot be used: ...". PyYAML also reads clock times as numbers: 1:30 becomes 90. This module reads clock times
-as strings.
+For damaged or malicious text, Python's parsers raise a dozen kinds of errors. They accept repeated keys, and they return values that
+cause failures later: nesting that exhausts the stack, aliases that expand to gigabytes, infinities for numbers too large for a float,
+and dates. This module raises the same error, `ContentError`, in all these cases. The error's message completes a sentence such as
+"status.json cannot be used: ...". PyYAML also reads clock times as numbers: 1:30 becomes 90. This module reads clock times as
+strings.
 """
 
 import datetime

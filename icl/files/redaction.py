@@ -9,7 +9,8 @@ _SCHEME = r"[A-Za-z][\w+.-]{0,30}://"
 _CREDENTIALS = re.compile(rf"({_SCHEME})\S*@")
 _SECRET_NAME = r"(?:\w*_)?(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|API_KEY)"
 _SECRETS = re.compile(_SECRET_NAME)
-# A backslash and the next character are one alternative, and all other characters the other. So the search needs linear time.
+# The two alternatives (a backslash with the next character, or any other character) never match the same text. So the search needs
+# linear time.
 _OPEN, _REST = r"(?P<quote>\\?[\"'])", r"(?:(?!(?P=quote))(?:\\.|[^\\\n]))*"
 _VALUE = rf"(?:{_OPEN}{_REST}(?:(?P=quote))?|[^\s&\"']+)"
 _QUOTED = re.compile(rf"(?P<start>{_OPEN}(?P<name>[\w-]{{1,64}})=){_REST}(?=(?P=quote))")
@@ -45,7 +46,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _without_secret(match: re.Match[str]) -> str:
-    """Return a variable or option with stars as its value if the variable is secret; otherwise return it as it is."""
+    """Return a variable or option. If the variable or option is secret, stars replace its value."""
     name = match["name"].strip("-").upper().replace("-", "_")
     return f"{match['start']}***" if _SECRETS.fullmatch(name) else match[0]
 

@@ -1,8 +1,8 @@
 """Operations that a file system may refuse: file locks, hard links, and flushing a folder to disk.
 
 Lustre may be mounted without locks, FAT and many network file systems have no hard links, and some file systems cannot flush a folder.
-`icl` also runs on such a file system, and warns once about the risks. After the first refusal, `icl` tries all three operations, so
-that one warning names everything that is missing.
+`icl` also runs on such file systems, and warns once about the risks. When the first operation is refused, `icl` tries all three
+operations, so that one warning names every operation that is not supported.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def lock_file(descriptor: int, folder: Path, *, shared: bool = False, wait: bool
 
 
 def sync_file(descriptor: int, folder: Path) -> None:
-    """Wait until a file's bytes are on disk. Warn if the file system does not support this.
+    """Wait until a file's bytes are on disk. If the file system does not support this, print a warning.
 
     Raises:
         OSError: If the disk failed or is full.
@@ -75,7 +75,7 @@ def sync_file(descriptor: int, folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder, so that renames in it survive a power cut. Warn if the file system does not support this.
+    """Flush a folder, so that renames in it survive a power cut. If the file system does not support this, print a warning.
 
     Raises:
         OSError: If the disk failed or is full.
@@ -123,7 +123,7 @@ def warn_of_limits(folder: Path, refusal: OSError) -> None:
 
 
 def _create(path: Path, data: bytes) -> None:
-    """Create a file under its final name and write it. Other processes may see an incomplete file for a moment."""
+    """Create a file under its final name and write its bytes. Other processes may see an incomplete file for a moment."""
     with path.open("xb") as file:
         try:
             file.write(data)

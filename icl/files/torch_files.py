@@ -1,14 +1,14 @@
 """Read files of `torch.save` without unpickling them.
 
 `torch.load` with `weights_only=True` runs no code of the file, but it calls functions with any arguments that the file contains. So a
-small file can fill the memory or take hours: `bytearray(n)`, a tensor that repeats one number many times, the set of this tensor's
-elements, or text in the codec punycode. In files of old versions of PyTorch, it can also leave tensors uninitialised. This module
-reads the pickle itself (`icl.files.pickled`). It makes only tensors, numbers, strings and containers, and compares each claimed size
-with the number of bytes that the file has.
+small file can fill the memory or take hours, for example by `bytearray(n)`, by a tensor that repeats one number many times, by the
+set of this tensor's elements, or by text in the codec punycode. From files of old versions of PyTorch, `torch.load` can also make
+tensors whose numbers are never set. This module reads the pickle with our own reader (`icl.files.pickled`). It makes only tensors,
+numbers, strings and containers, and compares each size that the file claims with the number of bytes in the file.
 
-PyTorch 1.6 and later write a zip file with the pickle in `data.pkl` and the numbers of each storage in `data/KEY`. Earlier versions
-write five pickles: a magic number, a version, facts about the machine, the content, and the keys of the storages. The storages
-follow, each as its length and its numbers. A storage contains the numbers of one or several tensors.
+A storage contains the numbers of one or several tensors. PyTorch 1.6 and later write a zip file with the pickle in `data.pkl` and the
+numbers of each storage in `data/KEY`. Earlier versions write five pickles: a magic number, a version, facts about the machine, the
+content, and the keys of the storages. The storages follow the pickles. For each storage, the file has the length and then the numbers.
 
 Errors are `ContentError`, whose message completes a sentence such as "last.ckpt cannot be used: ...".
 """
@@ -58,8 +58,8 @@ def parse_torch_file(data: bytes, *, is_kept: Callable[[str], bool] = lambda nam
 
     Args:
         data: The whole file.
-        is_kept: Function that says whether the data of an object of this name are returned, as a `PickledObject`. Without it, only
-            tensors, numbers, strings and containers are accepted.
+        is_kept: Function that takes the name of an object's class. It returns whether to return the object's data, as a
+            `PickledObject`. By default, only tensors, numbers, strings and containers are accepted.
 
     Raises:
         UnknownObjectError: If the file contains an object that is not accepted.
@@ -86,7 +86,7 @@ def require_uncompressed(data: bytes) -> None:
     """
     if not _is_archive(data):
         return
-    if data.count(b"PK\x01\x02") > _MAX_PARTS:  # zipfile makes an object of each part
+    if data.count(b"PK\x01\x02") > _MAX_PARTS:  # zipfile makes a Python object for each part
         raise ContentError(f"it has more than {_MAX_PARTS:,} parts")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -129,7 +129,7 @@ def _read_old(data: bytes, is_kept: Callable[[str], bool]) -> Any:
 
 
 class _ZipStorages:
-    """The storages in a zip file. Each is read once, so tensors that shared their numbers still share them."""
+    """The storages in a zip file. Each storage is read once, so tensors that shared their numbers still share them."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         self.archive, self.root = archive, root
@@ -152,7 +152,7 @@ class _OldStorages:
         """Number of bytes of the file that no storage claims yet."""
         self.known: dict[str, Tensor] = {}
         self.sizes: dict[str, int] = {}
-        """Number of bytes of each number of a storage."""
+        """Size in bytes of one number in each storage, keyed by the storage's key."""
 
     def get(self, dtype: torch.dtype, key: str, length: int, view: Any = None) -> Tensor:
         """Return the numbers of a storage, which `fill` reads. `view` is the key, offset and length of a part of the storage."""
@@ -182,7 +182,11 @@ class _OldStorages:
 
 
 def _fill(numbers: Tensor, data: bytes) -> None:
-    """Copy bytes to a tensor. `torch.frombuffer` needs no copy, but results of some kernels depend on the alignment of the memory."""
+    """Copy bytes to a tensor.
+
+    `torch.frombuffer` would need no copy. But the bytes may then be unaligned in memory, and the results of some kernels depend on
+    the alignment.
+    """
     if len(data) != len(numbers):
         raise ContentError("it was cut short")
     numbers.numpy()[:] = np.frombuffer(data, np.uint8)
@@ -215,7 +219,7 @@ def _objects(storages: _ZipStorages | _OldStorages, size: int, is_kept: Callable
         left -= tensor.numel() * tensor.element_size()
         if left < 0:
             raise ContentError("its tensors together are much larger than the file")
-        if rest[2:] and rest[2]:  # `rest` also has two values about gradients
+        if rest[2:] and rest[2]:  # the first two values of `rest` are about gradients
             raise ContentError("it contains a view of a complex tensor")
         return tensor
 

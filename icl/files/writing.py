@@ -30,7 +30,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     Args:
         path: The file. Missing folders are made.
         data: All bytes of the file.
-        durable: Whether to wait until the bytes are on disk. Otherwise, a power cut may bring the old bytes back.
+        durable: Whether to wait until the bytes are on disk. If False, a power cut may bring the old bytes back.
 
     Raises:
         StorageError: If the file cannot be written. The message says why, and the old file is unchanged.
@@ -50,12 +50,12 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         with contextlib.suppress(OSError):  # if the name is too long, removing the file fails too
             temporary.unlink(missing_ok=True)
         raise StorageError(
-            f"Cannot write {path}: {error.strerror}. Earlier saves are intact; {_repair(error)}, "
+            f"Cannot write {path}: {error.strerror}. Earlier saves are intact; {repair(error)}, "
             "then run the same command again."
         ) from None
 
 
-def _repair(error: OSError) -> str:
+def repair(error: OSError) -> str:
     """Return a short phrase that says how to repair a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free space or choose another folder with LOCAL_ROOT"
@@ -81,7 +81,7 @@ def table_format(path: Path) -> str:
 
 
 def require_table_file(path: Path) -> None:
-    """Refuse a file to which a table cannot be written. Call this before the table is computed.
+    """Refuse a file to which a table cannot be written. Call this function before the table is computed.
 
     Raises:
         StorageError: If the file's suffix is neither .csv nor .json, or the file cannot be written.

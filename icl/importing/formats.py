@@ -30,12 +30,12 @@ class Format(NamedTuple):
     facts: Callable[[Any], dict[str, Any]]
     """Function that returns the settings that a file determines, keyed by dotted name."""
     folder_facts: Callable[[Path], dict[str, Any]]
-    """Function that returns the settings in the name of a file's folder, or in other files in or above this folder."""
+    """Function that returns the settings outside the file: in the name of its folder, or in other files in or above this folder."""
     params: Callable[[Any, RunConfig], Params]
     draw_tasks: Callable[[Any, RunConfig], Float[Tensor, "M D"]]
     """Function that draws the training tasks again, as the older code did from its seed."""
     tasks_seed: int | None
-    """The seed of the tasks if the code always uses the same seed, else None."""
+    """Seed with which the older code always draws its tasks. None if the seed differs between runs."""
     is_first_pattern: bool = False
     """Whether only one pattern is used: the first pattern that matches at least one file."""
 

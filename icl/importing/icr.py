@@ -4,8 +4,8 @@ A file contains a dict with the keys `model_state_dict`, `step`, `cfg` (an ICReg
 model is a GPT-like transformer on `nn.MultiheadAttention`, with exact GELU and a final layer norm. The setting `use_prenorm` says
 whether layer norm comes before or after attention and MLP.
 
-The training tasks are not saved. The code draws them on the CPU as `torch.randn(max_M, D)` with a generator of seed 0, and the
-first M of them are the pool.
+The training tasks are not saved. The code draws `torch.randn(max_M, D)` on the CPU with a generator of seed 0. The first M rows of this
+table are the pool.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,8 @@ from icl.model.stacked import Params
 
 PRESET = "icr"
 _ROUND = 16
-"""Number of values that `torch.randn` draws together on a CPU. If a tensor's size is not a multiple of 16, the last 16 values are drawn again."""
+"""Number of values that `torch.randn` draws together on a CPU. If the size of a tensor is not a multiple of 16, `torch.randn` draws its last 16
+values again."""
 _DOUBLE = {
     "D": "task.task_size",
     "K": "task.max_examples",
@@ -138,7 +139,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
     needed = -(-count * size // _ROUND) * _ROUND
     is_prefix = needed <= rows * size - _ROUND or rows * size % _ROUND == 0
     # Except for the last 16, the numbers in a table do not depend on the table's size. So we usually draw only the numbers of the
-    # first M tasks: `max_M` can be 2^25.
+    # first M tasks. The whole table can be large, because `max_M` can be 2^25.
     count_drawn = max(needed, _ROUND) if is_prefix else rows * size
     drawn = torch.randn(count_drawn, generator=generator, dtype=torch.float32, device="cpu")
     return drawn[: count * size].unflatten(0, (count, size)).clone()
@@ -158,7 +159,7 @@ def _state(tree: Mapping[str, Any]) -> Mapping[Any, Any]:
 def _learning_rate(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the setting `optim.lr` if the learning rate was constant, else an empty dict.
 
-    If the learning rate followed a schedule, the file contains only the rate of one step.
+    With a schedule, the file contains only the learning rate of one step, from which the peak rate is not known.
     """
     groups = as_table(tree.get("optimizer_state_dict")).get("param_groups")
     rate = as_table(groups[0]).get("lr") if isinstance(groups, list) and groups else None

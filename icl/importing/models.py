@@ -1,8 +1,8 @@
 """Find and read the saved steps of an older code base, and determine the settings of the run.
 
-Settings come from the files or from the user's options, and are never guessed. If both contain a setting, they must agree. Some
-settings of training, such as the batch size, affect neither predictions nor analyses. These may remain unknown; `config.yaml` then
-contains the values of the preset. An unknown `trainer.max_steps` is set to the last saved step.
+Settings come from the files or from the user's options, and are never guessed. If a file and an option give the same setting, their
+values must agree. Some settings of training, such as the batch size, affect neither predictions nor analyses. Such a setting may remain
+unknown; `config.yaml` then contains the preset's value. An unknown `trainer.max_steps` is set to the last saved step.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _UNKNOWN = (
     "seeds.data",
     "seeds.noise",
 )
-"""Settings of training that no prediction or analysis of a saved model uses. `icl import` lists those that neither files nor options contain."""
+"""Settings of training that no prediction or analysis of a saved model uses. `icl import` lists which of them neither files nor options give."""
 
 
 _NOT_OPTIONS = ("preset", "run_name", "population.", "checkpoints.", "task.imported_tasks")
@@ -79,7 +79,9 @@ def find_files(path: Path, source: Format) -> list[Path]:
             names this folder.
     """
     if not (path.is_file() or path.is_dir()):
-        raise OlderFileError(f"There is nothing at {path}; name a file or folder of {source.about}.")
+        raise OlderFileError(
+            f"There is nothing at {path}; give a checkpoint of {source.about}, or a folder of its checkpoints."
+        )
     path = _with_folder_name(path)
     if path.is_file():
         return [path]
@@ -131,7 +133,7 @@ def number_files(files: list[Path], source: Format, step: int | None) -> list[tu
         number = step if number is None else number
         if number is None:
             raise OlderFileError(
-                f"{file} does not say its step. Give --step N for one file, or name files by their steps, such as checkpoint_step_1465.pt."
+                f"{file} does not say its step. Give --step N for a single file, or put the step into each file's name, as in checkpoint_step_1465.pt."
             )
         numbered.append((number, file))
     return sorted(numbered)
@@ -272,7 +274,7 @@ def _matches(folder: Path, source: Format) -> list[Path]:
 
 
 def _with_folder_name(path: Path) -> Path:
-    """Return the path as an absolute path. Names of folders contain settings, and the paths `.` and `1465.pt` show no name."""
+    """Return the path as an absolute path, because a folder's name can contain settings, and `.` or `1465.pt` do not show this name."""
     path = path.absolute()
     if ".." not in path.parts:
         return path

@@ -1,8 +1,8 @@
 """Read files in the msgpack format of Flax: nested tables of arrays, numbers and strings. Nothing is unpickled.
 
 The format is described at https://github.com/msgpack/msgpack/blob/master/spec.md. Flax saves an array as extension type 1. The data of
-this type are msgpack again: a list of the shape, the name of the number type, and the bytes. A NumPy scalar is saved as extension type
-3, in the same form. An array of more than 2^30 bytes is saved as a table of chunks. Every length is compared with the number of bytes
+this type are msgpack again: a list of the shape, the name of the number type, and the bytes. Flax saves a NumPy scalar in the same form, as
+extension type 3. An array of more than 2^30 bytes is saved as a table of chunks. Every length is compared with the number of bytes
 that are left, so a small damaged file cannot make us allocate much memory.
 """
 
@@ -33,8 +33,8 @@ _TYPES = (
 _MAX_VALUES = 2**22
 _MAX_AXES = 8
 
-# These tables map the first byte of a value to the struct format of its number or of its length. `_FIXED_EXTENSIONS` gives the length itself,
-# and `_CONSTANTS` the value.
+# The first byte of a value says what follows. These tables map this byte to the format (of Python's `struct`) in which the number, or the
+# length of the value, is written. Exceptions: `_FIXED_EXTENSIONS` gives the length itself, and `_CONSTANTS` gives the value itself.
 _NUMBERS = {
     0xCA: ">f",
     0xCB: ">d",

@@ -1,8 +1,8 @@
 """Read files of `torch.save` that older code bases wrote, without unpickling them.
 
-A pickle can run any code, so no function of the file is called (`icl.files.torch_files`). Older code bases also saved a few harmless
-objects. This module has a list of their names. Of these objects, only the data are read. A file with any other object is
-refused, and the message gives the object's name. No module of the older code is imported.
+A pickle can run any code, so no function that the file names is called (`icl.files.torch_files`). Older code bases also saved a few harmless
+objects. This module has a list of the names of these objects, and reads only their data. A file with any other object is refused, and the
+message gives the object's name. No module of the older code is imported.
 """
 
 import re
@@ -23,8 +23,8 @@ CONFIG_CLASSES = ("ICRegConfig",)
 MAX_FILE = 2**34
 """Largest size of a file in bytes."""
 # PyTorch 1 and 2.0 saved the function `OneCycleLR._annealing_linear` with the learning-rate schedule. The pickle contains this function as a
-# call of `getattr`. NumPy arrays in these files are recorded losses, which are not needed. NumPy numbers are read, because they may be
-# settings.
+# call of `getattr`. The NumPy arrays in these files are recorded losses, which we do not need. NumPy numbers may be settings, so we read
+# them.
 _NUMBERS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _KEPT = frozenset(
     (
@@ -32,7 +32,7 @@ _KEPT = frozenset(
         *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
     )
 )
-"""Names of objects that are read as their data."""
+"""Names of the harmless objects. Only the data of these objects are read."""
 _NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 
 

@@ -144,8 +144,8 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
 
     Args:
         path: The file.
-        shape: Configuration for settings that the file does not contain, such as the number of heads. None assumes M = inf and a
-            noise variance of 0, if the file does not contain them.
+        shape: Configuration that gives the settings that the file does not contain, such as the number of heads. If `shape` is None,
+            M = inf and a noise variance of 0 are assumed, unless the file contains other values.
 
     Raises:
         OlderFileError: If the file cannot be read, or if the model needs a setting that neither the file nor `shape` contains.
@@ -184,7 +184,7 @@ def load_older_file(path: Path, shape: RunConfig | None = None) -> Checkpoint:
 
 
 def _name(run: RunFolder) -> str | None:
-    """Return the run's name, which listings and stores use. Return None if the path of the run's folder gives no valid name."""
+    """Return the run's name for listings and stores, from the path of its folder. Return None if the path gives no valid name."""
     try:
         require_run_name(name := name_of(run.path))
     except ConfigError:

@@ -1,7 +1,7 @@
 """Files of timaeus-research/icl, the code of Hoogland et al. (2024): layout, settings and tasks.
 
-A file contains either only the state dict, or a dict with the keys `model`, `optimizer`, `scheduler` and, in later versions, `rng_state`
-and `metadata`. The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts
+A file contains either the state dict alone, or a dict with the keys `model`, `optimizer` and `scheduler`. In later versions, this dict also
+has the keys `rng_state` and `metadata`. The file's name is the step: `checkpoints/icl/M-inf-seed-0-task-.../1465.pt`, in a folder or a bucket. The code counts
 steps from 0 and saves after the update, so file t contains the state after t + 1 updates. We keep the number t, because the published
 data use it.
 
@@ -156,7 +156,7 @@ def _schedule(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warmup_steps(scheduler: Mapping[str, Any]) -> int | None:
-    """Return the number of steps up to OneCycleLR's peak, or None if the schedule is not a triangle (OneCycleLR's default is a cosine)."""
+    """Return the number of steps up to the peak of OneCycleLR. Return None if its schedule is not a triangle; its default is a cosine."""
     phases = scheduler.get("_schedule_phases")
     if scheduler.get("_anneal_func_type", "linear") != "linear" or not isinstance(phases, list) or len(phases) != 2:
         return None

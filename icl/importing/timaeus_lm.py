@@ -96,8 +96,8 @@ def facts(tree: Mapping[str, Any]) -> dict[str, Any]:
 def folder_facts(path: Path) -> dict[str, Any]:
     """Return the settings in `config.json` and `model.yaml`.
 
-    These files may be beside the checkpoint. If the checkpoint is in a folder named checkpoints, they may be in the folder above. Other
-    folders above may contain the settings of other models.
+    These files may be beside the checkpoint. If the checkpoint is in a folder named checkpoints, they may also be in the folder above. No
+    other folder is searched, because it could contain the settings of another model.
 
     Raises:
         OlderFileError: If the files contradict each other, or describe a model that `icl` does not support.
@@ -152,7 +152,7 @@ def draw_tasks(tree: Mapping[str, Any], config: RunConfig) -> Float[Tensor, "M D
 
 
 def fetch(address: str) -> Path:
-    """Return the local copy of a repository of the Hugging Face Hub. The repository is fetched if it is not in the Hub's local cache.
+    """Return the folder with the local copy of a repository of the Hugging Face Hub. Files that are not in the local cache are fetched.
 
     Args:
         address: Address of the repository, such as hf://georgeyw/L2W256-3m-rr.

@@ -16,7 +16,7 @@ _MAX_LAYERS = 1000
 
 
 class Weights:
-    """The tensors of an older model, keyed by name. A conversion removes each tensor once and checks its shape. No tensor may be left at the end."""
+    """Tensors of an older model, keyed by name. A conversion takes out each tensor once and checks its shape. At the end, none may be left."""
 
     def __init__(self, tensors: Mapping[Any, Any]) -> None:
         self._left: dict[str, Tensor] = {}
@@ -97,9 +97,9 @@ def by_head(fused: Float[Tensor, "..."], num_heads: int) -> Float[Tensor, "..."]
 
 
 def same_type(params: Params) -> Params:
-    """Return copies of the parameters in one type, as a checkpoint requires: float64 if one parameter has this type, else float32.
+    """Return copies of the parameters in one type, as a checkpoint requires: float64 if any parameter has this type, else float32.
 
-    Parameters that were tied shared their numbers in the older file. The copies do not share numbers.
+    In the older file, tied parameters may share the same memory. The copies share no memory.
     """
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in params.values()) else torch.float32
     return {name: tensor.to(dtype, copy=True) for name, tensor in params.items()}

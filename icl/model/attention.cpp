@@ -2,8 +2,9 @@
 //
 // For 15 tokens and heads of 16 channels, general libraries spend far more time on calls, copies and masks than on
 // arithmetic. The kernel computes one head of one prompt at a time. Its data are a few KiB and stay in the fastest cache.
-// The lanes of a vector are queries. P[s][i] is the attention weight of query i on token s. So the softmax is computed down
-// columns, and no sum is taken across lanes. Query i belongs to token i * stride, and attends to the tokens s <= i * stride.
+// Each lane of a vector belongs to one query. P[s][i] is the attention weight of query i on token s. The softmax of query i
+// runs over the tokens s, so it stays within the lane of this query, and no sum is taken across lanes. Query i belongs to
+// token i * stride, and attends to the tokens s <= i * stride.
 //
 // Tensors are float32 and contiguous, with the axes (prompts, tokens or queries, heads * size). Results do not depend on the
 // number of threads. We use the OpenMP runtime that PyTorch has loaded, with PyTorch's number of threads.
@@ -41,10 +42,11 @@ INLINE void store(float* to, Floats<W> values) {
   *reinterpret_cast<typename Lanes<W>::Anywhere*>(to) = values;
 }
 
-// Sizes of a problem. They are constants where the compiler must unroll loops. `size` is the number of channels of a head.
-// `width` is `queries` rounded up to whole vectors.
+// Sizes of a problem. `run` passes them as constants for the most common sizes, so that the compiler can unroll the loops.
+// `size` is the number of channels of a head. `width` is `queries` rounded up to whole vectors.
 struct Sizes {
   Int heads, queries, tokens, size, stride, width;
+  // Number of floats from one token (or query) of a tensor to the next.
   INLINE Int row() const { return heads * size; }
   // Number of tokens to which at least one of the queries first .. first + lanes - 1 attends.
   INLINE Int seen(Int first, Int lanes) const {
@@ -53,8 +55,8 @@ struct Sizes {
   }
 };
 
-// First index of a block of four. `count` is at least 4. If fewer than four indices are left, the block overlaps the
-// previous block, and computes the same values again.
+// First index of a block of four, of which `at` is the first index that is not done yet. `count` is at least 4. If fewer than
+// four indices are left, the block overlaps the previous block, and the same values are computed again.
 INLINE Int four_from(Int at, Int count) { return at + 4 <= count ? at : count - 4; }
 
 // exp(x) for x <= 0, as e^(n ln 2 + r) with |r| <= ln 2 / 2, by the polynomial of Cephes (expf, relative error 1e-7). NaN
@@ -215,7 +217,7 @@ INLINE void to_tokens(const Sizes& n, float* to, const float* p, const float* ro
   for (int t = 0; t < N; t++) store<C>(to + (s + t) * n.row(), scale * sum[t]);
 }
 
-// The same two functions for all queries or tokens and all channels. Channels are processed in vectors of C, and the
+// Both functions again, for all queries or all tokens and for all channels. They process channels in vectors of C, and the
 // remaining channels in shorter vectors.
 template <int C>
 INLINE void to_queries(const Sizes& n, float* to, const float* p, const float* rows, float scale, Int first = 0) {
@@ -256,6 +258,7 @@ struct Forward {
   float* out;
   const float *q, *k, *v;
 
+  // Number of floats of working memory for one head: the transposed queries, and P.
   static INLINE Int work(const Sizes& n) { return n.width * (n.size + n.tokens); }
 
   template <int W, int C>
@@ -277,6 +280,7 @@ struct Backward {
   float *dq, *dk, *dv;
   const float *g, *q, *k, *v;
 
+  // Number of floats of working memory for one head: the transposed queries (later the transposed g), P, and its gradient.
   static INLINE Int work(const Sizes& n) { return n.width * (n.size + 2 * n.tokens); }
 
   template <int W, int C>
@@ -344,6 +348,8 @@ Range<Job> range(Int lanes) {
   return range_4<Job>;
 }
 
+// Compute all prompts, with several threads. A thread computes blocks of `share` prompts. A single block needs no second
+// thread.
 template <class Job>
 void on_all_cores(const Job& job, Int prompts, const Sizes& n, Int lanes) {
   const Int share = 8;

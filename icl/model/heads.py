@@ -2,7 +2,7 @@
 
 The setting `model.output` chooses the head, and with it the loss that training minimises:
 
-- `scalar`, `token`: coordinate 0 is the prediction of y. The loss is the squared error.
+- `scalar`, `token`: coordinate 0 of the outputs is the prediction of y. The loss is the squared error.
 - `gaussian`: the predictive distribution of y is N(m, exp(s)), with m = o_0 and s = 10 tanh(o_1 / 10), where o_0 and o_1
   are the outputs. The loss is the negative log-likelihood -log p(y), in nats.
 - `mixture`: the predictive distribution is a mixture of J Gaussians (Bishop 1994, "Mixture density networks"). The 3J outputs are the means
@@ -71,7 +71,7 @@ def predictive(config: ModelConfig, outputs: Float[Tensor, "*S O"]) -> Predictiv
 
 
 def predictions(config: ModelConfig, outputs: Float[Tensor, "*S O"]) -> Float[Tensor, "*S"]:
-    """Return the predictions of targets: coordinate 0, or the mean of the predictive distribution."""
+    """Return the predictions of targets: coordinate 0 of the outputs, or the mean of the predictive distribution."""
     return predictive(config, outputs).mean if config.output == "mixture" else outputs[..., 0]
 
 

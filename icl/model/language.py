@@ -151,7 +151,10 @@ def _table(**shapes: tuple[int, ...]) -> nn.ParameterDict:
 
 
 def initialise_language(model: LanguageModel, generator: torch.Generator) -> None:
-    """Set every parameter in place, in the order of `named_parameters`. Matrices are drawn from N(0, 0.05^2), biases are 0, and gains are 1."""
+    """Set every parameter in place, in the order of `named_parameters`.
+
+    Matrices are drawn from N(0, 0.05^2). Biases are set to 0, and gains to 1.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             leaf = name.rpartition(".")[2]

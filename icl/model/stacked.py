@@ -1,9 +1,9 @@
-"""Populations: many parameter sets of one architecture, stacked on a leading axis N and applied at once.
+"""Populations: many parameter sets of one architecture, stacked on a leading axis N, whose outputs are computed together.
 
 The runs of a sweep over seeds or over M, the chains of an LLC estimate and the checkpoints of a run are all populations. A single
 run is a population of one. Each parameter set is a member of the population: a dict of tensors with the names of the state dict of
-`icl.model.transformer.Transformer`. This module stacks and unstacks parameter sets, and applies those of regression models.
-`icl.model.language` applies those of language models.
+`icl.model.transformer.Transformer`. This module stacks and unstacks parameter sets, and computes the outputs of regression models.
+`icl.model.language` computes the outputs of language models.
 
 `icl.model.transformer` defines the model. `apply` computes the same function, and tests compare the two, including their gradients.
 `apply` is faster for six reasons:
@@ -16,8 +16,9 @@ run is a population of one. Each parameter set is a member of the population: a 
 - Without that kernel we pad prompts to the even length T = 2K: PyTorch's small products then take a quarter less time.
 - The functions use neither `torch.func.vmap` nor Python state, so `torch.compile` sees one plain function.
 
-Axis letters: N members, B prompts, K examples, D input dimension, T tokens, E = D + 1 token coordinates, Q queries (every
-`stride`-th token), C channels, H heads, c = C / H channels of a head, I and O inputs and outputs of a linear map. For the whole model, O is the number of outputs of the unembedding, its last linear map.
+Axis letters: N members, B prompts, K examples, D input dimension, T tokens, E = D + 1 token coordinates, Q queries (every `stride`-th
+token), C channels, H heads, c = C / H channels of a head, I and O inputs and outputs of a linear map. For the whole model, O is the number
+of outputs of the unembedding, its last linear map.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,8 @@ Params: TypeAlias = dict[str, Tensor]
 _NORM_EPS = 1e-5
 """Epsilon of layer norms; PyTorch's default."""
 _MIN_FUSED_WIDTH = 16
-"""Minimum input width at which a single member uses F.linear. Below it, the weight gradient of F.linear takes 6x as long on CPUs as that of the
-batched product."""
+"""Minimum input width at which a single member uses F.linear. Below it, the weight gradient of F.linear takes 6x as long on CPUs as that of
+the batched product."""
 
 
 def stack(members: Sequence[Mapping[str, Tensor]]) -> Params:
@@ -145,7 +146,8 @@ def _block(
     if config.layer_norm != "pre":
         queries, keys, values = _heads(config, params, path, x, stride)
     elif layer == 0 and torch.compiler.is_compiling():
-        # Eager mode does not use this branch: its extra passes over memory would cost as much time as the smaller products save.
+        # Only compiled code uses this branch. In eager mode, its extra passes over memory would cost as much time as the smaller products
+        # save.
         queries, keys, values = _heads_of_tokens(config, params, path, x, tokens, stride)
     else:
         queries, keys, values = _heads(config, params, path, _norm(params, f"{path}.attention_norm", x), stride)

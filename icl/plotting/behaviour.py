@@ -25,14 +25,14 @@ _SCALED_PANELS = (
     ("task_scale", "loss_over_g2", "Tasks scaled by g", "mean squared error / g²"),
     ("input_scale", "size_ratio", "Size of predictions, inputs scaled by g", "|predictions| / |targets|"),
 )
-"""Family of distributions, quantity, title and y label of each panel with the multiplier g on the x axis."""
+"""Family of distributions, quantity, title and y label of each panel whose x axis is the multiplier g."""
 _PAIR_COLOURS = (ORANGE, PURPLE, BLUE)
 
 
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw eight panels from the table of `icl.analysis.behaviour`; bands are two standard errors.
 
-    All steps use the same prompts, so the standard errors of differences between steps are smaller than the bands suggest.
+    All steps use the same prompts. So the difference between two steps has a smaller standard error than the bands suggest.
 
     Args:
         table: The run's `results/behaviour.csv`.

@@ -1,7 +1,7 @@
 """The figure of losses against the step for one or several runs, during or after training.
 
-Each run is a line. If there are few runs with short names, the names are at the ends of the lines. Otherwise they are in a
-legend. There are no names if there are more than `MAX_LABELS` runs. On the logarithmic axis, step 0 lies far to the left of
+Each run is a line. Up to `MAX_END_LABELS` runs with short names are named at the ends of their lines. Otherwise a legend names up to
+`MAX_LABELS` runs. If there are more runs, the figure has no names. On the logarithmic axis, step 0 lies far to the left of
 the next step. The loss at step 0 is therefore a dot that is not joined to the line.
 """
 
@@ -19,7 +19,7 @@ from icl.plotting.style import new_figure, scale_steps
 from icl.plotting.tidying import name_outside
 
 MAX_LABELS = 16
-"""Largest number of runs for which there is a legend. A reader cannot distinguish more colours."""
+"""Largest number of runs for which there is a legend. A reader cannot tell more colours apart."""
 MAX_END_LABELS = 12
 """Largest number of runs that are named at the ends of their lines."""
 _LABEL_HEIGHT = 0.065
@@ -84,7 +84,7 @@ def plot_curves(
 def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
     """Return the steps and the losses of one column, or no rows if the table lacks this column.
 
-    Squared errors that are not positive are left out.
+    Squared errors that are not positive are left out, because the axis is logarithmic.
     """
     if not {"step", key} <= set(table.columns):
         return pd.DataFrame({"step": [], key: []})
@@ -95,7 +95,7 @@ def _losses(table: pd.DataFrame, key: str) -> pd.DataFrame:
 def _means(
     losses: Mapping[str, pd.DataFrame], groups: Mapping[str, Sequence[str]], key: str
 ) -> dict[str, pd.DataFrame]:
-    """Return the mean curve of each group over its seeds, at the steps at which the largest number of seeds have a loss."""
+    """Return the mean curve of each group over its seeds. Only the steps with the largest number of seeds are kept."""
     means = {}
     for group, runs in groups.items():
         table = pd.concat([losses[run] for run in runs]).rename(columns={key: "value"})

@@ -90,7 +90,7 @@ def plot_loss_and_llc(
 def plot_in_context_learning(
     evaluation: pd.DataFrame, baselines: pd.DataFrame, *, title: str, stages: Stages = PUBLISHED_STAGES
 ) -> Figure:
-    """Plot the first run's loss at each position, and the ICL scores, the size of predictions and the gap to ridge for every seed.
+    """Plot the loss at each position of the first run, and for every seed the ICL scores, the size of predictions and the gap to ridge.
 
     Args:
         evaluation: Rows of `evaluation.csv` for the seeds of one model.

@@ -1,7 +1,7 @@
 """The figure of a task-diversity experiment: the gaps of the trained models to ridge and to dMMSE, against the number of tasks M.
 
 If a model has learned the Gaussian prior, its gap to ridge is zero. If it has learned its M tasks, its gap to dMMSE is zero
-(Raventos et al. 2023, arXiv 2306.15063, figure 2; they divide the gaps by D, we do not). The threshold M above which models
+(Raventos et al. 2023, arXiv 2306.15063, figure 2). They divide the gaps by D; we do not. The threshold M above which models
 learn the Gaussian prior depends on the architecture and the training (`icl.diversity.threshold`).
 """
 
@@ -31,8 +31,8 @@ def plot_diversity(table: pd.DataFrame, *, title: str, thresholds: pd.DataFrame 
     M = inf has a tick of its own, to the right of all finite M.
 
     Args:
-        table: Columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`, and `run` if an M has
-            several seeds (`icl.plotting.seeds` describes how seeds are drawn). Only the last step of each run is drawn.
+        table: Table with the columns `num_tasks` (as text), `step`, `distribution`, `quantity`, `position`, `value`, `stderr`, and `run` if
+            there are several seeds for an M (`icl.plotting.seeds` describes how seeds are drawn). Only the last step of each run is drawn.
         title: Title of the figure.
         thresholds: Table from `icl.diversity.threshold.thresholds`. The threshold in the last row of this table is
             drawn. If there are several seeds, the last row is the row for all seeds. A band shows the 95 % interval of

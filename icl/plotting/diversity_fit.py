@@ -1,4 +1,4 @@
-"""The figure of a regression of the OOD loss on task diversity and other features: measured and predicted loss, and coefficients."""
+"""The figure of a regression that predicts the OOD loss from task diversity and other features: losses and coefficients."""
 
 import pandas as pd
 from matplotlib.axes import Axes

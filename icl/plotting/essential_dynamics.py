@@ -42,7 +42,7 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
 
     Args:
         table: The run's `results/essential-dynamics.csv`.
-        title: Start of the figure's title. The function adds the number of further runs, the kind of state (such as predictions) and the smoothing.
+        title: Start of the figure's title. We add the number of further runs, the kind of state (such as predictions) and the smoothing.
     """
     figure, (first, second, times, shares) = new_figure(2, num_rows=2, width=6.0, height=4.6)
     scores = select(table, quantity="score")
@@ -87,7 +87,7 @@ def _draw_plane(axes: Axes, table: pd.DataFrame, plane: list[str], norm: LogNorm
 
 
 def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
-    """Set the limits from the scores. The evolute is not used, because it goes to infinity at every inflection."""
+    """Set the limits from the scores. The evolute cannot set them, because it goes to infinity at every inflection of the path."""
     shown = table[table["quantity"].isin(["score", "smooth_score", "reference_score"])]
     limits = []
     for item in plane:
@@ -100,8 +100,8 @@ def _set_limits(axes: Axes, table: pd.DataFrame, plane: list[str]) -> None:
 def _draw_references(axes: Axes, table: pd.DataFrame, plane: list[str], *, named: bool) -> None:
     """Draw the projections of ridge and dMMSE.
 
-    The legend shows how much of each predictor's squared distance to the mean of all states lies within the principal
-    components.
+    For each predictor, the legend shows a share: how much of the predictor's squared distance to the mean of all states lies within
+    the principal components.
     """
     captured = select(table, quantity="reference_captured").set_index("run")["value"]
     for number, (name, rows) in enumerate(select(table, quantity="reference_score").groupby("run", sort=False)):

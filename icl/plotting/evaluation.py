@@ -17,7 +17,7 @@ _GAPS = (
 
 
 def plot_evaluation(numbers: pd.DataFrame, baselines: pd.DataFrame, *, title: str) -> Figure:
-    """Plot gaps over training on training tasks and on new tasks, and loss / ridge's loss at the last step for every distribution.
+    """Plot gaps over training on training tasks and on new tasks, and for every distribution the last loss divided by ridge's loss.
 
     Args:
         numbers: A run's `results/evaluation.csv`.

@@ -1,4 +1,4 @@
-"""The gallery of figures that are drawn from the shipped tables, saved as PNG and PDF with captions, and shown on one page.
+"""The gallery of figures. They are drawn from the shipped tables, saved as PNG and PDF with captions, and shown on one page.
 
 A notebook opens a gallery, reads tables from it, and saves figures to it:
 
@@ -60,7 +60,7 @@ class Gallery:
         self._used: list[str] = []  # names of the tables that were read since the last figure was saved
 
     def table(self, name: str, run: str | None = None) -> pd.DataFrame:
-        """Return a shipped table, or only the rows of one run. The caption of the next saved figure names the table.
+        """Return a shipped table, or only its rows of one run. The caption of the next figure that is saved names this table.
 
         Raises:
             ConfigError: If there is no such table or run.
@@ -96,11 +96,11 @@ class Gallery:
         """Write `<name>.png`, `<name>.pdf`, and `<name>.txt` with the caption and the source of the data.
 
         Raises:
-            ConfigError: If no table was read since the last figure was saved, because the source would then be empty.
+            ConfigError: If no table was read since the previous figure was saved. The source of the data would be unknown.
         """
         if not self._used:
             raise ConfigError(
-                f"The source of the figure {name} is unknown. Read its tables after saving the last figure."
+                f"The source of the figure {name} is unknown. Read the figure's tables after saving the previous figure."
             )
         origin, source = self._describe_source()
         self.figures.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def _draw_known(axes: Axes, curve: pd.DataFrame, **style: Any) -> None:
 
 
 def _draw_limits(norms: Axes, noise: Axes, weights: pd.DataFrame) -> None:
-    """Draw an upper limit of the norm and a lower limit of the noise scale (two standard errors) at steps with an uncertain norm."""
+    """At steps with an uncertain norm, draw an upper limit of the norm and a lower limit of the noise scale (two standard errors)."""
     norm, square, trace = (
         _curve(weights, quantity, "all").set_index("step") for quantity in ("norm", "squared_norm", "noise_trace")
     )

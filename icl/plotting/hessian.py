@@ -54,9 +54,9 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, colour: str, label: str) -> Non
 def _draw_spectra(axes: Axes, table: pd.DataFrame) -> None:
     """Draw the number of eigenvalues above λ and the number below −λ at a few steps. The x axis is the threshold λ.
 
-    Each Lanczos node represents a share of all eigenvalues. The drawn number is the number of eigenvalues that the nodes
-    beyond λ represent together, but at least the number of these nodes. Nodes with a large share are left out. They
-    represent the many eigenvalues near zero, which Lanczos does not resolve.
+    Each Lanczos node represents a share of all eigenvalues. The number drawn at λ is the number of eigenvalues that the nodes
+    beyond λ represent together. If the number of these nodes is larger, this number is drawn. Nodes with a large share are left
+    out, because they represent the many eigenvalues near zero, which Lanczos does not resolve.
     """
     steps = np.unique(select(table, quantity="spectral_node")["step"].to_numpy(int))
     chosen = steps[spread_indices(len(steps), _NUM_SPECTRA)]

@@ -77,7 +77,7 @@ def plot_final_gaps(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
 
 
 def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the step of the smallest loss on new tasks, and the rise of the loss from that step to the last step, against M."""
+    """Plot against M: the step of the smallest loss on new tasks, and the rise of the loss from that step to the last step."""
     figure, (when, rise) = new_figure(2, width=5.0, height=3.9, title=title)
     ladder = _with_num_tasks(evaluation, runs)
     losses, gaps = _means(ladder, "true", "loss"), _smallest(_means(ladder, "true", "delta_ridge"))
@@ -92,7 +92,7 @@ def plot_transience(evaluation: pd.DataFrame, runs: pd.DataFrame, *, title: str)
             [positions[str(m)]], [step + 1], [[below], [above]], fmt="o", capsize=2.5, color=BLUE, markerfacecolor=face
         )
     last = losses.loc[losses.groupby("run")["step"].idxmax()].set_index(["num_tasks", "run"])
-    # All steps have the same prompts, so the error of a difference between steps does not follow from the two errors.
+    # All steps use the same prompts, so the errors of two steps are correlated. We do not know the error of their difference.
     rises = (last["value"] - minima["value"].reindex(last.index)).rename("value").reset_index().assign(stderr=np.nan)
     _draw_against_diversity(
         rise, rises, positions, color=VERMILION, marker="o", label="rise of the loss after its minimum"
@@ -144,7 +144,7 @@ def plot_joint_trajectories(dynamics: pd.DataFrame, *, title: str) -> Figure:
 
 
 def _draw_trajectory(axes: Axes, path: pd.DataFrame, reference: pd.DataFrame, m: str, colour: Any) -> None:
-    """Draw the path of a run with a dot at its last step, and the projection of its Bayes predictor, if the table contains it."""
+    """Draw the path of a run with a dot at its last step. If the table contains the run's Bayes predictor, draw its projection too."""
     label, line, marker, size = ("∞", "--", "*", 13) if m == "inf" else (m, "-", "D", 7)
     axes.plot(*path.to_numpy().T, color=colour, linestyle=line, linewidth=1.2, marker=".", markersize=3, label=label)
     axes.plot(*path.to_numpy()[-1:].T, "o", color=colour, markersize=7)

@@ -27,8 +27,8 @@ def plot_language_training(
 
     Args:
         metrics: The run's `metrics.csv`.
-        losses: Losses of the last checkpoint and of the baselines on the test rows of text. Its index contains each position
-            and `mean`. Its columns are `model`, `unigram` and `bigram`.
+        losses: Table of the losses of the last checkpoint and of the baselines on the test rows of text. The index of the table
+            contains each position and `mean`. The columns are `model`, `unigram` and `bigram`.
         title: Title of the figure.
         levels: Mean losses of the baselines `unigram` and `bigram` on the test rows that the learning curves use.
     """

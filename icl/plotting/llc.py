@@ -38,8 +38,8 @@ def plot_llc(table: pd.DataFrame, trivial_loss: float, *, title: str, stages: Se
     """Plot loss (top) and LLC (bottom) against the step, on a logarithmic (left) and a linear axis (right).
 
     With a single step, there is no right column. If the loss at the mean of the draws lies below the checkpoint's loss
-    (`icl.sampling.at_checkpoint`), the LLC is underestimated by about nbeta times the difference. If this bias is
-    significant, a diamond shows the LLC plus the bias.
+    (`icl.sampling.at_checkpoint`), the estimate of the LLC is too low by about nbeta times the difference. If this bias
+    is significant, a diamond shows the estimate plus the size of the bias.
 
     Args:
         table: Rows of `llc.csv` that share their sampler settings.
@@ -80,8 +80,8 @@ def plot_calibration(table: pd.DataFrame, traces: Mapping[int, Record], *, title
 
     Args:
         table: The table of `icl.sampling.calibration`.
-        traces: Estimates whose traces are drawn, in this order: with the chosen settings, then with settings that failed. The keys are values
-            of the column `corner`, the index of the settings. Without estimates, the figure has no panels for traces.
+        traces: Estimates whose traces are drawn: first the estimate with the chosen settings, then estimates with settings that failed. The
+            keys are values of the column `corner`, the index of the settings. If `traces` is empty, the figure has no panels for traces.
         title: Title of the figure.
     """
     figure, axes = new_figure(3, num_rows=2 if traces else 1, width=4.8, height=3.6, title=title)
@@ -130,8 +130,8 @@ def draw_by_verdict(
         axes: Axes to draw in.
         x: Horizontal positions of the rows.
         rows: Rows with `llc`, `stderr` and `verdict`.
-        limits: Range of LLCs that is shown. LLCs outside are drawn at the nearer limit, without a bar. NaNs are drawn at the upper limit.
-            If it is None, all LLCs are drawn where they are.
+        limits: Range of LLCs that is shown. An LLC outside this range is drawn at the nearer limit, without a bar. NaN is drawn at the
+            upper limit. With None, every LLC is drawn at its own value.
         named: Whether the legend names the verdicts, and says whether LLCs lie outside the limits.
     """
     for verdict, style in VERDICTS.items():
@@ -151,7 +151,7 @@ def draw_by_verdict(
 
 
 def draw_loss_levels(axes: Axes, row: Mapping[str, Any] | pd.Series) -> None:
-    """Draw L(w0), E[L] and, if it is known, the loss of a trivial predictor as horizontal lines."""
+    """Draw horizontal lines at L(w0), at E[L] and, if it is known, at the loss of a trivial predictor."""
     axes.axhline(row["init_loss"], color=BLUE, linewidth=1.6, label="L(w0)")
     axes.axhline(row["mean_loss"], color=VERMILION, linewidth=1.6, label="E[L]")
     if row["trivial_loss"] is not None:
@@ -223,7 +223,7 @@ def _draw_estimates(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def underestimated(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's loss, except if the chains escaped."""
+    """Return the rows whose loss at the mean of the draws lies significantly below the checkpoint's loss. Escaped chains are left out."""
     table = table.rename(columns=RENAMED_COLUMNS)
     if "drop_at_mean_stderr" not in table:  # not measured
         return table.iloc[:0].assign(drop_at_mean=0.0, drop_at_mean_stderr=0.0)

@@ -22,8 +22,8 @@ _MAX_TRACES = 6
 def plot_estimate(record: Record, trivial_loss: float, *, title: str) -> Figure:
     """Plot the excess loss of every chain in nats, its running mean, and the LLC with two standard errors.
 
-    The excess is nbeta times the difference between a minibatch loss and the checkpoint's loss on the same minibatch. Older versions
-    stored only minibatch losses. The traces of their estimates include minibatch noise.
+    The excess is nbeta times the difference between a minibatch loss and the checkpoint's loss on the same minibatch. Older versions of
+    `icl` stored only minibatch losses, so the traces of older estimates include minibatch noise.
 
     Args:
         record: The estimate.
@@ -83,8 +83,8 @@ def plot_traces(records: Sequence[Record], *, title: str) -> Figure:
 def excess_trace(record: Record) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, "K S"]]:
     """Return the moves at which draws were recorded, and the excess loss of each chain at these moves, in nats.
 
-    Older versions stored only minibatch losses. For their estimates, the moves of the burn-in are included, and the
-    excess loss contains minibatch noise.
+    Older versions of `icl` stored only minibatch losses. For older estimates, the result includes the moves of the burn-in,
+    and the excess loss contains minibatch noise.
     """
     row = record.row
     if not record.excess.size:

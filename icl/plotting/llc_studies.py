@@ -103,8 +103,8 @@ def plot_what_is_measured(llc: pd.DataFrame, *, title: str, until: float = np.in
 def _checkpoints(llc: pd.DataFrame) -> pd.DataFrame:
     """Return a row with the checkpoint's loss for each step.
 
-    Samplers with other batch sizes measure this loss on other prompts. We take the loss that belongs to the sampler that
-    stays in the basin, because E[L] of this sampler is close to it.
+    Two samplers with different batch sizes measure this loss on different prompts. We take the value of the sampler that
+    stays in the basin, because the E[L] of this sampler is close to the checkpoint's loss.
     """
     rows = rows_of_sampler(llc, is_published=False)
     return (rows if len(rows) else llc).drop_duplicates("step").sort_values("step")
@@ -212,8 +212,8 @@ def plot_localization(
 ) -> Figure:
     """Plot LLCs with a fixed localization, and LLCs whose localization falls as the weights grow, for several runs.
 
-    Suppose that the weights grow by a factor c. If the localization is divided by c², chains can move c times as far. The product of the
-    localization and the squared norm of the weights is then the same at each step.
+    If the weights have grown by a factor c, the falling localization is divided by c². Chains can then move c times as far. The product
+    of this localization and the squared norm of the weights is the same at each step.
 
     Args:
         llc: Rows of `llc.csv`, without those of the published sampler.
@@ -252,8 +252,8 @@ def plot_localization(
 def plot_positions(positions: pd.DataFrame, llc: pd.DataFrame, *, title: str) -> Figure:
     """Plot the LLC of the loss at each position, with a panel for each set of sampler settings and a line for each step.
 
-    If some settings were used at several steps, settings that were used at a single step (controls) have no panel. The legend names at most
-    eight of the steps.
+    A set of settings that was used at only one step is a control and has no panel, unless no set was used at several steps. The legend
+    names at most eight of the steps.
     """
     num_steps = llc.sort_values("nbeta").groupby("settings", sort=False)["step"].nunique()
     hashes = list(num_steps[(num_steps > 1) | (num_steps.max() == 1)].index)
@@ -320,10 +320,10 @@ def plot_run(llc: pd.DataFrame, *, title: str) -> Figure:
 
 
 def rows_of_sampler(llc: pd.DataFrame, is_published: bool) -> pd.DataFrame:
-    """Return the estimates of one sampler, ordered by step.
+    """Return the estimates of the published sampler (`is_published`) or of the other sampler, ordered by step.
 
-    This sampler is the published one if `is_published`, otherwise the other one. If it was used with several sets of
-    settings, only the estimates with the most frequent set are returned. The other sets are controls at single steps.
+    If this sampler was used with several sets of settings, only the estimates with the most frequent set are returned. The
+    other sets are controls at single steps.
     """
     rows = llc[llc["mode"].fillna("").str.startswith("published") == is_published].sort_values("step")
     return rows[rows["settings"].isin(rows["settings"].mode()[:1])]

@@ -1,6 +1,7 @@
 """The figures of mixtures of dMMSE and ridge: weights, log odds and residuals of one run, and transitions over a ladder of M.
 
-`icl.analysis.mixture` defines the two mixtures: `fixed` has the same weight of dMMSE for all prompts, and `bayes` has prior odds of dMMSE.
+`icl.analysis.mixture` defines the two mixtures. In `fixed`, the weight of dMMSE is the same for all prompts. In `bayes`, the weight for
+each prompt follows from the prior odds of dMMSE by Bayes' rule.
 """
 
 from typing import Any
@@ -101,7 +102,7 @@ def _means(table: pd.DataFrame, quantity: str, **values: Any) -> pd.DataFrame:
 
 
 def _explained(own: pd.DataFrame, curve: pd.DataFrame, has_seeds: bool) -> pd.DataFrame:
-    """Return the rows of a theory curve in order of steps. With several seeds, only the steps to which the curve is fitted are returned."""
+    """Return the rows of a theory curve, ordered by step. With several seeds, return only the steps to which the curve was fitted."""
     curve = curve.sort_values("step")
     fitted = select(own, quantity="curve_residual")[["run", "step"]]
     return curve.merge(fitted, on=["run", "step"]) if has_seeds else curve
@@ -172,7 +173,7 @@ def _finish_parameter(axes: Axes, quantity: str, title: str, *, legend: str = ""
 
 
 def _limit_odds(axes: Axes) -> None:
-    """Restrict the y axis to the range of the search, because bands of large standard errors extend beyond it."""
+    """Limit the y axis to the range that was searched, because the bands of large standard errors extend beyond this range."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -_MAX_LOG_ODDS), min(high, _MAX_LOG_ODDS))
 
@@ -232,7 +233,7 @@ def _draw_transitions(axes: Axes, rows: pd.DataFrame, label: str) -> None:
     curve = curve[np.isfinite(curve["value"]) & (curve["value"] < 1e9)]
     levels = np.exp(
         np.log1p(curve["value"]).groupby(curve["num_tasks"]).mean()
-    )  # mean over seeds, because `loss_advantage` differs between seeds
+    )  # mean over seeds: each seed has its own `loss_advantage`, and so its own curve
     axes.plot(levels.index.astype(float), levels, color=VERMILION, linestyle=":", label=_CURVE)
     axes.set_title(f"Transition to dMMSE, {label} (open: not ok)", fontsize=10)
     axes.set(

@@ -13,12 +13,12 @@ from icl.plotting.style import label_plainly, new_figure, select
 FIRST_STEP = 100
 """First step of the figure. At earlier steps, models do not yet use the examples."""
 Gaps: TypeAlias = tuple[tuple[str, Any, str, str], ...]
-"""The gaps to draw: for each, its `quantity`, colour, line style and label."""
+"""The gaps to draw: the quantity, the colour, the line style and the label of each gap."""
 _GAPS: Gaps = (("delta_ridge", VERMILION, "--", "to ridge"), ("delta_dmmse", GREEN, "-", "to dMMSE"))
 
 
 def plot_moving_pools(table: pd.DataFrame, *, title: str) -> Figure:
-    """Plot the gaps on training tasks over the steps, in one panel for each kind of pool, with the same axes.
+    """Plot the gaps on training tasks over the steps. Each kind of pool has a panel, and all panels have the same y axis.
 
     Args:
         table: The shipped table `moving-pool`.

@@ -28,7 +28,7 @@ _PANELS: dict[str, tuple[tuple[str, dict[str, str], str], ...]] = {
         ("Weight of dMMSE, new tasks", {"quantity": "weight", "distribution": "true"}, "fixed weight"),
     ),
 }
-"""Title, values that select the rows of the table, and y label of each panel. The keys are the names of the analyses."""
+"""The panels of each analysis, keyed by its name: the title, the values that select rows of the table, and the y label."""
 
 
 def plot_over_runs(

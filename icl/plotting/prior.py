@@ -1,4 +1,4 @@
-"""The figure of an implicit prior: energy distances to the candidate priors, the nearer prior, and the size of estimated tasks."""
+"""The figure of a model's implicit prior: its energy distances to candidate priors, the nearer prior, and the size of estimated tasks."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Draw results of runs that differ only in seeds: each seed, the mean, and for at least three seeds a 95 % interval."""
+"""Draw results of runs that differ only in seeds: each seed, the mean over seeds and, for at least three seeds, its 95 % interval."""
 
 from typing import Any
 

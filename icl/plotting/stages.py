@@ -33,7 +33,7 @@ _BOUNDARY_STYLES: dict[str, dict[str, Any]] = {
 def plot(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw two panels for each signal: its values (left) and its slope (right) against the step.
 
-    Bands are two standard errors of the curves and of the positions of boundaries. Boundaries with the verdict `suspect` are
+    Bands show two standard errors, of the curves and of the steps of the boundaries. Boundaries with the verdict `suspect` are
     dashed. Boundaries with the verdict `invalid` are not drawn. The background colour shows the type of each stage.
 
     Args:
@@ -49,8 +49,8 @@ def plot(table: pd.DataFrame, *, title: str) -> Figure:
         _draw_measured(values, select(rows, quantity="measured"), is_llc=signal == "llc")
         slope = select(rows, quantity="slope")
         _draw_curve(slopes, slope)
-        # At the ends of the run, points lie on one side only, so the standard error of the slope is large. The limits
-        # of the y axis must not depend on such slopes.
+        # At the two ends of the run, all neighbouring points lie on one side, so the standard error of the slope is large.
+        # The limits of the y axis must not depend on these slopes.
         error = slope["stderr"].astype(float)
         set_limits(slopes, slope.loc[error < 4 * error.median(), "value"], margin=0.15)
         slopes.axhline(0, color=BLACK, linewidth=0.8)

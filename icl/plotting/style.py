@@ -39,13 +39,13 @@ _METADATA: dict[str, dict[str, Any]] = {
 _ORIGIN_INCHES = 0.16
 """Height of the line above a figure that names the source of its data."""
 _MINOR_DIGITS = ((8.0, "23456789"), (400.0, "25"))
-"""Pairs of a ratio and digits. If a logarithmic axis spans less than this ratio, minor ticks with these leading digits are labelled."""
+"""Pairs of a ratio and digits. If a logarithmic axis spans less than the ratio, minor ticks that begin with these digits are labelled."""
 
 
 def new_figure(
     num_columns: int = 1, *, num_rows: int = 1, width: float = 5.2, height: float = 3.8, title: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with empty axes, listed row by row. The figure's label is the full name of the function that calls this one.
+    """Create a figure and its empty axes, row by row. The figure's label is the full name of the function that called `new_figure`.
 
     Args:
         num_columns: Number of columns of axes.
@@ -111,7 +111,7 @@ def draw_band(
         x: Horizontal position of each value.
         values: Values of the line.
         stderr: Standard error of each value.
-        floor: Lower limit of the band. Set it for a logarithmic axis, because a band that reaches zero would fill the panel.
+        floor: Lower limit of the band. Set a floor if the axis is logarithmic, because a band that reaches zero would fill the panel.
         alpha: Opacity of the band.
         style: Options of the line. `color` is required, and the band has the same colour.
     """
@@ -122,7 +122,7 @@ def draw_band(
 
 
 def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
-    """Set the limits of the y axis from the finite values only, with a margin that is a fraction of their range."""
+    """Set the limits of the y axis to the range of the finite values, widened at both ends by the fraction `margin` of the range."""
     finite = values[np.isfinite(values.astype(float))].astype(float)
     if len(finite):
         low, high = finite.min(), finite.max()
@@ -131,7 +131,7 @@ def set_limits(axes: Axes, values: pd.Series, *, margin: float = 0.07) -> None:
 
 
 def write_in_middle(axes: Axes, text: str) -> None:
-    """In the middle of empty axes, write the reason why they are empty."""
+    """Write a text in the middle of empty axes, which says why they are empty."""
     axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
 
 

@@ -1,7 +1,6 @@
-"""Final corrections before a figure is saved: legends that cover curves, legend entries without data, overlapping tick labels.
+"""Final corrections of a figure before it is saved: legends that cover curves, legend entries without data, overlapping tick labels.
 
-Overlaps depend on the data, so they are measured after the layout is computed. A figure that needs no correction is not
-changed.
+Overlaps depend on the data. So we measure overlaps after computing the layout. A figure that needs no correction is not changed.
 """
 
 import itertools
@@ -56,7 +55,7 @@ def tidy(figure: Figure) -> None:
         for line in axes.lines:
             _mark_isolated_points(line)
     figure.draw_without_rendering()
-    if sum(_correct_legend(axes) for axes in figure.axes):  # not `any`, which would stop after the first correction
+    if sum(_correct_legend(axes) for axes in figure.axes):  # `any` would stop after the first correction
         lay_out(figure)
     visible = [axes for axes in figure.axes if axes.get_visible()]
     if sum(_remove_overlapping_labels(axis) for axes in visible for axis in (axes.xaxis, axes.yaxis)):
@@ -88,7 +87,7 @@ def drawn_points(line: Line2D) -> Float[np.ndarray, "P 2"]:
 
 
 def name_outside(figure: Figure, panels: Sequence[Axes], *, loc: str, ncols: int, fontsize: int) -> None:
-    """Add one legend for all panels, outside of them. It has an entry for each label with visible data."""
+    """Add one legend for all panels, outside of the panels. The legend has an entry for each label with visible data."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for artist, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -209,7 +208,7 @@ def _legend_box(location: str, frame: BboxBase, width: float, height: float) -> 
 
 
 def _visible_points(axes: Axes) -> Iterator[np.ndarray]:
-    """Yield points in pixels: of each curve and each group of marks inside these axes, and the corners of each text.
+    """Yield the points, in pixels, of each curve and each group of marks inside these axes, and the corners of each text.
 
     Points of other axes that overlap these axes, such as twin axes, are included.
     """

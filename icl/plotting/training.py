@@ -45,14 +45,14 @@ class DrawnRun(NamedTuple):
     """Losses on the training tasks, or on the test rows of a language run.
 
     There is a row for each position and a row for the mean over positions. There is a column for each predictor. Two more
-    columns are the model's excess loss over `optimum`, and the standard error of this excess.
+    columns contain the model's excess loss over the predictor `optimum`, and the standard error of this excess.
     """
     figure: Path
     """Path of the figure."""
     optimum: str
     """Name of the predictor to which the excess refers: the Bayes predictor for the training tasks, or `bigram` for a language run.
 
-    The Bayes predictor is `dmmse` for a finite M, otherwise `ridge` or `bayes`. The name is empty if `bayes` is needed but was not computed.
+    The Bayes predictor is `dmmse` for a finite M, otherwise `ridge` or `bayes`. If it is `bayes` but was not computed, the name is empty.
     """
 
 

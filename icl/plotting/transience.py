@@ -15,8 +15,8 @@ _BASELINES = {"zero": ("0.5", ":", "zero"), "ridge": (VERMILION, "--", "ridge"),
 def plot_transience(table: pd.DataFrame, *, title: str) -> Figure:
     """Plot the loss on training tasks (left) and on new tasks (right) over the steps, with the losses of the baselines.
 
-    Each seed is a thin line, and their mean is a thick line with its 95 % interval. The grey band is the 95 % interval over seeds of the
-    step at which the loss on new tasks is smallest.
+    Each seed is a thin line. The mean over seeds is a thick line with its 95 % interval. The loss on new tasks is smallest at some step;
+    the grey band is the 95 % interval of this step over seeds.
 
     Args:
         table: The shipped table `transience`.

@@ -14,8 +14,8 @@ _GAPS: Gaps = (("delta_ridge", VERMILION, "--", "to ridge"), ("delta_bayes", ORA
 def plot_worlds(table: pd.DataFrame, *, title: str) -> Figure:
     """Plot the gaps on new tasks over the steps, in one panel for each preset.
 
-    A dotted line shows the distance between ridge and the Bayes predictor. If ridge is the Bayes predictor, there is
-    only the gap to ridge.
+    A dotted line shows the mean squared difference between ridge and the Bayes predictor. If ridge is the Bayes predictor,
+    the panel shows only the gap to ridge.
 
     Args:
         table: The shipped table `worlds`.

@@ -29,7 +29,7 @@ MAX_SETTINGS = 8
 
 
 def with_varying_names(runs: Sequence[RunFacts]) -> list[RunFacts]:
-    """Name each run by the settings in which the runs differ, if these names are short and no two are the same."""
+    """Name each run by the settings in which the runs differ, if all these names are short and different."""
     configs = [facts.config for facts in runs if facts.config is not None]
     names = varying_names(configs) if len(configs) == len(runs) else []
     if len(set(names)) < len(runs) or max(map(len, names)) > _MAX_NAME_LENGTH or not all(names):
@@ -38,7 +38,7 @@ def with_varying_names(runs: Sequence[RunFacts]) -> list[RunFacts]:
 
 
 def comparison_table(runs: Sequence[RunFacts], targets: Sequence[str]) -> Table:
-    """Return a table with a row for each run. Each row links to the part of the page about its run; `targets` are the ids of these parts."""
+    """Return a table with a row for each run. The row links to the part of the page about this run; `targets` are the ids of the parts."""
     settings = differing_settings(runs)
     rows = []
     for number, (facts, target) in enumerate(zip(runs, targets, strict=True)):
@@ -116,7 +116,7 @@ def differing_settings(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
 
 
 def _numbers(facts: RunFacts) -> dict[str, float]:
-    """Return the main numbers of a run, for the table of the means over seeds."""
+    """Return the main numbers of a run, which `seeds_table` averages over seeds."""
     loss = training_loss(facts)
     numbers = {} if loss is None else {"training loss": loss}
     excess = final_excess(facts)

@@ -28,7 +28,7 @@ class Subject:
     title: str
     help: str
     command: str
-    """The command that makes the tables and figures. RUN is a placeholder for the run's folder. Empty if there is no command."""
+    """The command that makes the tables and figures, with RUN in place of the run's folder; empty if there is no command."""
     tables: tuple[str, ...] = ()
     """Tables that belong to the topic although their names begin with another word."""
     needs_finite_tasks: bool = False
@@ -198,8 +198,8 @@ def _read_log(folder: RunFolder) -> str:
 def _files(folder: Path, suffix: str, run: Path) -> list[Path]:
     """Return the files with a suffix in one folder of a run.
 
-    Links to files outside the run's folder are left out. Such files are not part of the run, and a published page would
-    reveal them.
+    Links to files outside the run's folder are left out. Files outside the folder are not part of the run, and a published page
+    would reveal their content.
     """
     files = (file for file in folder.glob(f"*.{suffix}") if file.is_file() and not file.name.startswith("."))
     return sorted(file for file in files if file.resolve().is_relative_to(run.resolve()))

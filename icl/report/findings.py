@@ -54,7 +54,7 @@ def state_sentence(facts: RunFacts) -> str:
 def final_losses(facts: RunFacts) -> dict[str, dict[str, float]]:
     """Return the mean losses of the transformer (`model`) and the predictors at the last step, for each distribution.
 
-    Before the end of training, only the transformer's losses are known. They are from its last evaluation.
+    Before the end of training, only the transformer's losses are known. These losses are from its last evaluation.
     """
     table = facts.tables.get("losses")
     if table is not None and {"distribution", "position", "model"} <= set(table):
@@ -97,8 +97,8 @@ def training_loss(facts: RunFacts) -> float | None:
 def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, float]:
     """Return the transformer's loss divided by the loss of each optimal predictor. The keys are names such as "ridge's".
 
-    The optimal predictor for new tasks is ridge, or `bayes` if the prior or the noise is not Gaussian. For the training tasks of a finite M,
-    dMMSE is optimal. The result on these tasks has both ratios.
+    The optimal predictor for new tasks is ridge, or `bayes` if the prior or the noise is not Gaussian. For the training tasks of a finite
+    M, dMMSE is optimal. For `pretrain`, the result contains the ratios to both predictors.
     """
     for_new_tasks = "bayes" if losses.get("bayes", math.nan) > 0 else "ridge"
     names = (for_new_tasks, "dmmse") if distribution == "pretrain" else (for_new_tasks,)
@@ -110,7 +110,7 @@ def loss_ratios(losses: Mapping[str, float], distribution: str) -> dict[str, flo
 
 
 def last_llc(facts: RunFacts) -> Cell | None:
-    """Return the LLC estimate with the latest step, or None if there is no estimate. Estimates for rescaled weights are left out."""
+    """Return the LLC estimate at the last step, or None if there is no estimate. Estimates for rescaled weights are left out."""
     table = facts.tables.get("llc")
     if table is None or not {"step", "llc", "stderr", "verdict"} <= set(table):
         return None

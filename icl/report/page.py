@@ -36,7 +36,7 @@ from icl.runs.listing import named_runs
 
 NAME = "report.html"
 _MIN_ROWS = 20
-"""Number of rows that each collapsed table can show even if the page has many runs."""
+"""Smallest limit on the number of rows of a collapsed table. The limit falls as the number of runs on the page grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def folder(self) -> RunFolder | None:
-        """The run's folder if the page is in it; None if the page is elsewhere or is about several runs."""
+        """The run's folder, if the page is `report.html` in this folder and is about one run; otherwise None."""
         run = self.runs[0].folder
         return run if len(self.runs) == 1 and self.path == run.path / NAME else None
 

@@ -1,4 +1,4 @@
-"""Figures of a page, as data URIs. A PNG file is accepted only if it can be decoded completely."""
+"""Figures of a page, as data URIs. We accept a PNG file only if the whole file can be decoded."""
 
 import base64
 import io

@@ -41,7 +41,7 @@ _OF_LANGUAGE = {
     "predicting the next token from the frequencies of tokens, or of pairs of tokens, in the training text.",
     "evaluation": "The numbers are from the last step, ± one standard error. Losses are in nats per token, averaged over positions.",
 }
-"""Explanations of sections for language runs. Sections that are missing here use `_EXPLANATIONS`."""
+"""Explanations of sections for language runs. The other sections use `_EXPLANATIONS`."""
 _EXPLANATIONS = {
     "training": "Losses are squared errors per target, not divided by D. The Bayes predictor is dMMSE on the training "
     "tasks if M is finite. Otherwise it is ridge, or another predictor if the tasks or the noise are not Gaussian. "
@@ -104,7 +104,7 @@ def _settings_section(facts: RunFacts, prefix: str) -> Section:
     tables, text = [], f"All settings are from the preset {preset}."
     if preset not in PRESETS:
         text = (
-            f"This version does not know the preset {preset}, so its settings cannot be compared with those of the run."
+            f"This version of icl does not know the preset {preset}, so the run's settings cannot be compared with it."
         )
     if changed:
         text = f"The settings are from the preset {preset}, with the changes below."
@@ -190,7 +190,7 @@ def _explanation(facts: RunFacts, subject: Subject) -> str:
 def _summary(facts: RunFacts, name: str, table: pd.DataFrame) -> list[Table]:
     """Return the summary of a table, or an empty list for a table without a summary.
 
-    The section then shows the numbers of this table in another form, or only in the whole table.
+    Without a summary, the section shows the numbers in another form, or only in the whole table.
     """
     columns = {"step", "distribution", "quantity", "position", "value", "stderr"}
     if name == "evaluation" and columns <= set(table) and table["step"].notna().any():

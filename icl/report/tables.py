@@ -1,9 +1,9 @@
 """Tables of a page: short summaries, and long tables that a reader can open. Verdicts are shown in colour and in words.
 
-In a tidy result table, each row has a step, a value with its standard error and verdict, and key columns, which say what the value
-is: a quantity and, for example, a distribution. The summary of a tidy table has a row for each combination of keys, and a
-column for each of a few steps. Any other table is shown whole if it has at most `MAX_SHORT` rows. Otherwise its summary has
-`MAX_SUMMARY` rows at about equal distances.
+In a tidy result table, each row has a step, a value with its standard error and verdict, and key columns. The key columns say what
+the value is: its quantity and, for example, its distribution. The summary of a tidy table has a row for each combination of keys, and a
+column for each of a few steps. Any other table is shown whole if it has at most `MAX_SHORT` rows. Otherwise its summary shows
+`MAX_SUMMARY` rows of the table, at about equal distances.
 """
 
 import math
@@ -98,7 +98,7 @@ def number_cell(text: str, badge: str = "") -> Cell:
 
 
 def show(value: Any, *, digits: int = 4, pad: bool = False) -> str:
-    """Return a value as a string, rounded to significant digits, with separators of thousands, and a dash for a missing value.
+    """Return a value as a string: rounded to significant digits, with a comma between thousands. A missing value gives a dash.
 
     Args:
         value: Any value. A long string is cut.
@@ -285,8 +285,8 @@ def _as_integer(value: Any) -> Any:
 def _some_of_each(kinds: list[tuple[str, ...]], wanted: int) -> list[tuple[str, ...]]:
     """Return at most `wanted` of the kinds, in their original order.
 
-    A kind is a combination of values in the key columns. Each value of the first key column gets about the same number
-    of kinds.
+    A kind is a combination of values in the key columns. The returned kinds contain each value of the first key column about
+    equally often.
     """
     groups: dict[str, list[int]] = {}
     for index, kind in enumerate(kinds):

@@ -19,12 +19,12 @@ from icl.runs.listing import named_runs
 from icl.signals import handling
 
 SECONDS = 10.0
-"""Shortest interval, in seconds, between two versions of the page. Browsers also load the page again at this interval."""
+"""Shortest interval, in seconds, between two versions of the page. A browser also reloads the page at this interval."""
 _SHARE = 2.0
 """Shortest interval between two versions, as a multiple of the time that was needed to write the last version."""
 _LONGEST_SECONDS = 60.0
-"""Longest interval, in seconds, between two versions while a run has not ended. Even if no file changes, a new version can say that a
-run has not updated its status for a long time and may have been killed."""
+"""Longest interval, in seconds, between two versions while a run has not ended. Even if no file has changed, a new version is useful:
+it can say that a run has not updated its status for a long time and may have been killed."""
 _QUIET_SECONDS = 120.0
 """Time without a change, in seconds, after which we stop watching a folder in which all runs have ended. A sweep may begin its next
 run within this time."""

@@ -1,8 +1,8 @@
 """The model card of a repository on the Hugging Face Hub: `README.md`, with a section for each run.
 
-A section shows the run's settings, its checkpoints, a table of losses, and one figure. This is the figure of the training, or that of the
-evaluation if there is no figure of the training. Each section begins and ends with an HTML comment. Text outside the sections belongs to
-the user and is not changed.
+A section shows the run's settings, its checkpoints, a table of losses, and one figure. The figure is `figures/training.png` or, if the run
+has no such figure, `figures/evaluation.png`. Each section begins and ends with an HTML comment. Text outside the sections belongs to the
+user and is not changed.
 """
 
 import csv
@@ -20,10 +20,9 @@ _HEAD = """---
 library_name: icl
 tags:
 - in-context-learning
-- linear-regression
 ---
 
-# Transformers trained on in-context linear regression
+# Transformers that learn in context
 
 Made with `icl`. Each run has a folder with its checkpoints, as `icl` saves them. The weights are safetensors files.
 """
@@ -32,7 +31,9 @@ _FIGURES = ("figures/training.png", "figures/evaluation.png")
 
 
 def card_text(old: str, run: RunFolder, name: str, store: str) -> str:
-    """Return the card with a new section for a run. It replaces the run's old section. If there is no old section, it is added at the end.
+    """Return the card with a new section for a run.
+
+    The new section replaces the run's old section. If there is no old section, the new section is added at the end.
 
     Args:
         old: The present card; empty if there is no card yet.
@@ -78,10 +79,12 @@ def _settings(config: RunConfig) -> str:
     is_language = model.is_language
     world = f", {task.world}" if task.world else ""
     if is_language:
+        unit = "rows"
         rows = {
             "Text": f"{text.source}, in rows of {text.context_size:,} tokens, vocabulary of {text.vocab_size:,} tokens"
         }
     else:
+        unit = "prompts"
         data = f"D = {task.task_size}, K = {task.max_examples}, M = {task.num_tasks}, noise variance {task.noise_variance:g}"
         rows = {"Task": data + world}
     rows |= {
@@ -89,7 +92,7 @@ def _settings(config: RunConfig) -> str:
         f"layer norm {model.layer_norm}",
         "Training": f"imported from {source}"
         if source
-        else f"{config.trainer.max_steps:,} steps of {config.trainer.batch_size:,} prompts, {optim.schedule} learning rate {optim.lr:g}",
+        else f"{config.trainer.max_steps:,} steps of {config.trainer.batch_size:,} {unit}, {optim.schedule} learning rate {optim.lr:g}",
         "Preset": config.preset,
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
@@ -98,7 +101,7 @@ def _settings(config: RunConfig) -> str:
 def _losses(run: RunFolder) -> str:
     """Return `results/losses.csv` as a Markdown table.
 
-    Return an empty string if the file cannot be read, has no rows or too many, or has rows of different lengths.
+    Return an empty string if the file cannot be read, if it has no rows or more than `_MAX_ROWS` lines, or if its rows differ in length.
     """
     try:
         text = read_bytes(run.results / "losses.csv").decode("utf-8")

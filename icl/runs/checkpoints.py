@@ -8,8 +8,8 @@ size. We also compare the shapes of the tensors with the shapes that the saved c
 quickly and with little memory. Each file also contains a digest of its weights, and a digest of its step and configuration. A file
 that was cut short, altered or made by another program does not match these digests and is refused.
 
-If `checkpoints.moments` is true, Adam's moments are saved in the subfolder `moments/`. Their file has the name and format of the
-checkpoint's file. So the moments are not read when the weights are loaded. The tensors of the moments are named
+If `checkpoints.moments` is true, Adam's moments are saved in a separate file in the subfolder `moments/`, with the same name and
+format as the checkpoint. So the moments are not read when the weights are loaded. The tensors of the moments are named
 `exp_avg/<parameter>` and `exp_avg_sq/<parameter>`.
 """
 
@@ -38,7 +38,7 @@ from icl.runs.tasks_file import remember_tasks
 from icl.store.base import LocalStore, Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Torch's names of Adam's moments: the running means of the gradient and of its square."""
+"""Names of Adam's moments in torch. They are the running means of the gradient and of its square."""
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """Types of numbers that a checkpoint may contain: the name of each type in safetensors, and in NumPy."""
 _MAX_HEADER = 2**23
@@ -167,7 +167,7 @@ def parse_checkpoint(data: bytes, name: str) -> Checkpoint:
 
 
 def stored_tensors(file: Path, prefix: str) -> StoredArray:
-    """Return a reference to the tensors whose names begin with `prefix`, as one flat array. The numbers stay in the file.
+    """Return a reference to one flat array: the tensors whose names begin with `prefix`. The numbers stay in the file.
 
     Raises:
         CheckpointError: If there are no such tensors, or they have different types.
@@ -209,10 +209,10 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 def _read_about(file: io.BufferedIOBase, name: str) -> Checkpoint:
     """Return a checkpoint without its weights. Only the header is read.
 
-    The tensors in the header are compared with those that the configuration implies.
+    The names and shapes of the tensors in the header are compared with the names and shapes that the configuration implies.
 
     Raises:
-        CheckpointError: If the header is damaged, or the tensors differ.
+        CheckpointError: If the header is damaged, or a name or shape differs.
     """
     try:
         tensors, texts = _read_header(file)

@@ -4,8 +4,8 @@ The file `run-id` contains a run's id and settings. The id is drawn at random on
 to the folder with the same id. A folder with another id cannot use the copy, even if the settings are the same.
 
 A new folder has no id yet. If its run has the same settings as the copy, the folder takes over the copy and the copy's id. This
-happens when a run is resumed on another machine. It is possible even if the first machine was lost before `config.yaml` arrived in
-the store, because `run-id` contains the settings too.
+happens when a run is resumed on another machine. This works even if the first machine was lost before `config.yaml` arrived in the
+store, because `run-id` contains the settings too.
 
 A `run-id` is never replaced. So if two machines claim a copy at the same moment, they agree on the id and compute the same run.
 """

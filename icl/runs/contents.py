@@ -62,7 +62,7 @@ def describe_altered_rows(run: RunFolder) -> str | None:
     try:
         resume, _ = read_resume(run)
         data = read_bytes(run.metrics_file, limit=None)
-    except (UserError, OSError):  # reported by the code that needs these files
+    except (UserError, OSError):  # the code that needs these files reports the error
         return None
     if resume is None or resume.step != status.step:
         return None

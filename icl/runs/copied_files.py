@@ -1,8 +1,8 @@
 """The files of a run that are copied to its store, and the order in which they are copied.
 
-`last.ckpt` and `status.json` describe the other files, so these two are read before the others and written after them. The other
-files are then at least as new as `last.ckpt`, even if the run is trained or uploaded at the same time. `config.yaml` marks a folder
-as a run, so it is copied last.
+`last.ckpt` and `status.json` say up to which step the other files are complete. So these two files are read before the others and
+written after them. The other files in the copy are then at least as new as `last.ckpt`, even if the run is trained or uploaded at the
+same time. `config.yaml` marks a folder as a run, so it is copied last.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from icl.store.base import DamagedError, LocalStore, MissingKeyError, Store, req
 CHECKPOINT_FOLDERS = ("checkpoints", "checkpoints/moments")
 """The folder of the weights, and the folder of Adam's moments, which exists only if the run saves moments."""
 VOUCHERS = ("last.ckpt", "status.json")
-"""Files that describe the other files. They are copied in this order, after all other files except `config.yaml`."""
+"""Files that say up to which step the other files are complete. They are copied in this order, after all other files except
+`config.yaml`."""
 LAST = (*VOUCHERS, "config.yaml")
 """Files that are copied one by one, in this order, after all other files have arrived."""
 NEEDED = ("run-id", "metrics.csv", *LAST)
@@ -41,7 +42,7 @@ def copied_names(store: Store) -> list[str]:
 
 
 def read_vouchers(store: Store) -> dict[str, bytes | DamagedError]:
-    """Return the content of the files in `VOUCHERS` that exist. A damaged file has its error in place of the content.
+    """Return the content of the files in `VOUCHERS` that exist. For a damaged file, return the error in place of the content.
 
     `status.json` is read before `last.ckpt`. Otherwise, if the run ended between the two reads, the status of the ended run would be
     copied together with an earlier `last.ckpt`.
@@ -85,7 +86,7 @@ def require_whole(name: str, data: bytes, where: str) -> None:
 def require_no_links_out(*stores: Store) -> None:
     """Refuse to copy a run from or to a folder in which a symbolic link leads out of the folder.
 
-    If a link leads out of the run's folder, the file or folder to which it points is not part of the run.
+    If a link leads out of the run's folder, its target is not part of the run and must not be copied or replaced.
 
     Raises:
         StorageError: If a symbolic link leads out of its folder. The message names the first of these links.

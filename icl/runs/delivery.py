@@ -26,7 +26,7 @@ _NOTE = ".delivered"
 _MADE_LATER = ("results/", "figures/", "report.html")
 _MAX_NAMES = 8
 _MAX_NOTE = 2**26
-"""Largest size in bytes of the file `.delivered`. It needs about a hundred bytes for each file of the run."""
+"""Largest size in bytes of the file `.delivered`, which has about a hundred bytes for each file of the run."""
 
 
 class UploadError(StorageError):
@@ -50,7 +50,9 @@ def note_delivered(run: RunFolder, config: RunConfig, names: Iterable[str]) -> N
 
 
 def send_results(run: RunFolder) -> list[str]:
-    """Send those results, figures and reports of a run that its store does not have yet. Return the names of the files sent.
+    """Send a run's results, figures and reports to its store, except those that the store already has.
+
+    Return the names of the sent files.
 
     If the run itself was never sent to a store, nothing is sent.
 
@@ -63,7 +65,7 @@ def send_results(run: RunFolder) -> list[str]:
         return []
     arrived = _read_note(run, config)
     made = [name for name in copied_names(run.store) if name.startswith(_MADE_LATER)]
-    # Each file is read once. If it is rewritten during the upload, the note below is about the bytes that were sent.
+    # Each file is read once. If a file is rewritten during the upload, the note below records the digest of the bytes that were sent.
     left = {name: data for name in made if arrived.get(name) != sha256(data := run.store.read(name))}
     digests = {name: sha256(data) for name, data in left.items()}
     if not left:
@@ -105,7 +107,7 @@ def note_digests(run: RunFolder, config: RunConfig, digests: Mapping[str, str]) 
 
 
 def _read_note(run: RunFolder, config: RunConfig) -> dict[str, str]:
-    """Return the recorded digests of the files in the run's store, or an empty dict if `.delivered` is about another store."""
+    """Return the recorded digests of the files in the run's store. If `.delivered` is about another store, return an empty dict."""
     try:
         note = parse_json(read_bytes(run.path / _NOTE, limit=_MAX_NOTE))
         return dict(note["files"]) if note["place"] == _place(config) else {}

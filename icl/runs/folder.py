@@ -92,7 +92,10 @@ def require_place(word: str | Path) -> Path:
 
 
 def name_of(word: str | Path) -> str:
-    """Return the name of a run that is given by path or name. A path in `local_root()` becomes relative to it; any other word is unchanged."""
+    """Return the name of a run that is given by path or name.
+
+    A path in `local_root()` becomes relative to that folder; any other word is unchanged.
+    """
     path, root = Path(word), local_root()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
@@ -196,7 +199,10 @@ class RunFolder:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(message)}\n")
         except OSError as error:
-            raise StorageError(f"Cannot write {self.log_file}: {error.strerror}. Earlier saves are intact.") from None
+            raise StorageError(
+                f"Cannot write {self.log_file}: {error.strerror}. Earlier saves are intact. Free space or check the disk, then run the "
+                "same command again."
+            ) from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -234,7 +240,7 @@ def parse_config(data: bytes, where: str) -> RunConfig:
     """Parse the configuration from the bytes of a run's `config.yaml`.
 
     Raises:
-        ConfigError: If the file cannot be used. The message uses `where` as the name of the run.
+        ConfigError: If the file cannot be used. `where` is the name of the run in the message.
     """
     try:
         tree = parse_yaml(data)
@@ -269,9 +275,9 @@ def require_same_config(old: RunConfig, new: RunConfig, run: RunFolder | str) ->
 
 @contextlib.contextmanager
 def leaving_nothing(run: RunFolder) -> Iterator[None]:
-    """Lock a run's folder as `RunFolder.lock` does, and leave no empty new folder behind.
+    """Lock a run's folder as `RunFolder.lock` does. If the run cannot begin, leave no new folder behind.
 
-    If the body of the `with` statement fails before it writes a file into a new folder, the folder is deleted.
+    If the folder is new, and the body of the `with` statement fails before it writes a file, the folder is deleted.
 
     Raises:
         RunError, StorageError: If the run cannot be locked, as in `RunFolder.lock`.
@@ -292,7 +298,7 @@ def leaving_nothing(run: RunFolder) -> Iterator[None]:
 def require_own_place(run: RunFolder) -> None:
     """Refuse to begin a run inside another run's folder, or in a folder that contains other runs.
 
-    Otherwise, listings and copies would confuse the files of these runs.
+    Otherwise, listings and copies would mix up the files of the two runs.
 
     Raises:
         RunError: If the folder is inside another run's folder or contains other runs. The message names such a run.

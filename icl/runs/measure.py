@@ -1,14 +1,15 @@
 """Measure every saved step of a run once, and cache the results in the run's folder.
 
-`measure_checkpoints` reads a run's checkpoints in the order of their steps. It passes the checkpoints that have no cached result
-to a function, several at a time. The result of each step is stored as one entry, in one or two files below `results/<name>/`:
+`measure_checkpoints` reads a run's checkpoints in the order of their steps. Checkpoints that have no cached result yet are passed to a
+function, several at a time, and this function measures them. The result of each step is stored as one entry, in one or two files below
+`results/<name>/`:
 
 - `step-000001465.json` contains the step's rows in the table of results, the entry's key, and the name, shape and position of each
   array. The key consists of the hash of the checkpoint, the settings of the measurement, and the version of the method. If the
   measurement also uses the previous checkpoint, the key also includes the hash and the step of that checkpoint.
-- `step-000001465.npy` contains the numbers of all arrays, one array after the other. It is missing if there are no arrays. Analyses of
-  the whole run, such as a principal component analysis, need these arrays. Each array can be read separately, so the arrays of all
-  checkpoints need not fit in memory.
+- `step-000001465.npy` contains the numbers of all arrays, one array after the other. The file is missing if there are no arrays.
+  Analyses of the whole run, such as a principal component analysis, need these arrays. Each array can be read separately, so the arrays
+  of all checkpoints need not fit in memory.
 
 If an entry is damaged or has a different key, its checkpoint is measured again. Nothing is ever unpickled. If the process is killed,
 the next call with the same arguments continues after the last stored entry.
@@ -36,7 +37,8 @@ class Measurement(NamedTuple):
     """The result of measuring one checkpoint."""
 
     rows: list[dict[str, Any]]
-    """Rows of the table, without the columns for step, hash and settings. JSON must be able to store the values; NaN is allowed."""
+    """Rows of the table, without the columns for step, hash and settings. The values must be of types that JSON can store. NaN is
+    allowed."""
     arrays: Mapping[str, np.ndarray] = MappingProxyType({})
     """Arrays for later analyses of the whole run, keyed by name. All arrays have the same dtype."""
 
@@ -55,7 +57,7 @@ class Batch(NamedTuple):
 
     entries: list[Entry]
     is_new: bool
-    """True if the entries were measured in this call, False if they came from the cache."""
+    """True if the entries were measured in this call, False if they come from the cache."""
 
 
 Measure: TypeAlias = Callable[[list[Checkpoint], int], Sequence[Measurement]]
@@ -145,14 +147,17 @@ class Cache:
 
 
 def require_one_run(files: Sequence[Path]) -> None:
-    """Refuse checkpoints of different runs. Call this before the work on the checkpoints starts; it does not read their weights.
+    """Refuse checkpoints of different runs.
+
+    This function does not read the weights, so call it before the work on the checkpoints starts.
 
     Raises:
         CheckpointError: If a checkpoint and the first checkpoint belong to different runs.
     """
     first: RunConfig | None = None
     for path in files:
-        # Skip damaged checkpoints here. Each is reported when its weights are loaded, after the checkpoints before it have been measured.
+        # Skip damaged checkpoints here. A damaged checkpoint is reported when its weights are loaded, so the checkpoints before it are
+        # measured first.
         with contextlib.suppress(OSError, CheckpointError):
             config = read_config_of(path)
             first = first or config
@@ -267,7 +272,7 @@ def parse_entry(data: bytes) -> dict[str, Any]:
 
 
 def entry_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return the rows of entries for one table, each with its `step` and `checkpoint_hash`."""
+    """Return the rows of all entries, for one table. Each row gets the `step` and the `checkpoint_hash` of its entry."""
     return [
         {"step": entry.step, "checkpoint_hash": entry.checkpoint_hash, **row} for entry in entries for row in entry.rows
     ]

@@ -1,8 +1,8 @@
 """Write and read `metrics.csv`, which has one row per logged step.
 
-The file contains nothing that depends on the current time. On resume, incomplete rows and the rows after the saved step
-are removed, and training writes them again. So the bytes of the complete file do not depend on interruptions.
-Floats have nine significant digits, which are enough to restore a float32 exactly.
+The file contains nothing that depends on the current time. When a run resumes, incomplete rows and the rows after the saved step are
+removed, and training writes them again. So the bytes of the complete file do not depend on interruptions. Floats have nine significant
+digits, which are enough to restore a float32 exactly.
 """
 
 import csv
@@ -62,9 +62,9 @@ class MetricsFile:
 
         Args:
             logged_steps: The steps whose rows are kept.
-            known: Functions that compute a column from the step, keyed by the column's name. The kept rows get new values in
-                these columns. This corrects files of version 0.1.0, which contain the learning rate of the next update instead of the
-                last one.
+            known: Functions that compute a column from the step, keyed by the column's name. In these columns, the kept rows get new
+                values. This corrects files of version 0.1.0, in which a row has the learning rate of the next update instead of the last
+                update.
 
         Raises:
             RunError: If the row of one of the logged steps is missing.
@@ -111,7 +111,10 @@ class MetricsFile:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 file.write(line)
         except OSError as error:
-            raise StorageError(f"Cannot write {self.path}: {error.strerror}. Earlier saves are intact.") from None
+            raise StorageError(
+                f"Cannot write {self.path}: {error.strerror}. Earlier saves are intact. Free space or check the disk, then run the "
+                "same command again."
+            ) from None
         self._num_bytes += len(line.encode())
 
     def sync(self) -> None:
@@ -134,7 +137,7 @@ class MetricsFile:
         return {"size": len(data), "sha256": sha256(data)}
 
     def _is_whole(self) -> bool:
-        """Return whether the file still has the length that it had after this process's last write."""
+        """Return whether the file still has the same length as after this process's last write."""
         try:
             return self.path.stat().st_size == self._num_bytes
         except OSError:
@@ -165,7 +168,7 @@ def are_rows_altered(data: bytes, saved: Any, *, has_ended: bool = False) -> boo
     Args:
         data: The whole file.
         saved: Result of `MetricsFile.digest` at the save, or None if version 0.1.0 made the save.
-        has_ended: Whether the save was the run's last save. If it was, additional rows also count as a change.
+        has_ended: Whether the run ended with this save. In this case, additional rows also count as a change.
     """
     if not isinstance(saved, dict) or not isinstance(saved.get("size"), int):
         return False

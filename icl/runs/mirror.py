@@ -3,10 +3,10 @@
 The copy is at `<store>/<run name>/` and has the same layout as the run's folder. Three rules keep the copy consistent:
 
 - *Owner.* A copy belongs to the folder with the same `run-id` (`icl.runs.claims`).
-- *Order.* Files that describe the other files are read first and written last (`icl.runs.copied_files`). If the copying is
-  interrupted, the same command continues it.
-- *Age.* A folder or copy at an earlier step never overwrites one at a later step, unless the user gives `--force`. The step is that
-  of `last.ckpt`, because training resumes from it. `status.json` may be at a later step, or unreadable after a power cut.
+- *Order.* The files that say up to which step the other files are complete are read first and written last (`icl.runs.copied_files`). If
+  the copying is interrupted, the same command continues it.
+- *Age.* A folder or copy at an earlier step never overwrites one at a later step, unless the user gives `--force`. The step is the step in
+  `last.ckpt`, because training resumes from this file. `status.json` may be at a later step, or unreadable after a power cut.
 """
 
 import contextlib
@@ -71,8 +71,8 @@ def open_mirror(run: RunFolder, url: str, name: str, *, make: bool = True) -> Mi
         run: The run's folder.
         url: The address of the store.
         name: The run's name in the store.
-        make: Whether to make the store if it is a folder that does not exist. If False, a missing folder raises a `StorageError`. False
-            is for commands that only read the copy.
+        make: Whether to make the store if it is a folder that does not exist. If False, a missing folder raises a `StorageError`. Commands
+            that only read the copy pass False.
 
     Raises:
         ConfigError: If the copy would be the run's own folder, or inside it.
@@ -108,7 +108,8 @@ def take_up(mirror: Mirror, config: RunConfig) -> bool:
     is_new = _is_new(mirror.run)
     if theirs is not None:
         require_same_config(theirs, config, str(mirror.there))
-    # If the folder is new and the copy contains settings, the transfer below also fetches `run-id`. The folder claims the copy after that.
+    # If the folder is new and the copy contains settings, the folder claims the copy only after the transfer below, which also fetches
+    # `run-id`.
     if not (is_new and theirs is not None):
         claim(mirror.here, mirror.there, config)
     our_step = _step_to_continue_from(mirror.here)
@@ -205,7 +206,8 @@ def write_card(mirror: Mirror) -> None:
         text = (old or b"").decode("utf-8")
     except UnicodeDecodeError:
         raise StorageError(
-            f"{store}/{CARD} is not text in UTF-8, so the model card was not changed. All other files have arrived."
+            f"{store}/{CARD} is not text in UTF-8, so the model card was not changed. All other files have arrived. To update the "
+            "card, save this file as UTF-8 and push the run again."
         ) from None
     new = card_text(text, mirror.run, name, str(store))
     if new.encode() != old:
@@ -226,7 +228,7 @@ def read_config(store: Store) -> RunConfig | None:
 def saved_step(store: Store, *, skip_damaged: bool = True) -> int:
     """Return the step from which a run's folder or copy can be resumed, or -1 if it contains no step.
 
-    This is the step of the first undamaged resume file. If there is none, it is the step in the status.
+    This is the step of the first undamaged resume file. If there is no such file, return the step in the status.
 
     Args:
         store: The run's folder or copy.
@@ -246,7 +248,8 @@ def saved_step(store: Store, *, skip_damaged: bool = True) -> int:
 def _step_to_continue_from(here: Store) -> int:
     """Return the step from which training would continue in a run's folder, or -1 if it would begin again.
 
-    Without an undamaged resume file, training begins again, whatever step an unfinished run has in its status.
+    If there is no undamaged resume file, an unfinished run begins again, whatever step its status contains. For a run that has ended, the
+    step in its status is returned.
     """
     step = _step_in_resume_file(here, skip_damaged=True)
     if step is not None:
@@ -278,7 +281,7 @@ def _require_not_behind(source: Store, target: Store, verb: str, force: bool) ->
     ours, theirs = saved_step(source), saved_step(target)
     if theirs > ours:
         other = "pull" if verb == "push" else "push"
-        behind = f"only at step {ours:,}" if ours >= 0 else "has neither a resume file nor a status"
+        behind = f"is only at step {ours:,}" if ours >= 0 else "has neither a resume file nor a status"
         raise RunError(
             f"{target} is at step {theirs:,} and {source} {behind}; {other} instead, or {verb} with --force."
         )

@@ -1,10 +1,10 @@
 """The files from which a run resumes: `last.ckpt` from the last save, and `previous.ckpt` from the save before it.
 
 Each file is a zip file that `torch.save` writes. We add a zip comment with the SHA-256 of all other bytes. So even a single altered
-byte is detected, while torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For
-these files, we check the checksums that a zip file contains for each of its parts.
+byte is detected, while torch and older versions of `icl` can still read the file. Files of version 0.1.0 have no such comment. For a
+file without this comment, we check the checksums that a zip file contains for its parts.
 
-A resume file may come from a folder or bucket of unknown origin. So it is read only if it cannot need much more memory than it has
+A resume file may come from a folder or bucket of unknown origin. So we refuse a file that could need much more memory than it has
 bytes (`icl.files.torch_files`).
 """
 

@@ -52,7 +52,7 @@ def status_text(status: Status) -> bytes:
 
 
 def parse_status(data: bytes) -> Status | None:
-    """Parse a run's `status.json`. Return None if it cannot be read, or has a value that `icl` never writes."""
+    """Parse a run's `status.json`. Return None if the file cannot be read, or contains a value that `icl` never writes."""
     try:
         status = typed_record(Status, parse_json(data, limit=100))
     except ContentError:

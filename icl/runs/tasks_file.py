@@ -1,8 +1,8 @@
 """The training tasks of an imported run, in `checkpoints/tasks.safetensors`.
 
-An imported run was trained by an older code base. The file contains one table: the tasks on which that code trained the run. The
-run's settings contain the digest of this table (`task.imported_tasks`). The table is read together with the run's checkpoints or
-settings. So training prompts, dMMSE and the mean task all use these tasks.
+An imported run was trained by an older code base. The file contains one table, with the tasks on which the older code trained the run.
+The run's settings contain the digest of this table (`task.imported_tasks`). When `icl` reads the run's checkpoints or settings, it
+also reads the table. So prompts of the training tasks, dMMSE and the mean task all use the tasks in the table.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ def parse_tasks(data: bytes, where: str) -> Float[Tensor, "M D"]:
 def remember_tasks(folder: Path, config: RunConfig) -> None:
     """Read the table of an imported run from its folder of checkpoints, unless it was read before.
 
-    Runs that `icl` trained have no table. If the file is missing, no error is raised here. Only later work that needs the tasks fails.
+    Runs that `icl` trained have no table. If the file is missing, no error is raised here, but later work that needs the tasks fails.
 
     Raises:
         TasksError: If the file is damaged, or its digest differs from the one in the run's settings.

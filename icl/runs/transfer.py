@@ -1,6 +1,6 @@
 """Copy the files of a run from its folder to a store, or from a store to its folder: several at once, and in a safe order.
 
-The files that describe the other files (`icl.runs.copied_files.VOUCHERS`) are read first and written last.
+`last.ckpt` and `status.json` say up to which step the other files are complete. So these two files are read first and written last.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,9 +17,9 @@ from icl.store.base import DamagedError, MissingKeyError, Store
 
 _NUM_WORKERS = 8
 _MAX_BATCH = 2**29
-"""A batch of files is written once it has more than this number of bytes, so that memory does not fill up."""
+"""A batch of files is written as soon as it has more than this number of bytes, so that it does not fill the memory."""
 _MAX_ROUNDS = 3
-"""Largest number of times that a run is copied if it is trained or uploaded at the same time."""
+"""Largest number of rounds of copying. There is more than one round if the run is trained or uploaded during the copying."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,7 +55,7 @@ def _transfer_once(
 
     Args:
         source: The folder or copy from which the files are copied.
-        target: The folder or copy to which they are copied.
+        target: The folder or copy to which the files are copied.
         vouchers: The content of `last.ckpt` and `status.json`, which was read before the other files.
         label: Text in front of the progress bar.
         force: Whether to copy all files.

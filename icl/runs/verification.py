@@ -1,15 +1,15 @@
 """Verify a run's files in its folder and in its store, for `icl checkpoints RUN verify`.
 
-- Each file of weights or of Adam's moments must match its digest, its file name and the run's settings. Every step at which the
-  settings ask for a checkpoint must have one.
+- Each file of weights or of Adam's moments must match its digest, its file name and the run's settings. Every step for which the
+  settings schedule a checkpoint must have a checkpoint.
 - `last.ckpt` and `previous.ckpt` must match their digests and the run's settings.
 - `metrics.csv` must have a row of numbers for every logged step. The rows up to the last save are compared with the digest in
   `last.ckpt`.
 - `config.yaml` and `status.json` must be readable and agree with `last.ckpt`.
 - Arrays and images in `results/` and `figures/` are compared with their checksums. Tables have no checksums. Instead, all rows of a
   table must have the same number of columns, and columns of numbers must contain only numbers.
-- The copy in the store is checked in the same way. In addition, each file in the store must match the digest that was sent
-  with it. No file of the folder may be missing in the store.
+- The copy in the store is checked in the same way. In addition, each file in the store must match the digest that was sent with the
+  file, and the store must have every file of the folder.
 """
 
 import contextlib
@@ -80,9 +80,11 @@ def find_damage(run: RunFolder, mirror: Mirror | None) -> list[str]:
 
 
 def _read_copy(store: Store, others: Sequence[str] = ()) -> _Copy:
-    """Return a copy with its settings, resume file and status. If one of these cannot be read, it is None and is reported later.
+    """Return a copy with its settings, resume file and status.
 
-    Files named in `others` should exist too, so their names are included.
+    If one of these cannot be read, its field is None, and `_problem` reports the damage later.
+
+    The names in `others` are added to the copy's names, because these files should exist too.
     """
     config = resume = status = None
     with contextlib.suppress(UserError):
@@ -251,7 +253,7 @@ _CHECKS: dict[str, Callable[[_Copy, str, bytes], str | None]] = {
 
 
 def _compare(expected: RunConfig | None, config: RunConfig, name: str) -> str | None:
-    """Return a phrase that lists how `config` differs from `expected`, which are the settings in the file `name`.
+    """Return a phrase that lists how `config` differs from `expected`, the settings in the file `name`.
 
     Return None if the settings are equal, or if `expected` is None because that file could not be read.
     """

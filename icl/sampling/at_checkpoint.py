@@ -12,8 +12,9 @@ control variate of the excess is used only if minibatches are drawn with replace
 average of c_B over each pass is zero anyway. Without a fixed pool, we use no control variates: gbar could only be estimated, and the error
 of the estimate would distort the sampled density.
 
-The gradients at w0 are computed once, before the chains start. These gradients are used only if they fit into `MEMORY`
-bytes, and if the number of minibatches in the pool is at most half the total number of moves of a checkpoint's chains.
+The gradients at w0 are computed once, before the chains start. We use control variates only if these gradients fit into
+`MEMORY` bytes, and if the number of minibatches in the pool is at most half the total number of moves of a checkpoint's
+chains.
 
 **One step down the gradient** (`GradientStep`). On one half of the batches, we compute the mean gradient g and the curvature along g (by a
 finite difference of gradients). The localised Newton step is g times nbeta / (nbeta |curvature| + localization). On the same half of the
@@ -26,10 +27,9 @@ effect. For a quadratic loss of curvature h with its minimum at w*, the mean of 
 / (nbeta h + localization). So the loss at this mean is lower than the checkpoint's loss by (1 - r^2) h (w0 - w*)^2 / 2. We call this
 difference the drop. `icl.sampling.convergence` describes its standard error.
 
-- At a saddle, chains move down on both sides if nbeta times the downward curvature exceeds the localization, but the common mean of all chains
-  stays near the saddle. So we also compute the drop at
-  each chain's own mean, and average these drops. We report either this average or the drop at the common mean, whichever is larger. For a
-  convex loss, the average is never larger.
+- At a saddle, nbeta times the downward curvature may exceed the localization. Then chains move down on both sides, but the common mean of
+  all chains stays near the saddle. So we also compute the drop at each chain's own mean, and average these drops. We report either this
+  average or the drop at the common mean, whichever is larger. For a convex loss, the average is never larger.
 - We measure the loss on a finite set of batches. The minimum of the loss on these batches is slightly lower than the minimum on all data,
   and lies at a slightly different point. So the standard error of the drop includes the spread between batches.
 
@@ -195,7 +195,7 @@ def at_checkpoints(
     Args:
         target: The loss to sample.
         chunks: Stacked checkpoints, in chunks that fit into memory.
-        batches: Batches for the checkpoint's own loss.
+        batches: Batches on which each checkpoint's own loss is measured.
         settings_grid: Settings of the chains. Only nbeta and localization are used.
         layout: How the moving parameters are arranged in one row of a matrix.
         are_all: Whether the batches are all the data.
@@ -285,16 +285,24 @@ class GradientStep:
 def num_drop_batches(num_moves: int, num_chains: int) -> int:
     """Return the number of batches on which the drop at the mean is measured.
 
-    With this number, the measurement takes at most a quarter of the time for the chains' gradients.
-
-    On each batch we make 2 K + 2 forward passes for K chains. A forward pass costs a third of a gradient. At least `_MIN_DROP_BATCHES`
-    batches are used, even if this costs more.
+    The number is chosen so that the measurement takes at most a quarter of the time for the chains' gradients. For K chains, we make
+    2 K + 2 forward passes on each batch, and a forward pass takes a third of the time of a gradient. But we use at least
+    `_MIN_DROP_BATCHES` batches, even if they take longer.
     """
     return max(_MIN_DROP_BATCHES, 3 * num_moves * num_chains // (8 * (num_chains + 1)))
 
 
 class DropsAtMean:
-    """Collects the mean positions of the members, in their order. Measures a checkpoint's drop once all its chains are complete."""
+    """Collects the mean positions of the members, in their order, and measures a checkpoint's drop once all its chains are complete.
+
+    Args:
+        losses: Function from stacked parameters to their losses on I batches, in float64.
+        are_all: Whether the I batches are all the data.
+        layout: How the moving parameters are arranged in one row of a matrix.
+        start: The moving parameters of each checkpoint, as rows.
+        fixed: The parameters that have fixed entries, stacked.
+        num_chains: Number of chains of each checkpoint.
+    """
 
     def __init__(
         self,
@@ -305,7 +313,6 @@ class DropsAtMean:
         fixed: Params,
         num_chains: int,
     ) -> None:
-        """`losses` maps stacked parameters to their losses on I batches, in float64. `are_all` says whether these batches are all the data."""
         self.losses, self.are_all, self.layout = losses, are_all, layout
         self.start, self.fixed, self.num_chains = start, fixed, num_chains
         self.means, self.alive = start[:0], torch.zeros(0, dtype=torch.bool)
@@ -328,7 +335,7 @@ class DropsAtMean:
         num = len(means)
         if not num:
             return Drop()
-        # With a single chain there is nothing to leave out; its mean stands in, so that no loss is computed at an arbitrary point.
+        # A single chain cannot be left out. We then use this chain's own mean, so that no loss is computed at a point that is NaN.
         leave_one_out = (means.sum(0) - means) / (num - 1) if num > 1 else means
         points = torch.cat([self.start[i : i + 1], means, leave_one_out, means.mean(0, keepdim=True)])
         fixed = {

@@ -32,7 +32,8 @@ Batch: TypeAlias = Any
 """A tree (tuples, lists, dicts) of tensors and other values."""
 Batches: TypeAlias = Callable[[int, int], Batch] | Iterable[Batch]
 NUM_COMPARED = 4
-"""Number of early moves at which we compare the minibatches of different chains. We also compare them at up to twice as many later moves."""
+"""Number of early moves at which we compare the minibatches of different chains. We also compare them at up to twice as many later
+moves."""
 SHORT_LIST = 32
 """Length below which a list of batches is called short. In repeated passes through a short list, the noise of a chain's consecutive
 moves is clearly correlated."""
@@ -92,7 +93,11 @@ class ChainBatches:
 
     @property
     def is_cyclic(self) -> bool:
-        """Whether each chain goes repeatedly through several batches, or gets few batches again and again."""
+        """Whether each chain gets the same batches again and again.
+
+        This is the case for a list with at most as many batches as a chain has moves, and for a function that returns only a few distinct
+        batches.
+        """
         return self.repeats or 1 < self.length <= self.num_moves
 
     def is_one(self) -> bool:
@@ -163,7 +168,10 @@ def _length(batches: Batches) -> int:
 
 
 def _position(number: int, *, length: int, num_chains: int) -> int:
-    """Return the position of batch `number` in an endless repetition of `length` batches. Skipped batches have positions too."""
+    """Return the position of batch `number` in an endless repetition of `length` batches.
+
+    Skipped batches have positions, but no numbers.
+    """
     if math.gcd(length, num_chains) == 1 or length == 1:
         return number
     return number + number // math.lcm(length, num_chains)
@@ -248,8 +256,8 @@ def _empty_error() -> ConfigError:
 def stack_batches(batches: Sequence[Batch], device: torch.device) -> Batch:
     """Stack the tensors and arrays of batches, and the numbers that differ between batches, on a new leading axis N.
 
-    All other values must be equal in all batches, and stay as they are. If all batches are the same object, its tensors are expanded without
-    a copy.
+    All other values must be equal in all batches, and stay as they are. If all batches are the same object, its tensors are expanded
+    without a copy.
 
     Raises:
         ConfigError: If the batches differ in structure or shape, or in a value that cannot be stacked.

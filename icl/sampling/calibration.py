@@ -62,7 +62,8 @@ class Calibration:
     table: pd.DataFrame
     """A row for each trial and checkpoint. The column `corner` contains the index of the trial."""
     traces: dict[int, Record]
-    """Estimates at the last checkpoint, keyed by the index of the trial. The chosen trial comes first, then up to three failed trials."""
+    """Estimates at the last checkpoint, keyed by the index of the trial. The chosen trial, if any, comes first, then up to three failed
+    trials."""
     chosen: SamplerConfig | None
     """The chosen settings; None if no settings were accepted."""
     summary: str
@@ -124,7 +125,7 @@ def calibrate(
 
 
 class _Plan(NamedTuple):
-    """Numbers of moves of single chains in a calibration."""
+    """Numbers of moves in a calibration, each summed over all chains."""
 
     expected: int
     longest: int
@@ -164,7 +165,7 @@ class _Work:
         """Estimate the LLC with the settings of each point. The survey stage uses all checkpoints; later stages use only the last one."""
         stage, samplers = points[0].stage, [point.sampler(self.sampler) for point in points]
         self.bar.set_description(stage)
-        if points[0].slowness > 1:  # after this, only the confirmation remains, unless lr must be reduced again
+        if points[0].slowness > 1:  # after these points, only the confirmation remains, unless lr must be reduced again
             set_remaining(self.bar, _num_moves(samplers[0]) + self.plan.confirmation)
         checkpoints = self.checkpoints if stage == SURVEY else self.checkpoints[-1:]
         return self._estimate(checkpoints, samplers, self.target)

@@ -1,7 +1,7 @@
 """Chains of a population: the moves of all members, and their draws.
 
-A member is one chain of one checkpoint (`icl.sampling.estimate`). Each member has its own generator, which is seeded from (seed, checkpoint
-key, chain) and used outside `vmap`. So the noise of a member does not depend on the other members.
+A member is one chain of one checkpoint (`icl.sampling.estimate`). Each member has its own generator, which is used outside `vmap`. Its seed
+is computed from `seed`, the checkpoint's key and the index of the chain. So the noise of a member does not depend on the other members.
 
 Draw j is the state after `num_burnin_steps + j * thinning` moves. (So without burn-in, draw 0 is the checkpoint.) We measure the draw's
 loss on the minibatch of the next move, before the chain moves. At each draw we also record the excess: the loss minus the checkpoint's loss
@@ -47,15 +47,15 @@ WATCH_SECONDS = 10.0
 _NUM_NOISE_TESTS = 4
 """Largest number of draws at which the variance of a chain's gradient over minibatches is measured."""
 _LARGE = 2**16
-"""Number of parameters from which several CPU cores make the noise of the members."""
+"""Minimum number of parameters at which the CPU cores draw the noise of several members in parallel."""
 _STRIDE = 7919
-"""A prime number. Its multiples choose the distances between two minibatches of a list."""
+"""A prime number, with which `Population._other_move` varies the distance between two minibatches of a list."""
 SampleLosses: TypeAlias = Callable[[Params], Float[Tensor, " Q"]]
 """Function from one member's parameters to the losses of Q fixed samples."""
 
 
 class Population(NamedTuple):
-    """All members of a population. Each call of `run` makes all moves of some of them."""
+    """All members of a population. Each call of `run` makes all moves of some of these members."""
 
     target: Target
     source: ChainBatches
@@ -66,7 +66,7 @@ class Population(NamedTuple):
     """The sampled parameters of each checkpoint."""
     fixed: Params
     keys: Sequence[str]
-    """A string for each checkpoint, which is part of the seed for the noise of its chains."""
+    """A string for each checkpoint. The seeds for the noise of a checkpoint's chains depend on this string."""
     sample_losses: Callable[[Params], Tensor] | None
     """Function from stacked parameters to the losses of fixed samples."""
     observables: Mapping[str, Callable[[Params], Tensor]]
@@ -132,7 +132,10 @@ class Population(NamedTuple):
         return self._cycles() or (self.settings[0].kernel == "baoab" and not self.source.is_one())
 
     def _other_move(self, move: int) -> int:
-        """Return a move at which the chains have other minibatches. In a list, its distance varies from move to move, because lists may be sorted."""
+        """Return another move, at which the chains have other minibatches.
+
+        For a list of minibatches, the distance to this other move varies from move to move, because a list may be sorted.
+        """
         pool = self.source.pool
         if pool is None or not self._cycles():
             return move - 1 if move else 1
@@ -221,7 +224,7 @@ class _Point(NamedTuple):
 
     @property
     def energy(self) -> Float[Tensor, " N"]:
-        """The loss minus its control variate; its gradient is `grad`."""
+        """The loss minus its control variate. The gradient of this difference is `grad`."""
         losses = mean_over_components(self.losses)
         return losses if self.shift is None else losses - self.shift
 
@@ -280,7 +283,7 @@ class _Group:
         rows = buffer[:, : self.recorder.num_params].unbind()  # the padding columns get no noise, so they stay zero
         generators = [torch.Generator(buffer.device).manual_seed(seed) for seed in seeds]
         members = list(zip(rows, generators, strict=True))
-        # The noise of a large model takes as long as its gradient, so each CPU core makes the noise of other members.
+        # Drawing the noise of a large model takes as long as its gradient, so the CPU cores share the members between them.
         in_threads = buffer.device.type == "cpu" and self.recorder.num_params >= _LARGE
         fill_each = in_parallel(_fill_with_noise)
         while True:

@@ -1,7 +1,7 @@
 """Components of the transformer. If chains move only the parameters of one component, the estimate is the component's refined LLC.
 
-The refined LLC of a component measures the component's effective number of parameters while the rest of the model stays fixed (Wang, Hoogland,
-van Wingerden, Furman and Murfet 2024, "Differentiation and specialization of attention heads via the refined local learning
+The refined LLC of a component measures the component's effective number of parameters while the rest of the model stays fixed (Wang,
+Hoogland, van Wingerden, Furman and Murfet 2024, "Differentiation and specialization of attention heads via the refined local learning
 coefficient", arXiv 2410.02984). There are two ways to divide the model:
 
 - `heads`: each attention head. L0H1 is head 1 of layer 0: its queries, keys and values, and the columns of the output projection

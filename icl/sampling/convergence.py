@@ -1,8 +1,8 @@
 """Statistics of chains, in float64: R-hat, effective sample size, standard error, drift, and the drop of the loss at the mean of the draws.
 
 R-hat is the larger of two rank-normalised split R-hats: one of the draws, and one of their absolute deviations from the median (folded
-draws). The effective sample size (ESS) is for the mean of the draws. It is computed from split chains with Geyer's initial monotone
-sequence. Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
+draws). The effective sample size (ESS) of the mean of the draws is computed from split chains with Geyer's initial monotone sequence.
+Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner 2021, "Rank-normalization, folding, and localization", sections 3 and 4.
 
 The standard error of a mean over chains is the larger of two estimates. One estimate is the standard deviation of the
 draws divided by sqrt(ESS). This estimate accounts for autocorrelation, and also for chains that disagree, because the
@@ -28,10 +28,10 @@ from torch import Tensor
 MANY_CHAINS = 16
 """Minimum number of chains for a reliable standard error from the spread between chains alone."""
 MIN_FOR_SPREAD = 4
-"""Minimum number of chains for an estimate of the sensitivity from the spread."""
+"""Minimum number of chains for which `sensitivity` uses the spread."""
 SLOW = 0.7
-"""Smallest ratio of a covariance at a lag of two draws to that at a lag of one draw for a linear extrapolation to lag zero. At this ratio, the
-extrapolated covariance is too small by 9 %."""
+"""`sensitivity` extrapolates a covariance to lag zero only if the covariance at a lag of two draws is at least this fraction of the
+covariance at a lag of one draw. At this fraction, the extrapolated covariance is too small by 9 %."""
 NUM_BATCHES = 4
 """Number of batches (sets of consecutive draws) into which a chain is divided, for `standard_error_at_stop`."""
 
@@ -102,14 +102,14 @@ def standard_error(draws: Float[ndarray, "K S"]) -> float:
 
 
 def standard_error_at_stop(draws: Float[ndarray, "K S"]) -> float:
-    """Return the standard error of the mean for chains that stop once this error is small enough, enlarged to allow for its uncertainty.
+    """Return an enlarged standard error of the mean, for chains that stop once this error is small enough.
 
     An estimated standard error is sometimes too small by chance, and then chains are most likely to stop. So we take the larger of
     two estimates. One is `standard_error`. For the other, each chain is divided into `NUM_BATCHES` batches of consecutive draws, and the
     estimate comes from the spread of the batches' means.
 
     The larger estimate is then multiplied by a ratio of two 97.5 % quantiles: that of Student's t and that of the normal distribution.
-    Student's t has one degree of freedom less than there are batches. Four chains have 16 batches, and the ratio is 1.09.
+    If there are n batches, Student's t has n - 1 degrees of freedom. For example, four chains have 16 batches, and the ratio is 1.09.
     """
     length = draws.shape[1] // NUM_BATCHES
     if not len(draws) or length < 1:
@@ -143,19 +143,21 @@ def sensitivity(
     *,
     is_noisy: bool = True,
 ) -> tuple[float, float]:
-    """Return minus the derivative of the mean excess with respect to the logarithm of the localization, and the standard error.
+    """Return the rate at which the mean excess falls as the logarithm of the localization grows, and the standard error.
 
-    This number is Cov(excess, spread) / 2. The spread has no minibatch noise, so its covariance with the excess has no bias. But in flat
-    directions the spread varies much, which makes this estimate imprecise if most directions are flat. We subtract from every draw the mean
-    over chains at the same draw, because the spread may still grow in all chains. So this estimate needs at least `MIN_FOR_SPREAD` chains.
+    This rate is minus the derivative, and equals Cov(excess, spread) / 2. The spread has no minibatch noise, so its covariance with the
+    excess has no bias. But in flat directions the spread varies much, which makes this estimate imprecise if most directions are flat. The
+    spread may still grow in all chains. So we subtract from every draw the mean over chains at the same draw, which needs at least
+    `MIN_FOR_SPREAD` chains.
 
-    Integration by parts gives the same number as (E[pull] - Cov(excess, pull)) / 2, which is more precise if most directions are flat. But the
-    minibatch of a draw adds nearly the same noise to its excess and its pull, and this common noise would add to their covariance. Different
-    draws have different minibatches. So with minibatches, we compute this covariance at lags of one and two draws, and extrapolate it linearly
-    to lag zero. The extrapolation is wrong if the covariance falls fast from draw to draw, as with thinning or large steps.
+    Integration by parts gives the same number as (E[pull] - Cov(excess, pull)) / 2, which is more precise if most directions are flat. But
+    the minibatch of a draw adds nearly the same noise to its excess and its pull, and this common noise would add to their covariance.
+    Different draws have different minibatches. So with minibatches, we compute this covariance at lags of one and two draws, and
+    extrapolate it linearly to lag zero. The extrapolation is wrong if the covariance falls fast from draw to draw, as with thinning or
+    large steps.
 
-    We return the more precise of the two estimates. The exception is an extrapolation that is known to be wrong: because the covariance falls
-    fast (`SLOW`), or because the estimates differ by more than three standard errors. Then we return the estimate from the spread.
+    We return the more precise of the two estimates. But the extrapolation is wrong if the covariance falls fast (`SLOW`), or if the two
+    estimates differ by more than three standard errors. In these cases, we return the estimate from the spread.
 
     Args:
         excess: nbeta (L(w) - L(w0)) at every draw.
@@ -192,9 +194,9 @@ def drop_at_mean(
     """Estimate the drop of the loss at the mean of K chains: the jackknife estimate, or the chains' average drop if that is larger.
 
     Args:
-        per_chain: Drop of the loss on each of I batches from the checkpoint to each chain's mean.
-        without: Drop to the mean of all chains but one, for each chain that is left out.
-        pooled: Drop to the mean of all chains.
+        per_chain: The loss at the checkpoint minus the loss at each chain's mean, on each of I batches.
+        without: For each chain, the loss at the checkpoint minus the loss at the mean of all other chains.
+        pooled: The loss at the checkpoint minus the loss at the mean of all chains.
         are_all: Whether the batches are all the data.
         rounding: Rounding error of a drop, from the limited precision of the losses.
     """

@@ -1,11 +1,12 @@
 """Estimates of LLCs: all chains of all checkpoints under all settings run as one population.
 
-A member is one chain of one checkpoint under some settings. Members are numbered checkpoint by checkpoint and run in chunks
+A member is one chain of one checkpoint under one choice of settings. Members are numbered checkpoint by checkpoint and run in chunks
 that fit into memory. `icl.sampling.chains` runs the members of a chunk.
 
-Settings may differ in lr, nbeta and localization only. A checkpoint occurs in the population once for each of the settings, and its chains
-get the same minibatches and noise each time. Gradients are computed for all members at once. Moves and records are made separately for each
-group of members with equal settings. Numbers that depend only on the checkpoint are computed once.
+A caller may give several settings, which differ in lr, nbeta and localization only. The population then contains the chains of every
+checkpoint once for each of these settings, with the same minibatches and noise each time. Gradients are computed for all members at once.
+Moves and records are made separately for each group of members with equal settings. Numbers that depend only on the checkpoint are computed
+once.
 """
 
 import dataclasses
@@ -38,9 +39,10 @@ from icl.sampling.traces import Traces, split_by_checkpoint
 MEMORY = 2.0 * 2**30
 """Default memory in bytes for the chains that run at once. On CUDA the default is half of the free memory instead."""
 MAX_EXPECTED = 500
-"""Largest number of moves that we assume for chains that may stop early. It limits the work for the loss at the mean of the draws."""
+"""Chains that may stop early are assumed to make at most this many moves. The number of batches for the loss at the mean of the draws
+depends on this assumption."""
 _COPIES = 10
-"""Memory that a member needs at once, as a multiple of the memory of its parameters."""
+"""Memory that a member needs in addition to its gradient computation, as a multiple of the memory of its parameters."""
 
 
 @torch.no_grad()
@@ -67,10 +69,11 @@ def estimate(
         identities: Step and hash of each checkpoint.
         layout: The parameters that may move, as a layout; None for all.
         sample_losses: Function from parameters to the losses of fixed samples, for the singular fluctuation.
-        observables: Functions of the parameters whose values are recorded at every draw.
+        observables: Functions of the parameters, keyed by name. Their values are recorded at every draw.
         memory: Memory in bytes for the chains that run at once; None for the default (`MEMORY`).
         advance: Function that is called after every move, with the number of chains that made this move.
-        watch: Function that is called about every `WATCH_SECONDS` seconds, with the excess at all draws so far.
+        watch: Function that is called about every `WATCH_SECONDS` seconds, with each chain's excess at all draws so far. `Watch` in
+            `icl.sampling.chains` describes its arguments.
 
     Returns:
         One list for each element of `settings_grid`, with one result for each checkpoint.
@@ -149,13 +152,13 @@ def run_chains(
         target: The loss to sample.
         checkpoints: Parameters, stacked on a leading axis C.
         source: Minibatches of the chains.
-        settings: The settings of each checkpoint, which differ in lr, nbeta and localization only.
+        settings: The settings for the chains of each checkpoint. They differ in lr, nbeta and localization only.
         layout: How the moving parameters are arranged in one row of a matrix.
-        keys: A string for each checkpoint, which is part of the seed for the noise of its chains.
+        keys: A string for each checkpoint. The seeds for the noise of a checkpoint's chains depend on this string.
         chunk_size: Largest number of members that run at once.
         sample_losses: Function from parameters to the losses of fixed samples. The variance of these losses is recorded.
-        observables: Functions of the parameters whose values are recorded at every draw.
-        losses_at_mean: Function from stacked parameters to their losses on I batches. Without it, the drop at the mean is not measured.
+        observables: Functions of the parameters, keyed by name. Their values are recorded at every draw.
+        losses_at_mean: Function from stacked parameters to their losses on I batches. If it is None, the drop at the mean is not measured.
         are_all_losses: Whether the I batches are all the data.
         variates: Control variates for the gradients and the excess.
         advance: See `estimate`.
@@ -211,7 +214,7 @@ def even_chunks(num: int, most: int) -> int:
 
 
 def _require_common(settings: Sequence[ChainsConfig]) -> ChainsConfig:
-    """Return the first settings, after a check that the others differ from them in lr, nbeta and localization only."""
+    """Check that the settings differ in lr, nbeta and localization only, and return the first of them."""
     first = settings[0]
     for other in settings:
         if dataclasses.replace(other, lr=first.lr, nbeta=first.nbeta, localization=first.localization) != first:

@@ -7,12 +7,12 @@ on n samples, under a Gaussian prior around the checkpoint w0 (the anchor).
 
 - `sgld` has G = 1 (Welling and Teh 2011; localised by Lau, Furman et al. 2023).
 - `rmsprop` has the diagonal matrix G = 1 / (damping + sqrt(V)) (Li, Chen, Carlson and Carin 2016). V is the bias-corrected running mean of
-  squared minibatch gradients of L. Our decay is their alpha, and our damping is their lambda. In our version, the V of a
-  move does not include the gradient of this move.
+  squared minibatch gradients of L. Our decay is their alpha, and our damping is their lambda.
 
-Li et al. and devinterp 1.3.2 keep adapting G, and neglect the correction term Gamma_i = sum_j dG_ij/dw_j of preconditioned Langevin
-dynamics. We adapt G only during burn-in and then keep it fixed. After burn-in, G therefore does not depend on w, so this term is exactly
-zero. There are two smaller differences: their V has no bias correction, and includes the gradient of the current move.
+Li et al. and the library devinterp 1.3.2 keep adapting G, and neglect the correction term Gamma_i = sum_j dG_ij/dw_j of preconditioned
+Langevin dynamics. We adapt G only during burn-in and then keep it fixed. After burn-in, G therefore does not depend on w, so this term is
+exactly zero. There are two smaller differences. Their V has no bias correction. And their V already includes the gradient of the current
+move, while ours contains only the gradients of earlier moves.
 
 Tests use the exact answer for U = a w^2 / 2: the chain w' = (1 - lr G a/2) w + sqrt(lr G) xi has the stationary variance
 1 / (a (1 - lr G a/4)). `icl.sampling.known.quadratic_llc` returns the resulting LLC.
@@ -56,7 +56,7 @@ NUM_TESTS = {"sgld": 16, "rmsprop": 16, "baoab": 4}
 """Largest number of draws at which a chain's acceptance probability is computed, keyed by kernel.
 
 At each of these draws, one additional gradient is needed. `baoab` needs a second one if there is more than one minibatch. For chains that
-may stop early, this is the largest number in every `icl.sampling.chains.FIRST_CHECK` draws.
+may stop early, the limit applies to every `icl.sampling.chains.FIRST_CHECK` draws, not to the whole chain.
 """
 DECAY = 0.99
 """Decay of the running mean of squared gradients."""
@@ -254,8 +254,8 @@ def log_baoab_acceptance(
         potential_gradient(w, anchor, grad, nbeta=nbeta, localization=localization)
         for w, grad in ((before, grads[0]), (after, grads[1]))
     )
-    # Each term is twice an energy, and `work` halves their sum. `first` and `last` are for the kinetic energy that the kicks add:
-    # half a kick before the drifts, and half a kick after them. `prior` is for the energy of the localization.
+    # Each of these terms is twice a change of energy, and `work` halves their sum. `first` and `last` are changes of kinetic energy, by
+    # half a kick before the drifts and half a kick after them. `prior` is the change of the localization's energy.
     first = h * gradient * (3 * h / 4 * gradient - state.velocity)
     last = h * gradient_after * (h / 4 * gradient_after - proposal.velocity)
     prior = localization * ((after - anchor).square() - (before - anchor).square())

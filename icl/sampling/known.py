@@ -1,7 +1,7 @@
 """Known learning coefficients, with which tests compare estimates.
 
-Functions without the argument `nbeta` return the asymptotic coefficient lambda (for nbeta to infinity). Some also return the multiplicity
-m. Both appear in the free energy of n samples, n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009).
+Functions without the argument `nbeta` return the asymptotic coefficient lambda, the limit as nbeta goes to infinity. Some also return the
+multiplicity m. Both appear in the free energy of n samples, n L0 + lambda log n - (m - 1) log log n + O(1) (Watanabe 2009).
 
 At finite nbeta and with localization, the estimator has a different target (true value): nbeta E[L - L0] under the density exp(-nbeta L -
 localization/2 |w|^2). Functions with the argument `nbeta` return this target. For quadratic losses, we compute this target in closed form,

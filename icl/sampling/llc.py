@@ -157,7 +157,7 @@ def estimate_llc(
         params: Parameters of the checkpoint, keyed by name. They are not changed.
         batches: A function `(chain, draw) -> batch`, or an iterable whose batches go to the chains in turn. An iterable starts over when it
             ends. The draw number counts all moves, including burn-in. Chains get different batches unless the function ignores `chain`.
-            The loss must not draw from torch's global generator, and neither must `batches` if it is a function or an iterator.
+            Neither the loss nor `batches`, if it is a function or an iterator, may draw from torch's global generator.
         lr: Step size epsilon.
         nbeta: Effective inverse temperature; None means n / ln n, where n is `num_samples`.
         localization: Strength gamma of the pull back to the checkpoint.

@@ -97,7 +97,7 @@ def _with_params(model: nn.Module) -> Callable[..., Any]:
         if not params.keys() <= names:
             return functional_call(
                 model, dict(params), tuple(inputs), dict(arguments or {})
-            )  # has a name that the module lacks
+            )  # `params` has a name that the module lacks
         try:
             for name, tensor in params.items():
                 for parameters, key in slots[originals[name]]:

@@ -43,8 +43,8 @@ from icl.tasks.prompts import Distribution, sample_prompts, training_pool
 from icl.tasks.streams import stream_source
 
 _MAX_COUNTED_TASKS = 2**16
-"""Largest number of tasks for which the pool's mean |w|^2 is computed. For a larger pool, we use D, which differs from this mean by about
-half a percent at most."""
+"""Largest number of tasks for which the pool's mean |w|^2 is computed. For a larger pool, we use D. For Gaussian tasks, D differs from this
+mean by about half a percent at most."""
 PARTS: tuple[Distribution, ...] = ("pretrain", "true")
 """Distributions of the prompts in `losses_by_part`, in order."""
 NUM_PART_PROMPTS = 256
@@ -54,8 +54,8 @@ _PROMPTS_AHEAD = 2**15
 _NUMBERS_AHEAD = 2**10
 """Number of moves of a chain for which the indices of the minibatches are drawn at once."""
 _CUDA_NORMALS_AHEAD = 2**24
-"""Number of random numbers that are generated at once on a GPU, where drawing a few numbers takes as long as drawing many. For language, it
-applies on every device."""
+"""Number of random numbers that are generated at once on a GPU, where drawing a few numbers takes as long as drawing many. For language
+models, this number is used on every device."""
 
 
 def prompt_target(
@@ -180,7 +180,7 @@ def _gradient(model: ModelConfig, weights: Tensor, *, compiled: bool) -> Gradien
     """Return a function that computes gradients of stacked parameters, by a compiled graph or by plain autograd.
 
     Plain autograd is a tenth faster than vmap. On a CPU the gradient is computed chain by chain. A compiled graph checks all of its inputs
-    at every call, so a chain's parameters are passed as a single row.
+    at every call, so a chain's parameters are passed as a single row instead of many tensors.
     """
 
     @cache
@@ -219,7 +219,10 @@ def _graph(function: Function) -> Function:
 def _member_by_member(
     function: Callable[..., Result], *, compiled: bool
 ) -> Callable[[Sequence[tuple[Any, ...]]], list[Result]]:
-    """Return a function that computes each member separately, in parallel on several cores. One member fills a core's caches."""
+    """Return a function that computes each member separately, and several members in parallel on several cores.
+
+    The members are not computed as one batch, because the data of one member already fill a core's caches.
+    """
     # With another number of threads, the graph would be compiled again.
     return in_parallel(function, threads_each=1 if compiled else None)
 

@@ -51,7 +51,9 @@ have different noise at each checkpoint. Second, we average L(w0) over `num_init
 
 
 PUBLISHED_LANGUAGE = preset("L2W256").sampler
-"""The settings of Hoogland et al. 2024 for their language models: 20 chains of 200 draws, without burn-in, and nbeta = n / ln n with n = 100.
+"""The settings of Hoogland et al. 2024 for their language models.
+
+They run 20 chains of 200 draws, without burn-in, and nbeta = n / ln n with n = 100.
 
 In `llc.csv`, the estimate `llc` compares each loss with the checkpoint's loss on the same minibatch. `llc_with_initial_loss_bug` is the
 estimate that the authors' code makes from the same chains."""

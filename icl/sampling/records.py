@@ -52,8 +52,8 @@ COMPONENT_TABLE, SUSCEPTIBILITY_TABLE = "llc-components.csv", "llc-susceptibilit
 PARTS_NAME = "parts"
 """Name of the observable that records the losses on each part of the data (`prompt_loss.losses_by_part`)."""
 WITH_BUG = "llc_with_initial_loss_bug"
-"""Column with the estimate that the published code for language models makes, with the bug of that code.
-Only estimates of language models in the published mode have it."""
+"""Column with the LLC that the published code for language models would compute, including the bug of that code.
+Only estimates of language models in the published mode have this column."""
 MAX_TRACE = 1000
 """Largest number of stored points of each chain's trace."""
 VERSION = 3
@@ -174,7 +174,10 @@ def make_record(result: LLCResult, settings: EstimateSettings) -> Record:
 
 
 def _susceptibilities(result: LLCResult) -> np.ndarray:
-    """Return the susceptibilities to the parts of the data, relative to the training loss, or an empty array if there are none."""
+    """Return the susceptibilities to the losses on the parts of the data, relative to the training loss.
+
+    The array is empty if these losses were not recorded, or if all chains are masked.
+    """
     used = result.llc_per_chain.isfinite()
     if PARTS_NAME not in result.observables or not used.any():
         return np.zeros(0)

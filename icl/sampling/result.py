@@ -44,8 +44,8 @@ class Fluctuation:
     functional_variance: float | None
     """Functional variance V, the sum of Var_w[l_i] over n samples; None without `num_samples`."""
     singular_fluctuation: float
-    """Singular fluctuation nu, which is nbeta/2 times the mean of Var_w[l_i] over samples. For a regular model that contains the truth, nu
-    is d/2."""
+    """Singular fluctuation nu, which is nbeta/2 times the mean of Var_w[l_i] over samples. If the losses are negative log-likelihoods of a
+    regular model that contains the truth, nu is d/2."""
     stderr: float
     """Standard error of the singular fluctuation, from the spread between chains; NaN for one chain."""
 
@@ -123,8 +123,8 @@ class LLCResult(Evidence):
     def to_arviz(self) -> "xarray.DataTree":
         """Return the draws for ArviZ, in the groups `posterior` and `sample_stats` with dimensions chain and draw.
 
-        `posterior` contains the observables and `llc`, which is the excess in nats, so that its mean is the LLC. `sample_stats` contains
-        `loss`. The attributes contain the estimate's row of `llc.csv`. Masked chains are left out.
+        `posterior` contains the observables and `llc`. The values of `llc` are the excess in nats at each draw, and their mean is the LLC.
+        `sample_stats` contains `loss`. The attributes contain the estimate's row of `llc.csv`. Masked chains are left out.
 
         Raises:
             ConfigError: If the extra `arviz` is not installed, or no chain is left.
@@ -239,8 +239,8 @@ def _per_component(
 def _fluctuation(traces: Traces, used: Tensor, nbeta: float, num_samples: int | None) -> Fluctuation | None:
     """Return the fluctuation from the variance over all draws: the variance within chains plus the variance of the chains' means.
 
-    Without the second part, the variance of short chains would be too small. The mean of few chains is fitted to these chains, so the second
-    part is multiplied by K / (K - 1) for K chains.
+    Without the second part, the variance of short chains would be too small. The second part is computed around the common mean of the K
+    chains, which is itself computed from these chains. So the second part is multiplied by K / (K - 1).
     """
     if traces.sample_variance is None or traces.sample_mean is None:
         return None

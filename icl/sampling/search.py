@@ -35,7 +35,8 @@ RATIOS = (0.01, 0.03, 0.1)
 STEP = 1.5
 """Value of lr (nbeta h_max + localization) in the survey. Chains become unstable at the value 4."""
 AGREEMENT = (3.0, 0.1)
-"""Two estimates agree if they differ by at most this many standard errors of their difference, or by at most this fraction of the first estimate."""
+"""Two estimates agree if they differ by at most this many standard errors of their difference, or by at most this fraction of the first
+estimate."""
 PLATEAU = 0.03
 """Estimates at lr and lr / 3 lie on a plateau if they differ by at most the standard error of their difference plus this fraction of the
 estimate at lr / 3."""
@@ -129,7 +130,10 @@ class Trial(NamedTuple):
 
 
 Estimate = Callable[[Sequence[SearchPoint]], list[list[LLCResult]]]
-"""Function that makes estimates under several settings with equally long chains. Each inner list ends with the last checkpoint's result."""
+"""Function that makes estimates under several settings with equally long chains.
+
+It returns one list for each of the settings. The last entry of each list is the result for the last checkpoint.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +234,11 @@ def _why_none(trials: Sequence[Trial], num_healthy: int) -> str:
 
 
 def _is_beside_minimum(result: LLCResult) -> bool:
-    """Return whether an estimate shows that its checkpoint is not at a minimum. If most chains fall far, the verdict says only this."""
+    """Return whether an estimate shows that its checkpoint is not at a minimum.
+
+    If most chains fall far below the checkpoint's loss, they are masked, and none of the rules in `CHECKPOINT_RULES` need be broken. So we
+    also test whether any chain was masked for this reason.
+    """
     return bool(result.num_diverged_down) or not set(result.judgement.broken).isdisjoint(CHECKPOINT_RULES)
 
 

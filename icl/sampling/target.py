@@ -1,12 +1,12 @@
 """The target of the chains: a loss with its minibatches, and the loss's gradients and values for many members at once.
 
-A loss is any `loss(params, batch) -> Tensor`. It returns a number, or a vector of components (per position, say) whose mean is the
-loss. A member is one chain of one checkpoint (`icl.sampling.estimate`). A `Gradient` takes the moving parameters as rows (one row for each
-member), the other parameters stacked, and a stacked batch. It returns the gradients as rows, and the losses. For a known architecture, a
-faster gradient can replace the default gradient.
+A loss is any `loss(params, batch) -> Tensor`. It returns a number, or a vector of components (per position, say) whose mean is the loss. A
+member is one chain of one checkpoint (`icl.sampling.estimate`). A `Gradient` is a function of many members: of the moving parameters (one
+row for each member), the other parameters (stacked) and a stacked batch. It returns the gradients, one row for each member, and the losses.
+For a known architecture, a faster gradient can replace the default gradient.
 
-A loss must not draw from torch's global generators, because then `seed` would not determine the estimate. If it does, we restore the
-generators and raise an error.
+If a loss drew from torch's global generators, `seed` would not determine the estimate. So we refuse such a loss: we restore the generators
+and raise an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,8 +69,8 @@ class Target:
     own_losses: StackedLosses | None = None
     """A faster function for the losses of stacked parameters, with a separate batch for each member."""
     part: Callable[[Params, Batch], Batch] | None = None
-    """Function that returns one part of a batch, if `gradient` goes through a batch in parts to save memory; otherwise
-    None. A gradient in parts is used for all purposes, because the default gradient needs memory for the whole batch."""
+    """Function that returns one part of a batch, if `gradient` goes through a batch in parts to save memory; otherwise None. If it is
+    given, measurements at a checkpoint use `gradient` too, because the default gradient needs memory for the whole batch."""
     must_depend: bool = False
     """Whether to check that the loss depends on the parameters that move."""
 
@@ -93,9 +93,10 @@ class Target:
         return self.gradient or self.default_gradient
 
     def checkpoint_gradient(self, device: torch.device) -> Gradient:
-        """Return the function that computes the gradient for measurements at a checkpoint, which have few members.
+        """Return the function that computes gradients for measurements at checkpoints.
 
-        On a GPU the chains' gradient may be a compiled graph, which would have to be compiled again for so few members.
+        These measurements have few members. On a GPU, the chains' gradient may be a compiled graph, which would have to be compiled again
+        for this number of members.
         """
         return self.chain_gradient if device.type == "cpu" or self.part is not None else self.default_gradient
 
@@ -127,12 +128,12 @@ class Target:
         if not torch.allclose(value, again, rtol=_REPEATABLE, atol=_REPEATABLE / 100, equal_nan=True):
             raise ConfigError(
                 f"The loss is not a function of (params, batch): two calls with the same arguments gave {float(value.mean()):.6g} and "
-                f"{float(again.mean()):.6g}. Take its random numbers from the batch."
+                f"{float(again.mean()):.6g}. If the loss needs random numbers, take them from the batch."
             )
         if not value.requires_grad:
             raise ConfigError(
-                "The loss does not depend on the parameters that may move, so there is nothing to estimate. Compute it from "
-                "`params`, not from a module's own weights, and do not detach them."
+                "The loss does not depend on the parameters that may move, so there is nothing to estimate. Compute the loss from "
+                "`params`, not from a module's own weights, and do not detach `params`."
             )
 
     def map_members(self, function: Callable[[Params], Tensor]) -> Callable[[Params], Tensor]:
@@ -228,7 +229,7 @@ def _batch_of(i: int, batch: Batch) -> Batch:
 
 @contextmanager
 def _refuse_random_loss(device: torch.device) -> Iterator[None]:
-    """If the code in the `with` block draws from a global generator of the CPU or of a CUDA device, restore it and raise an error."""
+    """If the `with` block draws from a global generator of the CPU or of a CUDA device, restore this generator and raise an error."""
     before = _generator_states(device)
     try:
         yield
@@ -258,8 +259,8 @@ def _explain_vmap_errors() -> Iterator[None]:
         if not str(error).startswith(("vmap:", "Batching rule not implemented")):
             raise
         raise ConfigError(
-            "`vmap` cannot run this loss for many chains at once: it calls `.item()`, branches on a tensor's value or uses "
-            "an operation that cannot be mapped. Set `vectorize=False` to run one chain after another."
+            "`vmap` cannot run this loss for many chains at once: the loss calls `.item()`, branches on a tensor's value or uses "
+            "an operation that `vmap` does not support. Set `vectorize=False` to run one chain after another."
         ) from error
 
 
@@ -273,5 +274,5 @@ def _require_loss(components: Tensor) -> Tensor:
 
 
 def describe(value: Any) -> str:
-    """Return what a value is, for an error message: the dtype and shape of a tensor, or the type of anything else."""
+    """Describe a value in an error message: the dtype and shape of a tensor, or the type of any other value."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

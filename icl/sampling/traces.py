@@ -65,9 +65,10 @@ def spread(draw: Draw) -> Float[Tensor, " N"]:
 
 
 def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
-    """Half of the amount that step size and minibatch noise add to `pull` + `spread`, without the part due to the localization; in nats.
+    """Upper bound on the bias from step size and minibatch noise, in nats.
 
-    `icl.sampling.verdict.chains` derives this bound.
+    The bound is half of the amount that step size and minibatch noise add to `pull` + `spread`, without the part that comes from the
+    localization alone. `icl.sampling.verdict.chains` derives the bound.
     """
     settings, force = draw.settings, draw.force
     noise = settings.inverse_temperature**2 * torch.as_tensor(draw.noise, device=force.device).expand(len(force))
@@ -82,9 +83,10 @@ def bias_bound(draw: Draw) -> Float[Tensor, " N"]:
 
 
 def measured_bias(draw: Draw) -> Float[Tensor, " N"]:
-    """Half of the amount that step size and minibatch noise add to `pull` + `spread` of `baoab`, in nats. It is 0 for other kernels.
+    """Measured bias of `baoab` from step size and minibatch noise, in nats; 0 for other kernels.
 
-    Unlike `bias_bound`, it includes the bias of large steps on losses that are not quadratic. `icl.sampling.verdict.chains` derives it.
+    The measured bias is half of the amount that step size and minibatch noise add to `pull` + `spread`. Unlike `bias_bound`, it includes
+    the bias of large steps on losses that are not quadratic. `icl.sampling.verdict.chains` derives the formula.
     """
     settings = draw.settings
     if not isinstance(draw.state, BAOABState):
@@ -186,7 +188,7 @@ class Recorder:
         return self.settings.inverse_temperature * torch.stack([mean_over_components(e) for e in self.excess], dim=1)
 
     def is_precise(self, stderr: float) -> bool:
-        """Return whether the standard error of the mean excess, in nats, is at most `stderr` and the effective sample size is sufficient."""
+        """Return whether the mean excess, in nats, has a standard error of at most `stderr` and a sufficient effective sample size."""
         nats = self.nats()
         used = _to_float64(nats[nats.isfinite().all(1)]).numpy()
         if not len(used):

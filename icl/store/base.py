@@ -1,10 +1,10 @@
-"""Stores that map keys to bytes, with one small interface (`Store`). A store writes, reads, lists and deletes whole values.
+"""Stores that map keys to bytes. All stores have one small interface, `Store`: write, read, list and delete whole values.
 
 A key is a relative path with forward slashes that stays inside its store. `require_key` refuses any other key. The local store
 follows no symbolic link that leads out of its root, although the root itself may be a link.
 
 A value is either complete or absent. The local store writes a temporary file in the folder of the final file, flushes it to disk and
-then renames it. If the process is killed before it renames the file, only a temporary file is left, which listings do not show.
+then renames it. If the process is killed before the renaming, only the temporary file is left. Listings do not show temporary files.
 `icl.store.opening` opens a store by its path or URL. It imports boto3 only for a bucket.
 """
 
@@ -234,7 +234,7 @@ def require_key(key: str, store: object) -> None:
 
     Args:
         key: The key.
-        store: The key's store, for the message.
+        store: The store that contains the key. It is named in the message.
 
     Raises:
         StorageError: If the key could lead out of the store, or is not a valid name on all file systems.

@@ -1,12 +1,12 @@
 """A store in a model repository of the Hugging Face Hub: `hf://USER/REPO`, `hf://USER/REPO@REVISION`, or a folder in it.
 
 The package `huggingface_hub` sends all requests. It also finds the token (`HF_TOKEN`, or the login of `hf auth login`). Our code never
-reads the token, so it is never logged or saved. The server is `HF_ENDPOINT`, or huggingface.co.
+reads the token, so it cannot log or save the token. The server is `HF_ENDPOINT`, or huggingface.co.
 
 Every change is a commit, and the Hub limits commits to 128 per hour. So `write_many` puts up to `FILES_PER_COMMIT` files into one
-commit, which arrives completely or not at all. A commit names its parent commit. If another program has committed after this parent,
-the Hub refuses our commit, and we try again on top of the newest commit. But if the other program changed the folder of this store, we
-raise an error.
+commit, which arrives completely or not at all. A commit names its parent commit. If another program has made a commit after this parent,
+the Hub refuses our commit. We then try again with the newest commit as the parent, unless the other program changed the folder of this
+store. In that case, we raise an error.
 """
 
 import functools
@@ -68,7 +68,7 @@ class HubStore:
         return data
 
     def digest(self, key: str) -> str:
-        """Return the SHA-256 of a value. The Hub stores it for large files; for a small file, it is computed from the value.
+        """Return the SHA-256 of a value. For a large file, the Hub stores this digest. For a small file, we compute it from the value.
 
         Raises:
             MissingKeyError: If the key has no value.
@@ -101,7 +101,10 @@ class HubStore:
             self._commit(part, f"{names[0]}{more}")
 
     def create(self, key: str, data: bytes) -> bool:
-        """Set the value of a key only if the key has no value. Return whether the value was set. Of several writers, only one succeeds."""
+        """Set the value of a key only if the key has no value. Return whether the value was set.
+
+        If several processes try this at the same time, only one succeeds.
+        """
         require_key(key, self)
         with self.repository.lock:
             for _ in range(_MAX_CONFLICTS):
@@ -160,7 +163,7 @@ class HubStore:
             return Path(file).read_bytes()
 
     def _commit(self, operations: Sequence[Any], message: str) -> None:
-        """Make a commit. If other programs commit at the same time, try again on top of their commits, unless they changed this folder."""
+        """Make a commit. If other programs commit at the same time, try again after their commits, unless they changed this folder."""
         with self.repository.lock:
             first = listing = self.repository.listing(is_new=True)
             for _ in range(_MAX_CONFLICTS):
@@ -169,7 +172,7 @@ class HubStore:
                 listing = self.repository.listing(is_new=True)
                 changed = self._changed(first, listing)
                 if changed and all(_is_done(operation, listing) for operation in operations):
-                    return  # our commit had arrived, but not its answer, so the client repeated the commit
+                    return  # our commit had arrived, but its answer was lost, so the client repeated the commit
                 if changed:
                     raise StorageError(
                         f"Another program changed {changed[0]} in {self} at the same time, so this commit was not made. If that program works "
@@ -214,7 +217,7 @@ def open_hub(path: str) -> HubStore:
 
 
 class _Buffer(io.BytesIO):
-    """Bytes of a file to upload. Bytes that the client reads count as progress of the upload."""
+    """Bytes of a file to upload. When the client reads some of them, these bytes count as progress of the upload."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next bytes."""
@@ -226,14 +229,14 @@ class _Buffer(io.BytesIO):
 def _addition(path: str, data: bytes) -> CommitOperationAdd:
     """Return the operation that adds a file to a commit.
 
-    The file is given as a buffer, because the client uploads buffers by HTTP and not by Xet. Xet needs a second server besides
-    `HF_ENDPOINT`, ignores our time limits, and is faster only for files of gigabytes.
+    We give the file as a buffer, because the client uploads buffers by HTTP and not by Xet, the Hub's other protocol. Xet needs a second
+    server besides `HF_ENDPOINT`, ignores our time limits, and is faster only for files of gigabytes.
     """
     return CommitOperationAdd(path, _Buffer(data))
 
 
 def _is_done(operation: Any, listing: Listing) -> bool:
-    """Return whether a listing already contains what an operation would change."""
+    """Return whether a listing already shows the result of an operation."""
     file = listing.files.get(operation.path_in_repo)
     if isinstance(operation, CommitOperationDelete) or file is None:
         return isinstance(operation, CommitOperationDelete) and file is None

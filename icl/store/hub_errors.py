@@ -98,7 +98,10 @@ def _status(error: BaseException) -> int | None:
 
 
 def _response(error: BaseException | None) -> Any:
-    """Return the server's answer that caused an error. In uploads and downloads, the client wraps the original error in other errors."""
+    """Return the server's answer that caused an error, or None if no answer caused it.
+
+    In uploads and downloads, the client wraps the original error in other errors, so we follow their causes.
+    """
     for _ in range(_MAX_CAUSES):
         if error is None or getattr(error, "response", None) is not None:
             break

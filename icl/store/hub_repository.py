@@ -1,6 +1,6 @@
 """One revision of a repository on the Hugging Face Hub: its listing, its commits, and the repetition of failed requests.
 
-All stores of a process that use the same revision share one `Repository`. So they share the listing, and commit one after another.
+All stores of a process that use the same revision share one `Repository`. So these stores share the listing, and commit one after another.
 """
 
 import logging
@@ -20,9 +20,10 @@ from icl.store.hub_errors import describe, is_conflict, is_missing_repository, p
 COMMIT_SECONDS = 600.0
 """Minimum number of seconds between two commits while a run trains. The Hub accepts 128 commits an hour for all runs of a user."""
 LISTING_SECONDS = 2.0
-"""Seconds for which a listing of the repository is reused. After a commit of this process, the listing is no longer used."""
+"""Seconds for which a listing of the repository is reused. A commit of this process makes the listing invalid at once."""
 CALL_SECONDS = 120.0
-"""Seconds without progress after which we give up on a request. Without this limit, the client would wait as long as the Hub asks it to."""
+"""Seconds without progress after which we give up on a request. Without this limit, the client would wait for as long as the Hub tells it
+to wait."""
 _MAX_RETRIES = 6
 _NO_NEWS = ("not supported by Xet", "thrown while requesting", "Retrying in", "Error while downloading from")
 
@@ -87,7 +88,7 @@ class Repository:
         """Return the result of a call. Repeat the call a few times if the server is busy or the network fails.
 
         Args:
-            verb: Verb that says in messages what the call does, such as `read`.
+            verb: Verb for messages that says what the call does, such as `read`.
             act: The call.
             key: The file that the call is about, for messages.
 
@@ -134,6 +135,6 @@ def _attempt(act: Callable[[], Result], endpoint: str) -> tuple[Result | None, E
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether to show a log message of the client. Warnings about uploads by HTTP and about retries would only confuse the user."""
+    """Return whether to show a log message of the client. Hide warnings about uploads by HTTP and about retries, which need no action."""
     text = record.getMessage()
     return not any(words in text for words in _NO_NEWS)

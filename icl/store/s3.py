@@ -2,8 +2,8 @@
 
 boto3 finds the credentials (environment, profile, role) and the server (`AWS_ENDPOINT_URL`). It also repeats requests that may
 succeed later (adaptive mode; `AWS_MAX_ATTEMPTS`). Every object has the SHA-256 of its bytes as metadata. So if bytes are lost or
-altered during a transfer or in the store, an error is raised when the object is read. A request ends with an error after a minute
-without progress.
+altered during a transfer or in the store, reading the object raises an error. A request ends with an error after a minute without
+progress.
 """
 
 import time
@@ -24,7 +24,8 @@ PART_SIZE = 16 * 2**20
 CHECK_SECONDS = 20.0
 """Seconds without an answer after which `check` gives up."""
 SETTLE_SECONDS = 2.0
-"""Seconds to wait after creating a key on a server without conditional writes. After that, we check whether another process created it too."""
+"""Seconds to wait after creating a key on a server without conditional writes. After that, we check whether another process also
+created the key."""
 _NUM_READS = 3
 
 Result = TypeVar("Result")
@@ -121,7 +122,10 @@ class S3Store(OneByOne):
         raise DamagedError(f"{self}/{key} is damaged: its {len(data):,} bytes differ from the bytes that were saved.")
 
     def _get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return the bytes of a key and their saved digest, or None for a missing digest. Repeat a download that breaks off."""
+        """Return the bytes of a key and their saved digest, which is None if no digest was saved.
+
+        Repeat a download that breaks off.
+        """
         for attempt in range(_NUM_READS):
             try:
                 data, digest = self._requests.get(self._full(key), limit)
@@ -140,13 +144,17 @@ class S3Store(OneByOne):
         )
 
     def _write(self, key: str, data: bytes) -> None:
-        """Write a value. Check that the server has it, by the length, digest and tag (ETag) that the server gives, or by reading it back."""
+        """Write a value, and check that the server has it.
+
+        The check compares the length, digest and tag (ETag) that the server gives. If these are not enough, the value is read
+        back.
+        """
         tag = self._requests.put(self._full(key), data)
         kept = _unless_absent(lambda: self._requests.about(self._full(key)))
         if kept is None or kept.length != len(data) or kept.digest not in (None, sha256(data)):
             raise self._lost(key)
-        # A server that keeps no metadata gives no digest, so we read back every value. Some servers use tags that are not MD5 digests. From each
-        # of these servers, we read back only the first value whose tag differs.
+        # If a server keeps no metadata, it gives no digest, so we read back every value. If a server's tags are not MD5 digests, the
+        # tags always differ, so we read back only the first value.
         lack = "metadata" if kept.digest is None else "MD5 tags" if kept.tag not in (tag, "") else None
         if lack == "metadata" or (lack is not None and not self._requests.lacks(lack)):
             if self._get(key)[0] != data:

@@ -19,7 +19,7 @@ NUM_ATTEMPTS = 8
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 25.0
 """Time limits in seconds of each attempt of a request: to connect, and to receive the answer."""
 _CHUNK = 2**16
-"""If a request's body has more than this number of bytes, its bytes count as progress while they are sent."""
+"""If the body of a request has more than this number of bytes, the bytes count as progress while they are sent."""
 
 
 def make_session() -> Any:
@@ -63,7 +63,10 @@ def make_client(
 
 @cache
 def _loader() -> Any:
-    """Return the object with which botocore loads its description of the S3 interface. The first call takes a third of a second."""
+    """Return the object with which botocore loads its description of the S3 interface.
+
+    Making the object takes a third of a second, so it is made once.
+    """
     return botocore.loaders.create_loader()
 
 

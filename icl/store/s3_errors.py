@@ -1,7 +1,7 @@
 """Explain errors of S3 servers in one sentence that says what to do.
 
-The sentences quote only an error's code. They do not quote the messages of the server and of boto3, which could contain secrets.
-If a code is not in the table, the explanation depends on the HTTP status.
+The sentences quote only an error's code. They do not quote messages of the server or of boto3, because such messages could contain
+secrets. If a code is not in the table, the explanation depends on the HTTP status.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Requests to a bucket, with a replacement for each feature that a server may lack.
 
 Requests avoid features that older servers refuse, such as checksum headers and trailers. Instead, each request is signed with the
-SHA-256 of its body, even over TLS. Every server that supports S3's current signature must check this hash. The checksums of boto3
-would not detect more errors; for an upload in parts, they are not even a digest of the whole file.
+SHA-256 of its body, even over TLS. Every server that supports S3's current signature must check this hash. So the checksums of boto3
+would not detect more errors. For an upload in parts, they are not even a digest of the whole file.
 
 Some servers also refuse conditional writes, metadata, uploads in parts, the newer listing request, or HEAD. After a server's first
 refusal we print a notice, and no longer use the feature with this server.
@@ -37,7 +37,7 @@ _LACKS = {
     "MD5 tags": "",
 }
 _lacking: dict[str, set[str]] = {}
-"""Features that each server lacks, as far as this process has noticed. The keys have the form `server/bucket`."""
+"""Features that each server lacks, as far as this process has noticed. Each key has the form `server/bucket`."""
 
 Result = TypeVar("Result")
 
@@ -68,7 +68,7 @@ class Requests:
         self._making = threading.Lock()
 
     def get(self, key: str, limit: int | None = None) -> tuple[bytes, str | None]:
-        """Return an object's bytes and the digest that was saved with them, or None for a missing digest. Stop soon after `limit` bytes.
+        """Return an object's bytes and the digest that was saved with them (None if there is no digest). Stop soon after `limit` bytes.
 
         Raises:
             ClientError, BotoCoreError: If there is no such object, or the connection breaks off.
@@ -129,7 +129,8 @@ class Requests:
     def knows_conditions(self, key: str, data: bytes) -> bool:
         """Return whether the server supports conditional writes. `key` must exist and have the value `data`.
 
-        Some servers ignore the condition. So we write the object again under the condition that it does not exist, which must fail.
+        Some servers ignore the condition. So we write the object again under the condition that it does not exist. A server that
+        supports conditions refuses this write.
         """
         if not self.lacks("conditions") and self.put_new(key, data):
             self.note_lack("conditions")
@@ -187,7 +188,8 @@ class Requests:
     def _with_or_without(self, feature: str, act: Callable[[], Result], instead: Callable[[], Result]) -> Result:
         """Call `act`, which needs a feature of the server. If the server lacks the feature, call `instead`.
 
-        A refusal may also have a different reason. So we record that the server lacks the feature only after `instead` has succeeded.
+        If the server refuses `act`, the reason may also be a different one. So we record that the server lacks the feature only after
+        `instead` has succeeded.
         """
         if not self.lacks(feature):
             try:

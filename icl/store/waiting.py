@@ -1,8 +1,8 @@
 """Run calls that may hang. Each call runs in a separate thread, and we give up on the call after some time without progress.
 
-The time limit of a socket is not enough if a server occasionally sends a byte. A limit on the total time would be wrong too, because
-a large file may need an hour. So we limit the time without progress. Progress is an answer, or a sufficient number of bytes. The
-function `moved` records progress for the whole process.
+A time limit of the socket is not enough, because a server may send a byte from time to time. A limit on the total time would be wrong
+too, because a large file may need an hour. So we limit the time without progress. Progress means an answer, or at least
+`_ENOUGH_BYTES` bytes. The function `moved` records progress for the whole process.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ def await_result(
 def require_awaited() -> None:
     """Raise an error if this thread is the thread of a call on which we gave up. Call this before a request is sent or repeated.
 
-    Otherwise, an old write could be repeated after a newer write of the same file, and replace it.
+    Otherwise, an old write could be repeated after a newer write of the same file, and undo the newer write.
 
     Raises:
         StalledError: If we gave up on the call.
@@ -132,10 +132,10 @@ def require_awaited() -> None:
 
 
 def would_block_exit() -> bool:
-    """Return whether Python would wait at exit for a call on which we gave up.
+    """Return whether Python, at exit, would wait for a call on which we gave up.
 
-    Python waits if the call still runs and uses a thread pool. The client of the Hugging Face Hub sends files with a thread pool. If the
-    Hub does not answer, the threads of this pool run for minutes.
+    Python waits for a call that still runs and uses a thread pool. For example, the client of the Hugging Face Hub sends files with a
+    thread pool. If the Hub does not answer, the threads of this pool run for minutes.
     """
     has_pool = any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
     return has_pool and any(thread.is_alive() for thread in _left)

@@ -4,12 +4,12 @@ A point is one combination of the sweep's settings. A worker is a process of `ic
 
 Only the attempt with the highest number counts. Once the previous attempt has ended or its worker has died, another worker can
 begin an attempt: it creates the file with the next number. The creation is exclusive, so only one process can succeed. Files are
-never deleted, so no number is used twice. A worker that was considered dead by mistake finds a file with a higher number, so it
-knows that another worker has taken over the point. There are two ways to check whether an attempt is alive:
+never deleted, so no number is used twice. If a worker was considered dead by mistake, it finds a file with a higher number. So it knows
+that another worker has taken over the point. There are two ways to check whether an attempt is alive:
 
 - On the machine of the attempt, check whether its file is locked. The worker and its program keep the lock until both have ended.
-- On any other machine, check whether the file was modified recently, because the worker refreshes the file every few seconds. Both
-  times in this comparison come from the file server, so the clocks of the machines need not agree.
+- On any other machine, check whether the file was modified recently, because the worker refreshes the file every few seconds. The file
+  server gives both the time of the modification and the current time, so the clocks of the machines need not agree.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ attempts, but the clocks of different machines may differ by seconds."""
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One attempt at a point, as its file records it."""
+    """One attempt at a point, with the facts that its file records."""
 
     number: int
     job: str
@@ -93,8 +93,8 @@ def claim(folder: Path, job: str, *, number: int) -> Claim | None:
     Args:
         folder: Folder of the run.
         job: `Point.job` of the attempt.
-        number: One more than the number of the last attempt, which must have ended. If the claim succeeds, no other process has
-            begun an attempt since the caller read that number.
+        number: Number of the last attempt plus one. The last attempt must have ended, or its worker must have died. If the claim
+            succeeds, no other process has begun an attempt since the caller read that number.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -164,7 +164,7 @@ def session_start(live: Iterable[Attempt], ended: Iterable[Attempt]) -> float:
 
 
 def next_file(path: Path) -> Path:
-    """Return the file of the next attempt after the attempt with the file `path`."""
+    """Return the path of the next attempt's file. `path` is the file of an attempt."""
     return path.with_name(f"{int(path.stem) + 1:06d}.json")
 
 

@@ -1,4 +1,4 @@
-"""Make the command and environment of a point from the command of a sweep, by replacing the macros in the command.
+"""Make the command and the environment of a point's program, by replacing the macros in the command of the sweep.
 
 A point is one combination of the sweep's settings. The macros are W&B's: `${env}`, `${interpreter}`, `${program}`,
 `${args}` and its variants, `${args_json}`, `${args_json_file}` and `${envvar:NAME}`. Like W&B, we replace `${envvar:NAME}`
@@ -41,7 +41,7 @@ _SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID")
 def refuse_unused_macros(command: Sequence[str]) -> None:
     """Check that every macro of a command will be replaced.
 
-    W&B drops a word that looks like an unknown macro. It passes on unchanged a macro that is only a part of a word.
+    W&B drops a word that looks like an unknown macro. If a macro is only a part of a word, W&B passes the word on unchanged.
 
     Raises:
         ConfigError: If a macro would not be replaced. The message says what to write instead.
@@ -109,9 +109,9 @@ def own_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def require_packable(command: Sequence[str]) -> None:
-    """Check that one program of a sweep can train several points at once, as the option `--pack` demands.
+    """Check that one program of a sweep can train several points at once. The option `--pack` needs such a program.
 
-    Only `icl train` can train several points at once, and only if the command makes it read the settings from a file.
+    Only `icl train` can train several points at once. For this, the command must let it read the settings from a file.
 
     Raises:
         ConfigError: If the command is not `icl train`, or passes the settings as arguments.
@@ -125,8 +125,8 @@ def require_packable(command: Sequence[str]) -> None:
 def with_own_icl(words: Sequence[str]) -> list[str]:
     """Return a command in which the word `icl` starts the installation of `icl` that runs now.
 
-    So the environment of this installation need not be activated. `python -m icl` is replaced too, because this command
-    would import from the working folder, which may contain other modules named `icl` or `yaml`.
+    So the Python environment of this installation need not be activated. The words `python -m icl` are replaced too, because they would
+    import modules from the working folder, which may contain other modules named `icl` or `yaml`.
     """
     start = 1 if words[:1] == [_ENV] else 0
     before, program = list(words[:start]), list(words[start:])
@@ -214,7 +214,7 @@ def _search_path() -> str:
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the settings of a point as arguments, for each of W&B's macros. The outermost names are in alphabetical order."""
+    """Return the settings of a point as arguments, keyed by the name of W&B's macro. The outermost names are in alphabetical order."""
     pairs = sorted(settings.items())
     return {
         "args": [f"--{key}={value}" for key, value in pairs],

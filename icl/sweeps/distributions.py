@@ -23,7 +23,7 @@ class Distribution(NamedTuple):
     defaults: dict[str, float]
     """Options that may be left out, with their defaults."""
     quantile: Callable[[float, Options], Any]
-    """Function of a probability u in (0, 1) and the options. It returns the u-quantile: a draw is below this value with probability u."""
+    """Function that takes a probability u in (0, 1) and the options. It returns the value below which a draw lies with probability u."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class Parameter:
 
 
 EXPONENTS = {name: f"{name}_values" for name in ("log_uniform", "q_log_uniform", "inv_log_uniform")}
-"""Distributions whose `min` and `max` are exponents of e. Each is mapped to the same distribution with bounds that are values."""
+"""Distributions whose `min` and `max` are exponents of e. Each is mapped to the same distribution, but with bounds that are the values
+themselves."""
 
 
 def draw(parameter: Parameter, *, seed: int, index: int) -> Any:
@@ -84,7 +85,7 @@ def grid_values(parameter: Parameter) -> list[Any] | None:
 
 
 def has_too_long_grid(parameter: Parameter, most: int) -> bool:
-    """Return whether a range has more than `most` values in a grid, without making their list. Lists in the sweep file are not checked."""
+    """Return whether a range has more than `most` values in a grid. The values are not listed. Lists in the sweep file are not checked."""
     options = parameter.options
     if parameter.distribution == "int_uniform":
         return options["max"] - options["min"] >= most

@@ -5,12 +5,12 @@ continues a sweep after any interruption. Any number of engines, on any machines
 without running a point twice. Each process of `icl sweep` has one engine, and is called a worker (`icl.sweeps.attempts`).
 
 A point that fails does not stop the other points. The next `icl sweep` command tries the point again, unless the same settings
-would fail again. An engine that starts while other engines work on the sweep joins their session (`attempts.session_start`): it
-does not repeat points that have failed since the session began. If the engine receives a signal, it asks its programs to save and
-exit.
+would fail again. A session is a series of attempts without a long pause (`attempts.session_start`). An engine that starts while other
+engines work on the sweep joins their session: it does not repeat points that have failed since the session began. If the engine receives a
+signal, it asks its programs to save and exit.
 
-In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. It does
-not wait for points that run in other jobs, because its own job would occupy a machine while it waits.
+In a job of Slurm, the session begins when the jobs are submitted. The engine also stops before the time limit of the job. The engine does
+not wait for points that run in other jobs, because its own job would occupy a machine during the wait.
 """
 
 import contextlib
@@ -81,8 +81,7 @@ def run_sweep(
         num_workers: Number of programs that run at a time.
         pack: Largest number of points in one program. The program trains these points as one population, if their
             settings allow this.
-        retry: Whether to try every failed point again, even if the point would fail again or has failed in this
-            session.
+        retry: Whether to try every failed point again, even a point that would fail again or has failed in this session.
         job: The job of Slurm in which this process runs; None outside of Slurm.
         say: Function that receives a line for each event.
     """
@@ -95,7 +94,7 @@ def run_sweep(
 
 @dataclass
 class _Engine:
-    """The loop that starts, watches and ends the programs of a sweep. Its first fields are the arguments of `run_sweep`."""
+    """The loop that starts, watches and ends the programs of a sweep. The first fields are the arguments of `run_sweep`."""
 
     sweep: SweepFile
     points: Sequence[Point]
@@ -116,7 +115,7 @@ class _Engine:
         self._num_over = 0
         self._stopping: str | None = None
         self._leaves = False
-        with contextlib.suppress(OSError):  # a folder that cannot be made is reported for each point
+        with contextlib.suppress(OSError):  # if the folder cannot be made, this is reported for each point
             self.root.mkdir(parents=True, exist_ok=True)
         own_mark = self.root if self.root.is_dir() else None
         self._storage = StorageWatch(own_mark if self.job is None else self.job.mark, self.say)
@@ -181,7 +180,7 @@ class _Engine:
             self.programs = [program for program in self.programs if program.is_running()]
 
     def _count_earlier_attempts(self) -> dict[int, int]:
-        """Return, for each point, the number of the last attempt before this session; 0 if there was no such attempt.
+        """Return the number of each point's last attempt before this session, or 0 if there was no such attempt.
 
         The keys of the dict are the points' `number`. If a point has failed in an attempt of this session, the
         engine does not try the point again. If other engines are at work, this engine joins their session. So the
@@ -270,7 +269,7 @@ class _Engine:
 
     def _finish_programs(self) -> None:
         ended = [program for program in self.programs if not program.is_running()]
-        if ended and not self._storage.is_there(now=True):  # recording an outcome would make a new folder
+        if ended and not self._storage.is_there(now=True):  # otherwise, recording would make a new folder
             return
         for program in ended:
             self.programs.remove(program)

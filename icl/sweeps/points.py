@@ -43,8 +43,8 @@ class Point:
     name: str
     """Name of the run, which is also its folder below $LOCAL_ROOT."""
     job: str
-    """Hash of the command and of the settings that affect the result. Attempts with a different hash do not show
-    whether the point is done or has failed."""
+    """Hash of the command and of the settings that affect the result. Attempts with a different hash are ignored when we check whether the
+    point is done or has failed."""
     trains: bool
     """Whether the program is `icl train`. In this case, the status of the run says whether the point is done."""
 
@@ -56,7 +56,7 @@ class InvalidPoint:
     number: int
     """The point's position in the sweep, counted from 1."""
     name: str
-    """The point's number, and the values of the settings that differ between points."""
+    """The point's number, followed by the values of the settings that differ between points."""
     reason: str
     """Message that says why the point cannot run."""
 
@@ -70,7 +70,7 @@ def sweep_points(
         sweep: The sweep file.
         count: Largest number of points. If the sweep has more, only its first points are returned.
         seed: Seed of a random sweep.
-        invalid: List to which invalid points are added. If it is None, an invalid point is an error.
+        invalid: List to which invalid points are added. If `invalid` is None, an invalid point raises an error.
 
     Raises:
         SweepFileError: If no point is valid, two points of a grid are the same run, or a random sweep has no limit on its

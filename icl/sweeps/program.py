@@ -79,17 +79,17 @@ class Program:
         return _amount(point, claim.folder) > self._first_amounts[point.number]
 
     def record(self, *, stopping: str | None) -> None:
-        """Record the outcome of each point of this program, and give up the claim on the point.
+        """Record the outcome of each point of this program, and give up the claims.
 
         Another worker can then claim the point, unless the point is done.
 
         Args:
-            stopping: Why the sweep is stopping all programs, or None if it is not.
+            stopping: Reason why the sweep stops all programs, or None if it does not stop them.
 
         Raises:
             OSError: If the outcome of a point cannot be written. The claims on all points are given up nevertheless.
         """
-        with contextlib.ExitStack() as stack:  # calls each function, even if another one raises an error
+        with contextlib.ExitStack() as stack:  # the stack calls each function, even if another function raises an error
             for point, claim in reversed(self.work):
                 stack.callback(self._record, point, claim, stopping)
 
@@ -111,8 +111,8 @@ class Program:
         if code == 0 and is_ended:
             return "done", None
         if status is not None and status.updated < claim.attempt.started:
-            status = None  # an earlier program wrote it
-        # A packed program also fails if only one of its runs fails, so read the status of each run.
+            status = None  # an earlier program wrote this status
+        # A packed program exits with an error even if only one of its runs fails, so read the status of each run.
         if len(self.work) > 1 and status is not None and status.is_done:
             return "done", None
         if stopping:
@@ -134,7 +134,7 @@ class Program:
         return redact(f"{end}: {line}" if line else end)
 
     def _was_out_of_reach(self, claim: Claim, reason: str) -> bool:
-        """Return whether the run's folder is there now, and the program failed only because it could not reach the folder for a while."""
+        """Return whether the run's folder is there now, but could not be reached for a while, and the program failed because of this."""
         return claim.folder.is_dir() and (self.has_lost_storage or WAS_REMOVED in reason)
 
     def _last_line(self, prefix: str) -> str:

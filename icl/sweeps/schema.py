@@ -1,4 +1,4 @@
-"""Read W&B sweep files strictly. Where W&B would ignore a part of the file, or guess what it means, an error says what to write instead.
+"""Read W&B sweep files strictly. If W&B would ignore or guess at a part of the file, raise an error that says what to write instead.
 
 The schema is W&B's: `method`, `parameters` (dotted names, nested `parameters:`, `value`, `values`, `min` and
 `max`, a `distribution`), `command` or `program`, and `run_cap`. Keys that only W&B's server uses are accepted and
@@ -27,7 +27,8 @@ _PARAMETER_KEYS = ("distribution", "parameters", "value", "values", "probabiliti
 
 
 MAX_POINTS = 100_000
-"""Largest number of points (combinations of settings) of a sweep. It is limited because all points are checked before the first one runs."""
+"""Largest number of points (combinations of settings) of a sweep. The number is limited because all points are checked before the first
+point runs."""
 
 
 class SweepFileError(ConfigError):
@@ -58,7 +59,8 @@ def read_sweep_file(path: str | Path) -> SweepFile:
     """Read and check a sweep file.
 
     Raises:
-        SweepFileError: If the file cannot be read, violates W&B's schema, or uses a part of it that `icl sweep` does not support.
+        SweepFileError: If the file cannot be read, violates W&B's schema, or uses a part of the schema that `icl sweep` does not
+            support.
     """
     tree = _read_yaml(Path(path))
     try:
@@ -215,7 +217,7 @@ def _infer_distribution(name: str, entry: Mapping[str, Any]) -> str:
                 "`int_uniform`."
             )
         return "int_uniform" if isinstance(low, int) else "uniform"
-    raise SweepFileError(f"`{name}` needs `value`, `values`, `min` and `max`, or a `distribution`.")
+    raise SweepFileError(f"`{name}` needs one of these: `value`, `values`, both `min` and `max`, or a `distribution`.")
 
 
 def _check_options(name: str, kind: str, options: Mapping[str, Any]) -> None:

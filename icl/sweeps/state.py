@@ -71,7 +71,7 @@ def _state_of_run(point: Point, run: RunFolder, status: Status, attempt: Attempt
         return _state_of_attempt(attempt, status, number)
     if status.state == "failed":
         return PointState("failed", f"{status.reason}{_progress(status)}", number)
-    # The clock of the run's machine may be ahead of ours, by less than `STALE_SECONDS`. A later time is an error of some clock.
+    # The clock of the run's machine may be ahead of ours by less than `STALE_SECONDS`. If it is ahead by more, some clock is wrong.
     is_recent = abs(time.time() - status.updated) < attempts.STALE_SECONDS
     if status.state in ("running", "waiting") and is_recent:
         return PointState("running", f"outside of this sweep{_progress(status)}", number)

@@ -1,7 +1,7 @@
 """Watch whether the folder of all runs can be reached. A folder on a file server may be unreachable for a while.
 
-Nothing may be written while the folder cannot be reached. Otherwise a new folder of the same name could hide the old one, or keep the
-old one from being mounted again.
+Nothing may be written while the folder cannot be reached. Otherwise a new folder of the same name could hide the old folder, or
+prevent the old folder from being mounted again.
 """
 
 import time

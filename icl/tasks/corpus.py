@@ -2,7 +2,7 @@
 
 An array is either a table of rows (R, T) with at least `context_size` columns, or one long text (L,). Of each row of a table, only the
 first `context_size` tokens are used. A long text, and every text that is tokenised here, is cut into rows. Each of these rows consists of
-the token BOS and the next `context_size` - 1 tokens of the text. Documents are joined by the token BOS too (Hoogland et al. 2024). Tokens
+the token BOS and the next `context_size` - 1 tokens of the text. The token BOS also follows each document (Hoogland et al. 2024). Tokens
 after the last whole row are left out.
 
 The packages `tokenizers` and `datasets` are optional (`pip install icl[language]`), and are imported only where they are used.
@@ -26,7 +26,7 @@ HUB = "hf://"
 _TEXT, _RECORDS, _ARRAY = ".txt", (".jsonl", ".json"), ".npy"
 _EXTRA = "Install it with `pip install icl[language]`."
 _CHECKED = 2**20
-"""When an array is opened, about this many tokens at its start are checked: they must be in the vocabulary."""
+"""Number of tokens at the start of an array that are checked when it is opened. They must be in the vocabulary."""
 
 
 class Corpus(NamedTuple):
@@ -95,7 +95,7 @@ def tokenise(documents: Iterator[str], language: LanguageConfig, *, beside: Path
     Args:
         documents: The texts to tokenise.
         language: The tokenizer and the size of the vocabulary.
-        beside: Folder or file of the text. A `tokenizer.json` in this folder is used if `language.tokenizer` is not set.
+        beside: Folder or file of the text. If `language.tokenizer` is not set, `tokenizer.json` in this folder or beside this file is used.
 
     Raises:
         ConfigError: If there is no usable tokenizer, or a token of the documents is not in the vocabulary.

@@ -15,8 +15,9 @@ Task laws (`TaskLaw`), for task vectors w with D coordinates. The setting `task.
 - `low_rank`: w = sqrt(D / r) A u with u ~ N(0, I_r). The r columns of A are orthonormal and span a uniformly random subspace, which is the
   same for all tasks of a run. The variances of the coordinates differ, but their mean is 1, so E|w|^2 = D. (If every coordinate had
   variance 1, the subspace could not be uniformly random.)
-- `mixture`: w = m_j + sqrt(1 - b) z with z ~ N(0, I) and j uniform on J components. The means m_j are random, then shifted and scaled so
-  that each coordinate has mean 0 and variance b over the components. Coordinates are correlated unless J is large.
+- `mixture`: w = m_j + sqrt(1 - b) z with z ~ N(0, I) and j uniform on J components. The means m_j are drawn at random. They are then
+  shifted and scaled so that each coordinate has mean 0 and variance b over the components. The coordinates of w are correlated unless J is
+  large.
 
 The coordinates of an input are independent. If `task.inputs` is `ar1`, the inputs of a prompt are correlated: x_1 = z_1 and
 x_k = rho x_{k-1} + sqrt(1 - rho^2) z_k with z_k ~ N(0, I). So every x_k is N(0, I), and the correlation of x_k and x_{k+h} is rho^h.
@@ -38,7 +39,7 @@ _CHOICE_BLOCK = 2**31
 """First counter block (`icl.rng`) for the random numbers that choose the nonzero coordinates or the component. `rng.normal` uses lower blocks."""
 
 _MANY_DF = 1e6
-"""Degrees of freedom from which the density of Student's t is computed by a series."""
+"""With at least this many degrees of freedom, `log_peak` computes the density of Student's t from a series."""
 
 
 class Law(NamedTuple):
@@ -77,7 +78,7 @@ GAUSSIAN, GAUSSIAN_TASKS = Law(), TaskLaw()
 def draw(
     law: Law, key: rng.Stream, steps: Int64[Tensor, " S"], indices: Int64[Tensor, " B"], size: int
 ) -> Float[Tensor, "*N S B {size}"]:
-    """Draw `size` numbers for each step and index, in float32. A smaller `size` gives the first numbers of a larger `size`."""
+    """Draw `size` numbers for each step and index, in float32. The first numbers of a draw do not depend on `size`."""
     if law.name == "gaussian":
         return rng.normal(key, steps, indices, size)
     if steps.device.type == "mps":  # MPS has no float64
@@ -143,7 +144,7 @@ def correlate(normals: Float[Tensor, "*S K D"], correlation: float) -> Float[Ten
 
 
 def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float) -> Tensor:
-    """Return, for each residual r, the number c for which the noise density at r is exp(-c / (2 sigma^2)) times the density at 0.
+    """Return the number c of each residual r that gives p(r) = p(0) exp(-c / (2 sigma^2)), where p is the density of the noise.
 
     For Gaussian noise, c is the squared residual.
     """
@@ -156,7 +157,7 @@ def squared_error_equivalent(law: Law, residuals: Tensor, noise_variance: float)
 
 
 def log_peak(law: Law, noise_variance: float) -> float:
-    """Return the log density of the noise at 0. Elsewhere the log density is lower by c / (2 sigma^2), with c from `squared_error_equivalent`."""
+    """Return the log density of the noise at 0. At a residual r, it is lower by c / (2 sigma^2), with c from `squared_error_equivalent`."""
     if law.name == "gaussian":
         return -(math.log(noise_variance) + math.log(2 * math.pi)) / 2
     if law.name == "laplace":

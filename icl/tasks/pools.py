@@ -13,10 +13,10 @@ To compute the walk at a step, we halve an interval of steps until its length is
 The first interval lies between two neighbouring multiples of 2^L. The number of halvings L is the smallest whole number for
 which 2^L is at least 40 n, where n is the correlation time in steps. The values at multiples of 2^L are drawn independently.
 In the exact process, their correlation is at most e^-40, which is smaller than the rounding errors. The value at the middle
-of an interval is drawn given the values at both ends. If both halves have length h, let r = exp(-h / n). The value at the middle is then
-normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2), because the process is Markov. Every step t is a multiple
-of 2^L or the middle of exactly one interval, so t itself can be the counter of the random numbers for step t. A pool at one step needs
-L + 2 normals per coordinate, whatever the step.
+of an interval is drawn given the values at both ends. Let h be the length of each half, and r = exp(-h / n). Because the process is Markov,
+the value at the middle is normal with mean r (left + right) / (1 + r^2) and variance (1 - r^2) / (1 + r^2). Every step t is a multiple
+of 2^L or the middle of exactly one interval, so t itself can be the counter of the random numbers for step t. For the pool at any step, we
+draw L + 2 normals per coordinate.
 """
 
 import math
@@ -40,8 +40,7 @@ class PoolSchedule(NamedTuple):
 
     name: Literal["fixed", "resampled", "walk"] = "fixed"
     steps: int | None = None
-    """Number n of training steps from one pool to the next (`resampled`), or the correlation time n in training steps
-    (`walk`)."""
+    """Number n of training steps. `resampled`: steps from one pool to the next. `walk`: the correlation time."""
 
 
 FIXED = PoolSchedule()

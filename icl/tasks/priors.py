@@ -68,7 +68,7 @@ def sample_tasks(
 ) -> Float[Tensor, "N S B D"]:
     """Draw one task for each prior, step and index.
 
-    All pools of the same sequence are drawn in one call, and so are all priors of new tasks with the same law.
+    Priors whose pools belong to the same sequence are handled in one call. So are priors of new tasks with the same law.
     """
     sequences = [prior._replace(num_tasks=1) if isinstance(prior, Discrete) else prior for prior in priors]
     drawn: dict[int, Tensor] = {}
@@ -95,7 +95,7 @@ def task_prior(
     schedule: PoolSchedule = FIXED,
     time: int | None = None,
 ) -> Prior:
-    """Return the prior for task diversity M: `Discrete`, or if M = inf, `Gaussian` or `Continuous`.
+    """Return the prior for task diversity M: `Discrete` if M is finite, otherwise `Gaussian` or `Continuous`.
 
     `time` is the training step whose pool is used.
     """
@@ -106,7 +106,7 @@ def task_prior(
 
 
 def task_sequence(config: RunConfig) -> int | str:
-    """Return the name of the sequence whose first M tasks are the pool: a seed, or the digest of an imported table of tasks."""
+    """Return what identifies the sequence whose first M tasks are the pool: a seed, or the digest of an imported table of tasks."""
     return config.seeds.tasks if config.task.imported_tasks is None else config.task.imported_tasks
 
 

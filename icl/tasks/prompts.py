@@ -1,7 +1,7 @@
 """Prompts x1, y1, ..., xK, yK with y = w . x + noise, and their layout as tokens.
 
 In each prompt w is drawn from a prior (`icl.tasks.priors`), every x from N(0, I_D), and the noise from N(0, sigma^2). This is
-the task of Raventos et al. (2023), section 2. The config section `task` can choose other distributions
+the setup of Raventos et al. (2023), section 2. The settings of the section `task` can choose other distributions
 (`icl.tasks.laws`).
 
 For one configuration, a prompt is a pure function of (seed, stream, step, index). The stream `train` uses `seeds.data` and
@@ -32,7 +32,7 @@ from icl.tasks.priors import Prior, sample_tasks, task_pool, task_prior, task_se
 Distribution = Literal["pretrain", "true"]
 MAX_STEP = 2**62
 MAX_PROMPTS = 2**32
-"""Largest number of prompts in one step, because an index is one 32-bit word of the random counter."""
+"""Largest number of prompts in one step. The index of a prompt is one 32-bit word of the random counter."""
 
 
 class Prompts(NamedTuple):
@@ -135,9 +135,9 @@ def training_pool(
         device: Device of the result.
 
     Raises:
-        ConfigError: If M is infinite and `num_tasks` is None, the pool changes and no step is given, or `num_tasks` or `step`
-            is out of bounds. Also raised if an imported table of tasks is unknown, too small or of another D, or the pool does
-            not fit in memory.
+        ConfigError: If `num_tasks` is None although M is infinite, no step is given although the pool changes, or one of the two
+            numbers is out of bounds. Also raised if an imported table of tasks is unknown, has too few tasks or another D, or if
+            the pool does not fit in memory.
     """
     return task_pool(
         config.task.num_tasks if num_tasks is None else num_tasks,
@@ -169,8 +169,8 @@ def prompt_source(
             and uses the pool at the step of the prompts.
 
     Raises:
-        ConfigError: If the distribution is unknown, `stream` is not a name, `config` is not a RunConfig, or the pool changes and
-            `pool_step` is missing or invalid.
+        ConfigError: If the distribution is unknown, `stream` is not a name, or `config` is not a RunConfig. Also raised if
+            `pool_step` is missing or invalid, although the stream is not `train` and its prompts use a pool that changes.
     """
     if not isinstance(stream, str) or not stream:
         raise ConfigError(f"`stream` must be a name such as `train` or `true`, got {stream!r}.")
@@ -233,8 +233,8 @@ def sample_prompts(
 
     Raises:
         ConfigError: If `step` is not a whole number from 0 to 2^62, `batch_size` is not a whole number from 1 to 2^32, `stream` is
-            not a name, or the distribution is unknown. Also raised if the pool changes and `pool_step` is missing, or if the
-            prompts do not fit in memory.
+            not a name, or the distribution is unknown. Also raised if the prompts do not fit in memory, or if `pool_step`
+            is missing although the stream is not `train` and its prompts use a pool that changes.
 
     Examples:
         >>> xs, ys, ws = sample_prompts(RunConfig(), stream="train", step=0, batch_size=4)

@@ -4,12 +4,12 @@ Like a prompt, a row is a pure function of (seed, stream, step, index). So data 
 reads the same rows as an uninterrupted run. The stream `train` uses `seeds.data`; every other stream uses `seeds.evaluation`.
 
 Text: each row is drawn uniformly from the corpus (`icl.tasks.corpus`). Let E = `evaluation.num_prompts`. The last 2 E rows of the corpus
-are held out for the stream `test`, and are in no other stream. Step 0 of this stream consists of the last E rows, and step 1 of the E rows before
-them. `icl.evaluation.sets` uses step 0 during training and step 1 for reports. The text may change at a step (`language.change_step`). At
-this and all later steps, the rows of the stream `train` are drawn from the whole second text. The step alone decides from
-which of the two texts a row comes, so resumed training reads the same rows.
+are held out for the stream `test`, and are in no other stream. In the stream `test`, step 0 consists of the last E rows, and step 1 of the E
+rows before them. `icl.evaluation.sets` uses step 0 during training and step 1 for reports. The text may change at the step
+`language.change_step`. At this and all later steps, the rows of the stream `train` are drawn from the whole second text. Only the step
+decides from which of the two texts a row comes, so resumed training reads the same rows.
 
-Synthetic language: Markov text with copied segments. Token s has F successors, drawn once from `seeds.tasks`. The next token is successor j
+Synthetic language: Markov text with copied segments. Each token has F successors, drawn once with `seeds.tasks`. The next token is successor j
 with probability proportional to 1 / j. At each position outside a copy, from the fourth token on, a copy begins with probability
 `copy_rate`. For each copy, an earlier position of the row and a length (from `copy_length` / 2 to `copy_length`) are drawn uniformly. The
 next tokens repeat the segment of this length that starts at this position. So a model can learn three things in turn: the frequencies of
@@ -37,7 +37,7 @@ _START, _LENGTH, _FROM, _SUCCESSOR = range(4)
 """Indices of the four random 32-bit words at each position. The words decide whether a copy begins, the length of the copy, the
 position from which it is copied, and the successor."""
 TEST = "test"
-"""Name of the stream whose rows are not used in any training step."""
+"""Name of the stream for evaluation. If the source is a text, training never uses the rows of this stream."""
 _NUM_TEST_SETS = 2
 """Number of sets of rows that are held out from a text. Each set is one step of the stream `test`."""
 
@@ -184,9 +184,9 @@ def _successors(key: rng.Stream, vocab_size: int, num_successors: int) -> Int64[
 
 @lru_cache(maxsize=8)
 def _cumulative(num_successors: int) -> Int64[Tensor, " F"]:
-    """Return limits for a random 32-bit word w: the first limit above w chooses the successor.
+    """Return limits for a random 32-bit word w. If limit j is the first one above w, successor j is chosen.
 
-    Successor j has a probability proportional to 1 / j.
+    The limits give successor j a probability proportional to 1 / j.
     """
     weights = 1 / torch.arange(1, num_successors + 1, dtype=torch.float64)
     limits = (weights.cumsum(0) / weights.sum() * _WORD).long()

@@ -1,8 +1,8 @@
 """Out-of-distribution prompts: shifts of the inputs, the tasks, the noise or the query.
 
 Each shift transforms the prompts of the stream `true` (new tasks from the prior, noise variance sigma^2). So every shifted prompt is paired
-with an unshifted prompt, and differences between shifts have small standard errors. If a shift needs random numbers, it draws them from its
-own stream. So a shifted prompt is a pure function of (evaluation seed, shift, step, index).
+with an unshifted prompt, and differences between shifts have small standard errors. A shift that needs random numbers draws them from a
+separate stream. So a shifted prompt is a pure function of (evaluation seed, shift, step, index).
 
 - `input_scale_<g>`: each input x is multiplied by g, so its variance is g^2. `task_scale_<g>`: each task vector w is multiplied by g. The
   targets change accordingly, but the noise does not. The code of Hoogland et al. (2024) uses g = 3, 5, 10, 100, although the paper says
@@ -20,8 +20,8 @@ Source: the evaluations in the files eval.py and samplers.py of Garg et al. (202
 - We draw axes and subspaces for each prompt, not once for all prompts, so that standard errors include the randomness of the axes.
 - For `label_noise`, we rescale by the variance of the targets' distribution. Garg et al. rescale by the variance in the batch.
 - Our query is the last x of a prompt, and only the prediction at this x is evaluated.
-- The orthogonal query of Garg et al. exists only after fewer than D examples. We keep the query, project the examples onto the orthogonal
-  complement of the query, and rescale the examples.
+- Garg et al. make the query orthogonal to the examples, which is possible only with fewer than D examples. We keep the query, project the
+  examples onto the orthogonal complement of the query, and rescale the examples.
 
 All shifts except `input_scale_<g>` keep E|x|^2 = D.
 """

@@ -23,8 +23,8 @@ def stream_source(config: RunConfig, *, stream: str) -> Source:
     """Return the source of one stream of a run.
 
     Raises:
-        ConfigError: If the stream of a regression run is not a name, the run's pool of tasks changes and the stream is neither `train` nor
-            `true`, or the text of a language run cannot be used.
+        ConfigError: If the text of a language run cannot be used, or the stream of a regression run is not a name. Also raised for
+            every stream except `train` and `true`, if the pool of tasks changes during training.
     """
     return (row_source if config.model.is_language else prompt_source)(config, stream=stream)
 

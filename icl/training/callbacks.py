@@ -2,7 +2,7 @@
 
 A member is one of the runs that train together as a population. The callbacks run in the order of `trainer.make_callbacks`. All
 contents of a row or checkpoint are computed before the row or checkpoint is written. The resume file is written after the rows and the
-checkpoints, so it never contains a step that they lack.
+checkpoints, so it never contains a step whose row or checkpoint is missing.
 """
 
 import contextlib
@@ -32,8 +32,9 @@ Metrics = dict[str, float | int]
 
 _ECHO_SECONDS = 1.0
 """Two signals within this number of seconds count as one. On Ctrl-C the terminal signals this program and its W&B agent, and the agent then
-signals this program again. If `icl sweep` started this program, all signals count as one. Slurm signals both this program and `icl sweep`,
-and `icl sweep` then signals this program again, perhaps seconds later. To end this program at once, `icl sweep` uses SIGKILL."""
+signals this program again. If `icl sweep` started this program, all signals count as one, whenever they arrive. The reason is that Slurm
+signals both this program and `icl sweep`, and `icl sweep` then signals this program again, perhaps seconds later. To end this program at
+once, `icl sweep` uses SIGKILL."""
 
 
 class NonFiniteGuard(pl.Callback):
@@ -63,7 +64,7 @@ class Evaluation(pl.Callback):
     """Evaluate on fixed prompts at step 0, then once in `every` steps, and at the last step.
 
     Args:
-        sets_at: Function from a step to the evaluation sets of every member.
+        sets_at: Function that takes a step and returns the evaluation sets of every member at this step.
         every: Number of steps between evaluations; None means no evaluation.
         max_steps: Last step of training.
     """
@@ -101,9 +102,9 @@ class Evaluation(pl.Callback):
 
 
 class EarlyStopping(pl.Callback):
-    """Record each member's best value of the monitored metric, and end a member whose metric no longer falls.
+    """Record each member's best value of the monitored metric, and end each member whose metric no longer falls.
 
-    A member whose training or metric is no longer finite has failed. So its end is never recorded as an early stop.
+    If a member's loss, gradient, weights or metric are no longer finite, the member ends as failed, not as stopped early.
     """
 
     def __init__(self, members: Sequence[Member], settings: EarlyStoppingConfig, evaluation: Evaluation) -> None:
@@ -170,7 +171,7 @@ class Ending(pl.Callback):
 class StopSignals(pl.Callback):
     """On SIGINT or SIGTERM, end training after the current step, with everything saved. A second signal ends training at once.
 
-    Training also ends after the current step if the W&B agent that started the program has died, because then nobody else would end
+    Training also ends after the current step if the W&B agent that started the program has died, because after that nobody else would end
     the program.
     """
 
@@ -236,7 +237,10 @@ class MetricsLog(pl.Callback):
         self._write(trainer, module)
 
     def _write(self, trainer: pl.Trainer, module: PopulationModule) -> None:
-        """Write the rows of this step. Only logged steps wait for the device, because their rows need the mean losses."""
+        """Write the rows of this step.
+
+        The rows of a logged step contain mean losses, so the host waits for the device. At other steps, the host does not wait.
+        """
         step = trainer.global_step
         evaluated = self.evaluation.latest(step)
         is_logged = step > 0 and step % self.every == 0
@@ -263,7 +267,7 @@ class MetricsLog(pl.Callback):
 
 
 def any_rank(trainer: pl.Trainer, flag: bool) -> bool:
-    """Return whether the flag is true in any process. Every process must call this function."""
+    """Return whether the flag is true in at least one process. Every process must call this function."""
     return flag if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(flag, all=False)
 
 

@@ -1,11 +1,11 @@
 """Estimate how many members of a population fit on a device at once, and refuse runs that are too large for the device.
 
-A member is one of the runs that train together as a population. On a GPU all members are updated together. Each member needs
-memory for seven arrays of the size of its parameters: the parameters, their gradient, Adam's two moments, and the new parameters
-and moments. It also needs memory for the activations that its backward pass uses. To estimate the size of the activations, we run
+A member is one of the runs that train together as a population. On a GPU, all members are updated together. Each member then needs
+memory for seven arrays of the size of its parameters: the parameters, their gradient, Adam's two moments, and the new parameters and
+moments. Each member also needs memory for the activations that its backward pass uses. To estimate the size of the activations, we run
 forward passes of a few prompts and measure the tensors that autograd keeps.
 
-On a CPU at most one member per core is updated at a time, so we count the activations of one member for each core. Each member also
+On a CPU, at most one member per core is updated at a time, so we count the activations of one member for each core. Each member also
 needs memory for:
 
 - Its parameters and moments. While members are resumed, they need three times as much memory, because the arrays are read from the
@@ -40,7 +40,7 @@ _EVALUATED_ARRAYS = 48
 """Number of arrays that each further member adds to an evaluation (measured). An array has one float32 per target."""
 _NUM_BASELINES = 5
 _SHARE = 0.85
-"""Share of the memory that a population may use. The rest is left free because of fragmentation."""
+"""Share of the device's memory that a population may use. The rest is left free, because fragmentation makes some memory unusable."""
 
 
 def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int:
@@ -50,7 +50,7 @@ def num_fitting(configs: Sequence[RunConfig], device: torch.device | str) -> int
     member = dict(build_model(config).named_parameters())
     row_bytes = sum(tensor.nbytes for tensor in member.values())
     members = stack([member] if is_cpu else [member] * 2)
-    if not is_cpu:  # our attention kernel is for CPUs only; without it, autograd keeps more tensors
+    if not is_cpu:  # our attention kernel runs only on CPUs; without this kernel, autograd keeps more tensors
         members = {name: tensor.to("meta") for name, tensor in members.items()}
     activations = activation_bytes(config, members) * config.trainer.batch_size
     available = _SHARE * device_bytes(device)
@@ -98,7 +98,7 @@ def _require_language_room(config: RunConfig, device: torch.device | str) -> Non
 def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     """Return the number of bytes per member on a CPU, not counting activations. `row_bytes` is the size of a member's parameters in bytes."""
     task, trainer, evaluation = configs[0].task, configs[0].trainer, configs[0].evaluation
-    if configs[0].model.is_language:  # not counting activations, which `MAX_NUMBERS` bounds
+    if configs[0].model.is_language:  # activations are not counted here; `MAX_NUMBERS` limits them
         return float(
             _RESUMED_ROWS * row_bytes + 48 * (trainer.batch_size + evaluation.num_prompts) * configs[0].num_tokens
         )
@@ -108,7 +108,7 @@ def _cpu_bytes(configs: Sequence[RunConfig], row_bytes: int) -> float:
     set_bytes = targets * (task.task_size + 1 + _NUM_BASELINES)
     # If the members have different evaluation prompts, these are copied into one stacked array.
     evaluated = _EVALUATED_ARRAYS * targets + (set_bytes if num_sets > 1 else 0)
-    # The factor 2: prompts of the run's own tasks (`pretrain`), and prompts of new tasks (`true`).
+    # The factor 2 counts two sets of prompts: of the run's own tasks (`pretrain`), and of new tasks (`true`).
     stored = 2 * set_bytes * num_sets / len(configs)
     return max(_RESUMED_ROWS * row_bytes, _CPU_ROWS * row_bytes + max(drawn, evaluated)) + stored
 

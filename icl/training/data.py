@@ -1,8 +1,9 @@
 """Training prompts as an endless stream that can start at any step.
 
-The prompts of step s depend only on the seeds and s. So a resumed run draws the same prompts as an uninterrupted one, although no
-state of the stream is saved. The prompts of several steps are drawn as one block, because this takes little more time than to
-draw the prompts of one step. Blocks begin at multiples of their length, so resuming in the middle of a block gives bit-identical numbers.
+The prompts of step s depend only on the seeds and s. So a resumed run draws the same prompts as an uninterrupted run, although no state of
+the stream is saved. The prompts of several steps are drawn together as one block, because drawing a block takes little more time than
+drawing the prompts of one step. Every block begins at a multiple of the block's length. So a run that resumes in the middle of a block
+draws the same block again, and gets bit-identical prompts.
 """
 
 import itertools
@@ -27,19 +28,20 @@ _MAX_BLOCK = 64
 """Largest number of steps whose prompts are drawn as one block."""
 
 LONGEST_STRETCH = {"cuda": 32, "cpu": 4}
-"""Largest number of steps in one of Lightning's batches, for each type of device. It is limited so that training can be stopped quickly."""
+"""Largest number of steps in one of Lightning's batches, for each type of device. The number is limited because training can be stopped
+only after a batch."""
 
 
 class PromptStream:
-    """Stream of training batches, one per step for all members: xs (N, B, K, D) and ys (N, B, K), or tokens (N, B, T).
+    """Endless stream of training batches, one for each step: xs (N, B, K, D) and ys (N, B, K), or tokens (N, B, T).
 
-    B is the number of prompts or rows that this process takes from each member's batch.
+    N is the number of members. B is the number of prompts (or rows of tokens) that this process takes from each member's batch.
 
     Args:
         configs: Settings of the members.
         first_step: Function that returns the first step. It is called when iteration begins.
         rank: Index of this process's slice of every batch.
-        num_ranks: Number of slices.
+        num_ranks: Number of slices of every batch; each process draws one of them.
         device: Device on which prompts are drawn.
     """
 
@@ -71,7 +73,7 @@ class PromptStream:
             step = start + self.block
 
     def _sample(self, steps: range) -> Prompts | TokenRows:
-        """Draw the prompts or rows of all members for several steps. The leading axes are steps and members."""
+        """Draw the prompts or rows of all members for several steps. The first axis is the step, the second the member."""
         drawn = sample_sources(self.sources, steps, self.indices, device=self.device)
         return type(drawn)(*(part.transpose(0, 1) for part in drawn))
 
@@ -79,13 +81,13 @@ class PromptStream:
 class Stretches:
     """Batches for Lightning. Each batch contains the prompts of all steps up to the next step at which a callback has work to do.
 
-    Lightning then runs once per batch (a stretch of steps) instead of once per step. The overhead of Lightning is about 2 ms per call
-    on a slow core, which is as long as a step on a GPU.
+    Lightning then runs once per batch (a stretch of steps) instead of once per step. For each batch, Lightning needs about 2 ms on a slow
+    core, which is as long as a step on a GPU.
 
     Args:
         stream: Source of the prompts of each step.
         first_step: Function that returns the first step. It is called when iteration begins.
-        stop: Function from a step to the next step at which a callback has work to do.
+        stop: Function that takes a step and returns the next step at which a callback has work to do.
         longest: Largest number of steps in a stretch.
     """
 
@@ -110,7 +112,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.configs = configs
 
     def train_dataloader(self) -> Stretches:
-        """Return the stream. It has no length and no workers, and does not use the global generator."""
+        """Return the stream of batches. The stream has no length and no workers, and does not use the global generator."""
         trainer, config = self.trainer, self.configs[0]
         assert trainer is not None
         device = trainer.strategy.root_device

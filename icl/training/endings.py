@@ -58,7 +58,9 @@ def _write_end(member: Member, step: int) -> None:
 
 @contextlib.contextmanager
 def isolate_failure(member: Member, *, is_alone: bool) -> Iterator[None]:
-    """Catch a `UserError` in the body of the `with` statement, and end only this member. If `is_alone`, raise the error instead.
+    """Catch a `UserError` in the body of the `with` statement, and end only this member.
+
+    If `is_alone` is true, raise the error instead.
 
     The failure is written to the folder only if the folder is known to belong to this run (`Member.is_own`). Otherwise the folder may
     belong to another run, or another process may be training in it.
@@ -82,7 +84,7 @@ def recording_failure(members: Sequence[Member]) -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit as stop:  # Lightning raises it after a second Ctrl-C
+    except SystemExit as stop:  # Lightning raises SystemExit after a second Ctrl-C
         _record_failure(members, KeyboardInterrupt())
         raise KeyboardInterrupt from stop
     except BaseException as error:
@@ -94,7 +96,10 @@ def recording_failure(members: Sequence[Member]) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether PyTorch could not allocate memory. Other errors also mention memory, such as an illegal memory access on a GPU."""
+    """Return whether an error says that PyTorch could not allocate memory.
+
+    Other errors that mention memory do not count, such as an illegal memory access on a GPU.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     phrases = ("out of memory", "can't allocate memory")  # on a GPU (cuBLAS, NCCL, ...) and on a CPU
@@ -116,7 +121,10 @@ def _record_failure(members: Sequence[Member], error: BaseException) -> None:
 
 
 def _write_failure(member: Member, status: Status) -> None:
-    """Replace the status and log it. If the disk is full, overwrite the status in place, and ignore an error of the log."""
+    """Replace the status and log it.
+
+    If this fails because the disk is full, overwrite the status in place. Ignore an error of the log.
+    """
     try:
         member.folder.write_status(status)
     except OSError:

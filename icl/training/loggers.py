@@ -1,4 +1,7 @@
-"""Start the loggers that `trainer.loggers` names. They receive the rows of `metrics.csv`, which is always written."""
+"""Start the loggers that `trainer.loggers` names.
+
+They receive the rows of `metrics.csv`. This file is written even without loggers.
+"""
 
 from typing import Any
 
@@ -32,8 +35,8 @@ def start_loggers(member: Member, step: int, wandb_run: Any) -> list[RowLogger]:
     Args:
         member: The member.
         step: Step from which the member continues. TensorBoard and the W&B run of a sweep first receive the earlier rows.
-        wandb_run: W&B run of a sweep's point (one combination of the sweep's settings). It always receives the rows. If it is
-            None, a W&B run is started, unless `trainer.loggers` leaves W&B out or W&B is not set up.
+        wandb_run: W&B run of a sweep's point (one combination of the sweep's settings). This W&B run always receives the rows. If
+            `wandb_run` is None, a W&B run is started, unless `trainer.loggers` leaves W&B out or W&B is not set up.
     """
     names = member.config.trainer.logger_names
     loggers: list[RowLogger] = []

@@ -1,8 +1,10 @@
-"""State of each member of a population during training. A member is one of the runs that train together; all members share the step.
+"""State of each member of a population during training.
 
-A member trains until it ends, for example because it stops early or its loss is no longer finite. Then its saved files are no longer
-changed. Its slice of the stacked parameters is still updated until the population is rebuilt, but its results are no longer
-recorded. Members do not interact, so this does not change the numbers of the other members.
+A member is one of the runs that train together. Members that train at the same time are at the same step.
+
+A member trains until it ends, for example because it stops early or its loss is no longer finite. After its end, its saved files are
+no longer changed. The member's slice of the stacked parameters is still updated until the population is rebuilt, but the results are
+no longer recorded. Members do not interact, so these updates do not change the numbers of the other members.
 """
 
 import math
@@ -62,8 +64,8 @@ class Member:
     is_recorded: bool = False
     """Whether the member's outcome has been recorded."""
     is_own: bool = False
-    """Whether the folder is known to belong to this run, with no other process training in it. A failure may be written to the folder
-    only if this is true."""
+    """Whether the folder is known to belong to this run, with no other process training in it. Only then may a failure be written to
+    the folder."""
     is_refused: bool = False
     """Whether the member could not be started or resumed. The other members then train without this member."""
     is_packed: bool = False
@@ -93,7 +95,10 @@ class Member:
         return self.state == "running"
 
     def records(self, step: int) -> bool:
-        """Return whether the member's results at this step are saved: the member is still running, or has just stopped early at this step."""
+        """Return whether to save the member's results at this step.
+
+        Return True while the member is running, and at the step at which it stops early.
+        """
         return self.is_running or (self.state == "stopped_early" and self.end_step == step)
 
     def is_last(self, step: int) -> bool:
@@ -106,7 +111,7 @@ class Member:
         return time.monotonic() - self._started
 
     def end(self, state: State, step: int, reason: str | None = None) -> None:
-        """Stop training this member."""
+        """Mark this member as ended: set its final state, its last step and the reason."""
         self.state, self.end_step, self.reason = state, step, reason
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The LightningModule of a population. Each batch contains the prompts of a few optimiser steps (`icl.compute.step`).
 
-The members of a population are runs that train together. A single run is a population of one. The module stores the parameters and
-Adam's moments of N members as rows of matrices. A row has P numbers. The module also records, for every member, the mean loss, the
-number of clipped steps and the first step that was not finite. These records are tensors on the device, so that the host need not
-wait for the device at every step.
+The members of a population are runs that train together. A single run is a population of one. The module stores the parameters of N
+members in one matrix, and each of Adam's two moments in another matrix. Row n of a matrix has the P numbers of member n. The module
+also records, for every member, the mean loss, the number of clipped steps and the first step that was not finite. These records are
+tensors on the device, so that the host need not wait for the device at every step.
 """
 
 import sys
@@ -128,13 +128,15 @@ class PopulationModule(pl.LightningModule):
     def check_weights(self) -> None:
         """Record the members whose weights are not finite.
 
-        The losses and gradients of a step are those before its update. So this check is needed before weights are evaluated or saved.
+        The loss and the gradient of a step are computed before the step's update. So an update that makes a weight infinite does not
+        show in this loss and gradient, and the weights must be checked before they are evaluated or saved.
         """
-        # A sum is never finite if one of its terms is not. It is 100x faster than `isfinite` of all weights, and needs no memory.
+        # A sum is never finite if one of its terms is not. Computing the sum is 100x faster than `isfinite` of all weights, and needs
+        # no extra memory.
         self._record_bad(self.rows.detach().sum(dim=1))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings and the state of every member, as plain values."""
+        """Add the settings and the state of every member to the checkpoint, as plain values."""
         checkpoint["configs"] = [member.config.to_dict() for member in self.members]
         conditions = {"conditions": self.conditions}
         checkpoint["members"] = [member.state_dict() | conditions for member in self.members]
@@ -146,7 +148,10 @@ class PopulationModule(pl.LightningModule):
             self._saved_conditions[member] = saved.get("conditions", {})  # files of version 0.1.0 contain no conditions
 
     def _is_batch_whole(self) -> bool:
-        """Return whether a language model computes a member's batch in one part. This depends only on settings."""
+        """Return whether a language model computes a member's batch as a whole, not in several parts.
+
+        This depends only on settings.
+        """
         member = {name: tensor[:1] for name, tensor in self.params.items()}
         return rows_at_once(self.config.model, member, self.config.num_tokens) >= self.config.trainer.batch_size
 
@@ -156,7 +161,7 @@ class PopulationModule(pl.LightningModule):
         if settings.compile != "auto":
             return settings.compile == "true"
         if self.config.model.is_language and (self.device.type != "cpu" or not self._is_batch_whole()):
-            return False  # on a GPU, the gain was not measured; with a batch in many parts, the compiled graph would be very long
+            return False  # on a GPU, the gain was not measured; if a batch has many parts, the compiled graph would be very long
         return self.device.type in ("cpu", "cuda") and compiling_pays(
             num_params=self.layout.size,
             num_tokens=self.config.num_tokens * settings.batch_size,
@@ -220,7 +225,7 @@ class PopulationAdam(torch.optim.Optimizer):
         super().__init__([rows], {"lr": settings.lr, "betas": betas, "eps": settings.eps})
         self.state[rows] = {"step": adam.count, "exp_avg": adam.exp_avg, "exp_avg_sq": adam.exp_avg_sq}
         self._adam, self._function = adam, function
-        # The rates are a tensor, because torch would recompile the step for a new Python number.
+        # The rates are a tensor. If they were a Python number, torch would compile the step again whenever the number changes.
         self._rates = adam.rows.new_zeros(len(rows))  # N
 
     def step(self, closure: Any = None, *, prompts: Prompts | TokenRows) -> StepInfo:  # type: ignore[override]
@@ -228,7 +233,7 @@ class PopulationAdam(torch.optim.Optimizer):
 
         Args:
             closure: Not used. Lightning passes a closure that does nothing.
-            prompts: Inputs (N, B, K, D) and targets (N, B, K) of every member, or its rows of tokens (N, B, T).
+            prompts: Inputs (N, B, K, D) and targets (N, B, K) of all members, or rows of tokens (N, B, T) for a language model.
         """
         self._rates.fill_(self.param_groups[0]["lr"])
         return self._function(self._adam, prompts.xs, prompts.ys, self._rates)

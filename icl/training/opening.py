@@ -1,6 +1,7 @@
 """Open a run's folder for training.
 
-We lock the folder, fetch the run from its store if the store has a later step, and find the step from which training continues.
+We lock the folder. If the run's store has a later step, we fetch the run from the store. Then we find the step from which training
+continues.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 Somebody may remove the folder of a run, intentionally or by accident. We must never create the folder again, so the run ends. The
 settings and the rows of metrics are also in memory, so their files are written again if they were removed. Checkpoints of earlier
-steps cannot be restored. If some are missing, we report this as soon as we notice it. Training continues, but if they are still
-missing when it ends, the run counts as failed.
+steps cannot be restored. If such checkpoints are missing, we report this as soon as we notice it, and training continues. If they are
+still missing when training ends, the run counts as failed.
 """
 
 import sys
@@ -31,10 +31,10 @@ class FilesGuard(pl.Callback):
         self._reported: set[Member] = set()
         self._checked_at = time.monotonic()
         self._has_news = False
-        """Whether a member has ended, and the other processes do not know this yet."""
+        """Whether a member has ended and the other processes have not been told yet."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        """Check the files before anything is written. Only rank 0 checks them, and tells the other processes which members have ended."""
+        """Check the files before anything is written. Only rank 0 checks. It tells the other processes which members have ended."""
         if trainer.is_global_zero:
             self._check_all(trainer)
         if any_rank(trainer, self._has_news):
@@ -81,7 +81,7 @@ class FilesGuard(pl.Callback):
 
 
 def _may_exist(path: Path) -> bool:
-    """Return whether a file exists, or the file system gives no answer at present, as with a stale file handle."""
+    """Return whether a file exists. Return True also if the file system cannot tell, for example because of a stale file handle."""
     try:
         return path.exists()
     except OSError:

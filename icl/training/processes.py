@@ -1,9 +1,9 @@
 """Find out how many processes train a run together, and which program started them: Lightning, torchrun or Slurm's srun.
 
 Lightning itself starts only the processes on the machine on which it runs. torchrun and srun start the processes on all machines. Slurm
-sets its variables even in the shell of a job, and in a program that runs as a single process. So we use these variables only if srun
-started several tasks and the settings ask for several processes. Lightning's support for Slurm then reads the variables. We do not use
-Lightning's detection of Slurm, because it refuses or requeues runs that were started in another way.
+sets its environment variables even in the shell of a job, and in a program that runs as a single process. So we use these variables only
+if srun started several tasks and the settings ask for several processes. In this case, Lightning's support for Slurm reads the variables.
+We do not use Lightning's detection of Slurm, because this detection refuses or requeues runs that were started without srun.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from icl.runs.folder import RANK_VARIABLES, RunError, is_child_rank
 from icl.training.wandb.agent import in_sweep
 
 _PLAN_VARIABLE = "ICL_TRAINING_PLAN"
-"""Environment variable with rank 0's plan, for the processes that Lightning starts."""
+"""Environment variable through which rank 0 passes its `Plan` to the processes that Lightning starts."""
 _ONE_PER_PROCESS = "`trainer.devices` times `trainer.num_nodes`"
 
 
@@ -49,7 +49,8 @@ class SrunEnvironment(SLURMEnvironment):
     """Lightning's support for Slurm, changed for the tasks of one `srun`.
 
     By default, Lightning puts the job back in the queue itself. We turn this off, because only the owner of the job knows what else the
-    job does. Lightning also refuses `srun --ntasks`, and settings that fit this `srun` but not the whole job. This class accepts both.
+    job does. Lightning also refuses `srun --ntasks`, and it refuses settings that fit this `srun` but not the whole job. This class
+    accepts both.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,10 @@ class SrunEnvironment(SLURMEnvironment):
 
 
 class Plan(NamedTuple):
-    """Rank 0's decision about what is trained. The other processes could decide otherwise, because their folders and memory may differ."""
+    """Decision of rank 0 about what is trained.
+
+    The other processes follow the plan. They do not decide themselves, because their folders and their memory may differ.
+    """
 
     steps: Sequence[int | None]
     """Step from which each member continues; None for a member that is not trained."""
@@ -79,10 +83,11 @@ class Plan(NamedTuple):
 
 
 class PlanSharing:
-    """Rank 0's plan, which every process of a run follows.
+    """Means by which rank 0 gives its plan to the other processes of a run.
 
-    torchrun and srun start all processes at once, so the plan is broadcast, after rank 0 has fetched the runs from their store. Lightning
-    starts the other processes of a machine after rank 0 has made its plan, so these processes read it in their environment.
+    torchrun and srun start all processes at once. In this case, rank 0 broadcasts the plan after it has fetched the runs from their store.
+    Lightning starts the other processes of a machine only after rank 0 has made its plan. In this case, the other processes read the plan
+    from an environment variable.
 
     Args:
         trainer: Lightning's Trainer of this process.
@@ -125,7 +130,10 @@ class PlanSharing:
 
     @contextlib.contextmanager
     def leading(self, num_members: int) -> Iterator[None]:
-        """If the body of the `with` statement fails before it shares a plan, tell the other processes why, because they wait for the plan."""
+        """If the body of the `with` statement fails before it shares a plan, send the reason to the other processes.
+
+        The other processes wait for the plan.
+        """
         try:
             yield
         except UserError as error:
@@ -137,7 +145,8 @@ class SameSteps(pl.Callback):
     """Check that all processes train the same runs from the same step, before they load weights.
 
     Processes on other machines that were started by hand, without torchrun or srun, read the runs' folders themselves. A process may do so
-    before rank 0 has fetched a later save from the store, and would then start at an earlier step. Nothing else would notice this.
+    before rank 0 has fetched a later save from the store, and would then start at an earlier step. Without this check, nobody would notice
+    the difference.
 
     Args:
         names: Names of the folders of the runs that this process trains.
@@ -149,7 +158,7 @@ class SameSteps(pl.Callback):
         self.plan = tuple(names), step, until
 
     def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        """Compare the processes. All of them raise the same error.
+        """Compare the runs and steps of all processes. If they differ, every process raises the same error.
 
         Raises:
             RunError: If the processes differ in their runs or steps.
@@ -225,7 +234,7 @@ def _join_srun(settings: TrainerConfig) -> None:
 
 
 def _num_tasks() -> int:
-    """Return how many processes srun started, including this one. Without srun, as in the shell of a job, the number is 1."""
+    """Return how many processes srun started, including this one. If srun did not start this process, return 1."""
     is_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
     return _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1) if is_step else 1)
 

@@ -58,7 +58,7 @@ def require_learning(config: RunConfig) -> None:
     if not np.float32(optim.lr * factor(min(highest, max_steps) - 1)) > 0:
         raise ConfigError(
             f"`optim.lr` ({optim.lr:g}) is so small that the learning rate of every update is zero in float32, so nothing "
-            "would be trained. Raise it, or lower `optim.warmup_steps`."
+            "would be trained. Raise `optim.lr`, or lower `optim.warmup_steps`."
         )
 
 

@@ -4,9 +4,9 @@ The same call starts a new run, resumes an unfinished run bit-identically, or re
 (finished, stopped early, pre-empted by a signal, failed) is written to `status.json` with its reason.
 
 Runs that differ only in their seeds and tasks can be trained together, as the members of one population. A single run is a
-population of one. If the members are at different steps, those at the lowest step are trained first. When they reach the
-second-lowest step, both groups are trained together. If a member ends before the others, the population is rebuilt from the
-resume files of the others.
+population of one. If the members are at different steps, the members at the lowest step are trained first. When they reach the
+second-lowest step, both groups are trained together. If a member ends before the others, the population is rebuilt from the resume files of
+the others.
 """
 
 import contextlib
@@ -77,8 +77,8 @@ def train(config: RunConfig, *, folder: str | Path | None = None, wandb_run: Any
     Args:
         config: Settings of the run.
         folder: Folder of the run; None uses `$LOCAL_ROOT/<run name>`.
-        wandb_run: W&B run of a sweep's point (one combination of the sweep's settings, `icl.training.wandb.agent`). The caller
-            ends it. None starts a W&B run if W&B is set up.
+        wandb_run: W&B run of a sweep's point (one combination of the sweep's settings, `icl.training.wandb.agent`). The caller ends this
+            W&B run. If `wandb_run` is None and W&B is set up, `train` starts a W&B run itself.
 
     Raises:
         ConfigError: If the folder contains a run with other settings, or the device does not exist.
@@ -166,7 +166,7 @@ def require_alike(configs: Sequence[RunConfig]) -> None:
 
 
 def _follow(members: Sequence[Member], plans: PlanSharing) -> list[TrainResult]:
-    """Train in a process of a rank other than 0, as rank 0 has planned."""
+    """Train the members in a process whose rank is not 0, as rank 0 has planned."""
     plan = plans.receive()
     steps = {member: read_resume_file(member) for member in members if plan is None and not has_ended(member)}
     if plan is not None:
@@ -201,7 +201,8 @@ def _train(
             _announce(unfinished, [member for member in members if member.is_refused], steps)
         for member in unfinished:
             member.loggers = start_loggers(member, steps[member], wandb_run)
-            # Usually, nothing is recorded here. Only a run that was killed after its last step is already at its end.
+            # Usually, no member has ended yet, and this call records nothing. But a run that was killed after its last step has already
+            # ended.
             record_outcome(member, steps[member], None)
         running = [member for member in unfinished if member.is_running]
         limit = _num_at_once(running)
@@ -279,7 +280,10 @@ def _fit(
 
 
 def _initial_params(configs: Sequence[RunConfig]) -> Params:
-    """Return the parameters before training. They have the dtype that training uses, so that loading a resume file does not round."""
+    """Return the parameters before training.
+
+    They have the dtype that training uses, so that numbers from a resume file are not rounded when they are loaded.
+    """
     is_double = configs[0].trainer.precision in ("64-true", "64")  # Lightning accepts both
     models = [build_model(config).to(torch.float64 if is_double else torch.float32) for config in configs]
     return stack([dict(model.named_parameters()) for model in models])

@@ -20,7 +20,7 @@ from icl.config import EarlyStoppingConfig
 from icl.config.validation import UserError, is_count
 from icl.files.reading import ContentError, read_bytes
 from icl.files.system import sync_file, sync_folder
-from icl.files.writing import StorageError, temporary_path, write_atomically
+from icl.files.writing import StorageError, repair, temporary_path, write_atomically
 from icl.model.stacked import Params, unstack
 from icl.runs.checkpoints import MOMENTS, checkpoint_name, save_checkpoint
 from icl.runs.contents import expected_steps
@@ -69,7 +69,7 @@ class ScheduledCheckpoints(pl.Callback):
         moments = unstack(_moments(module)) if module.config.checkpoints.moments else None
         for index, member in enumerate(self.members):
             if member in members and member.records(step):
-                if moments is not None:  # saved first, so that no weights exist without their moments
+                if moments is not None:  # the moments are saved first, so that no weights exist without their moments
                     save_checkpoint(member.folder.moments, step, member.config, moments[index])
                 save_checkpoint(member.folder.checkpoints, step, member.config, weights[index])
 
@@ -77,8 +77,9 @@ class ScheduledCheckpoints(pl.Callback):
 class ResumeFiles(pl.Callback):
     """Save every member's `last.ckpt` about every `seconds` seconds, and at the member's last step.
 
-    With early stopping, this callback also deletes checkpoints of earlier best steps. A checkpoint that `last.ckpt` names is deleted only
-    after a `last.ckpt` that no longer names it has been saved. So a killed run never resumes without its best checkpoint.
+    An extra checkpoint is one that was saved only because its step was a member's best so far. Early stopping makes such checkpoints, and
+    `last.ckpt` names the present one. When a later step becomes the best, this callback deletes the old extra checkpoint. But a checkpoint
+    that `last.ckpt` names is kept until a new `last.ckpt` has been saved. So a killed run never resumes without its best checkpoint.
     """
 
     def __init__(
@@ -96,10 +97,10 @@ class ResumeFiles(pl.Callback):
         self._extra_steps: dict[Member, int | None] = {}
         """Value of each member's `extra_step` at the end of the previous training step."""
         self._saved_extra_steps: dict[Member, int | None] = {}
-        """Each member's `extra_step` in its `last.ckpt`."""
+        """Value of `extra_step` in each member's `last.ckpt`."""
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Note which extra checkpoints the members' `last.ckpt` name."""
+        """Record which extra checkpoint each member's `last.ckpt` names."""
         self._extra_steps = {member: member.extra_step for member in self.members}
         self._saved_extra_steps = dict(self._extra_steps)
 
@@ -155,7 +156,7 @@ class MemberFiles(CheckpointIO):
         _replace_all(runs, (_select_member(population, index) for index in indices))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Return the checkpoint of the population, joined from the members' files, which must contain the same step."""
+        """Return the checkpoint of the population, joined from the members' files. All files must contain the same step."""
         files = [member.folder.resume_file for member in self.members]
         return _join([unpack(file.read_bytes(), str(file)) for file in files])
 
@@ -185,15 +186,16 @@ def read_resume_file(member: Member) -> int:
 
 
 def delete_former_best(member: Member) -> None:
-    """Delete the best checkpoint that the save before the last one names, if the last save names another one.
+    """Delete the extra checkpoint that `previous.ckpt` names, unless the member still needs this checkpoint.
 
-    Training does this after every save. But a kill between the save and this deletion leaves the checkpoint in the folder.
+    Training itself deletes such checkpoints after every save. But if it is killed after a save and before the deletion, the checkpoint
+    stays in the folder.
     """
     if member.config.early_stopping.patience is None:
         return
     try:
         previous = parse_resume(read_bytes(member.folder.previous_file, limit=MAX_FILE), "")
-    except (OSError, UserError, ContentError):  # there is no such file, or it is damaged, which `verify` reports
+    except (OSError, UserError, ContentError):  # there is no such file, or `verify` reports that it is damaged
         return
     former, config = previous.member.get("extra_step"), member.config
     kept = {member.extra_step, member.best_step, *expected_steps(config, config.trainer.max_steps)}
@@ -233,7 +235,8 @@ def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
     """Combine trees of the same structure: apply `function` to the stacked tensors at each position, and copy the rest from the first tree.
 
-    A stacked tensor is one with at least one axis. These are the parameters and Adam's moments.
+    A stacked tensor is a tensor with at least one axis. Its first axis is that of the members. The parameters, Adam's moments and the
+    module's records are such tensors.
     """
     if isinstance(trees[0], dict):
         return {key: _map_stacked(function, [tree[key] for tree in trees]) for key in trees[0]}
@@ -245,8 +248,8 @@ def _map_stacked(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence
 def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) -> None:
     """Write every run's `last.ckpt`, and keep the previous `last.ckpt` as `previous.ckpt`.
 
-    The contents are built one after the other, to save memory. All new files are on the disk before the first old one is replaced.
-    So if the process is killed, every run still has an intact resume file.
+    The contents are built one after the other, to save memory. All new files are on the disk before the first old file is replaced. So if
+    the process is killed, every run still has an intact resume file.
 
     Raises:
         StorageError: If a file cannot be written.
@@ -266,7 +269,7 @@ def _replace_all(runs: Sequence[RunFolder], contents: Iterable[dict[str, Any]]) 
     except OSError as error:
         raise StorageError(
             f"Cannot write {error.filename or runs[0].resume_file}: {error.strerror or error}. Earlier saves are "
-            "intact; free space, then run the same command again."
+            f"intact; {repair(error)}, then run the same command again."
         ) from None
     finally:
         for temporary in written.values():

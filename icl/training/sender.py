@@ -3,7 +3,7 @@
 Checkpoints are sent at once. The other files are sent when there is a newer `last.ckpt`, because only their newest versions matter.
 We call `last.ckpt` and `status.json` vouchers, because each of them says up to which step the other files in the store are complete. So
 the vouchers are read before the other files, and sent only after all other files have arrived. `status.json` is read before `last.ckpt`,
-so that the store never says that a run has ended while it has an earlier `last.ckpt`.
+so that the status in the store never says that a run has ended while `last.ckpt` in the store is from an earlier step.
 
 With early stopping, `last.ckpt` names the best checkpoint. The store has this checkpoint before it has `last.ckpt`. Earlier best checkpoints
 are deleted from the store only after a `last.ckpt` that no longer names them has arrived.
@@ -31,7 +31,8 @@ MAX_FAILURES = 2
 
 Signature = tuple[int, int, int]
 _UNREADABLE: Signature = (-1, -1, -1)
-"""Signature of a file about which the file system returns an error. No file that was sent has it, so the file is tried again."""
+"""Signature (see `_signature`) of a file about which the file system returns an error. No file that was sent has this signature, so the
+next round tries the file again."""
 
 
 class _File(NamedTuple):
@@ -65,7 +66,7 @@ class Sender:
         self.reason = ""
         """Reason why a file could not be sent. If several files failed, this is the reason for the last one."""
         self.digests: dict[str, str] = {}
-        """SHA-256 of the content that the store has of each file, keyed by the file's name."""
+        """SHA-256 of the content of each file in the store, keyed by the file's name."""
         self._scheduled = _checkpoint_files(expected_steps(config, config.trainer.max_steps))
         self._has_best = config.early_stopping.patience is not None
         self._num_folders = len(CHECKPOINT_FOLDERS) if config.checkpoints.moments else 1
@@ -80,10 +81,12 @@ class Sender:
         return [name for name in copied_names(self.mirror.here) if self._sent.get(name) != self._signature(name)]
 
     def send(self, is_over: Callable[[], bool], bar: tqdm | None = None) -> bool:
-        """Send new files. Return False if the round ended early or a file could not be read or sent. `reason` then says why.
+        """Send new files, in one round.
 
-        If nothing must be sent now, for example because the store limits the number of writes, return True. The vouchers (`last.ckpt`
-        and `status.json`) are read before the other files, and sent after them.
+        Return False if not all files could be read and sent. `reason` says why, unless `is_over` ended the round.
+
+        If there is nothing to send, or if the files must wait because the store limits the number of writes, return True. The vouchers
+        (`last.ckpt` and `status.json`) are read before the other files, and sent after them.
 
         Args:
             is_over: Function that is called before each file. If it returns True, no more files are sent.
@@ -91,14 +94,14 @@ class Sender:
         """
         try:
             return self._send_round(is_over, bar)
-        except Exception as error:  # the thread that sends files must not end, so that later rounds can succeed
+        except Exception as error:  # the sending thread must not end, because later rounds may succeed
             self.reason = _sentence(error)
             return False
 
     def _send_round(self, is_over: Callable[[], bool], bar: tqdm | None) -> bool:
         """Send new files once, as `send` describes."""
         if not self.mirror.run.config_file.exists():
-            return True  # if the folder was removed, we leave its copy in the store as it is
+            return True  # if the folder was removed, we do not change its copy in the store
         if bar is None and self.mirror.there.is_resting():
             return True  # the store limits the number of writes, so we send the files in a later round
         self._has_unread = False
@@ -117,7 +120,7 @@ class Sender:
                 return False
             files = [save.best.get(name) or self._read(name) for name in names]
             if size > 1 and num_failures == 0 and not self._has_unread and number == len(batches) - 1:
-                # This store writes several files at once, either all of them or none.
+                # This store writes all files of a batch or none, so the vouchers can be in the last batch.
                 files, vouchers = [*files, *vouchers], []
             num_in_a_row = 0 if self._send(files, bar) else num_in_a_row + 1
             num_failures += num_in_a_row > 0
@@ -128,9 +131,10 @@ class Sender:
         return self._delete_obsolete()
 
     def _read_save(self, changed: Sequence[str]) -> _Save:
-        """Read the vouchers that have changed, and the best checkpoint that `last.ckpt` names, unless it was sent before.
+        """Read the vouchers that have changed. If the best checkpoint that `last.ckpt` names was not sent before, read it too.
 
-        If training has replaced this checkpoint since then, return nothing. The vouchers are then sent in the next round.
+        If training has deleted this checkpoint and replaced `last.ckpt` in the meantime, return an empty `_Save`. The vouchers are then
+        sent in the next round.
         """
         read = {name: self._read(name) for name in reversed(VOUCHERS) if name in changed}
         last = read.get("last.ckpt")
@@ -147,7 +151,8 @@ class Sender:
     def _best_files(self, last: _File) -> list[str] | None:
         """Return the names of the files of the best checkpoint that `last.ckpt` names, or None if `last.ckpt` is damaged.
 
-        The list has only files that may be deleted later. So it is empty if the best step is a scheduled step.
+        The list contains only files that may be deleted later. A scheduled checkpoint is never deleted, so the list is empty if the best
+        step is a scheduled step.
         """
         if not self._has_best:
             return []
@@ -158,7 +163,10 @@ class Sender:
         return _checkpoint_files([step])[: self._num_folders] if isinstance(step, int) else []
 
     def _is_ready(self) -> bool:
-        """List the store's files in the first round, and check that the copy still belongs to this run. Return False if it cannot be used."""
+        """List the store's files in the first round, and check that the copy still belongs to this run.
+
+        Return False if the copy cannot be used.
+        """
         try:
             self._there = set(self.mirror.there.keys()) if self._there is None else self._there
             owner = read_or_none(self.mirror.here, "run-id")
@@ -173,7 +181,7 @@ class Sender:
         return True
 
     def _delete_obsolete(self) -> bool:
-        """Delete former best checkpoints in the store. Return False if the store cannot be reached.
+        """Delete former best checkpoints in the store. Return False if they could not be deleted.
 
         The checkpoint that the store's own `last.ckpt` names is not deleted. The best checkpoint stays in the store even if it is missing
         in the run's folder.
@@ -206,7 +214,7 @@ class Sender:
             return None
 
     def _send(self, files: Sequence[_File | None], bar: tqdm | None) -> bool:
-        """Send in one write those files that the store does not have yet. Return False if the store failed.
+        """Send the files that the store does not have yet, in one write. Return False if the store failed.
 
         A damaged file in the run's folder is not sent, so that it never replaces an intact copy.
         """

@@ -1,6 +1,6 @@
 """Build what training a population needs: Lightning's Trainer, the callbacks in order, and the evaluation sets.
 
-A population consists of runs that train together, which are called its members.
+A population consists of runs that train together. These runs are called its members.
 """
 
 import logging
@@ -32,11 +32,13 @@ from icl.training.xla import xla_options
 _SetsKey: TypeAlias = tuple[TaskConfig, int | str, int]
 """Settings in which members may differ and on which their evaluation sets depend."""
 _MANY_TASKS = 2**16
-"""Number of tasks above which computing dMMSE on the evaluation prompts takes seconds, so that we print a message."""
+"""With more than this number of tasks, computing dMMSE on the evaluation prompts takes seconds. So we print a message first."""
 
 
 def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps: int | None = None) -> pl.Trainer:
-    """Build Lightning's Trainer, without Lightning's callbacks. The Trainer saves to the files of each member, and loads from them.
+    """Build Lightning's Trainer, without Lightning's callbacks.
+
+    The Trainer saves to each member's files, and loads from these files.
 
     Args:
         config: Settings that the members share.
@@ -86,7 +88,7 @@ def make_trainer(config: RunConfig, members: Sequence[Member] = (), *, max_steps
 
 
 class PopulationDDP(DDPStrategy):
-    """Lightning strategy for several processes, each of which takes a part of every batch.
+    """Lightning strategy for several processes. Each process takes a part of every batch.
 
     The step itself averages the gradients (`PopulationModule._average`).
     """
@@ -130,7 +132,7 @@ _USES: dict[type[pl.Callback], tuple[type[pl.Callback], ...]] = {
     StatusFile: (MetricsLog,),
     ProgressBar: (MetricsLog,),
 }
-"""For each callback, the callbacks whose results it uses at the same step. A callback must run after the callbacks that it uses."""
+"""The callbacks whose results a callback uses at the same step, for each type of callback. The used callbacks must run first."""
 
 
 def require_order(callbacks: Sequence[pl.Callback]) -> None:

@@ -30,14 +30,16 @@ from icl.training.sender import Sender
 SECONDS = 2.0
 """Seconds between two checks of the folder."""
 PATIENCE = 30.0
-"""At the end of training, we give up after this number of seconds in which the store answers with errors and no file is sent."""
+"""At the end of training, we give up if the store answers with errors and accepts no file for this number of seconds."""
 STOPPED_SECONDS = 20.0
 """Time limit in seconds for the upload after a signal stopped training. Programs that send such signals do not wait longer."""
 
 
 @contextlib.contextmanager
 def upload_behind(config: RunConfig, run: RunFolder) -> Iterator[None]:
-    """Keep the copy in the run's store up to date while the body of the `with` statement trains the run. Do nothing without a store.
+    """Keep the copy in the run's store up to date while the body of the `with` statement trains the run.
+
+    Do nothing if the run has no store, or if the run has ended and its copy is complete.
 
     Raises:
         StorageError: Before the body, if the store cannot be used.
@@ -188,7 +190,7 @@ def _finish(uploader: Uploader) -> None:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[signal.Signals]]:
-    """Collect the signals that ask the program to end."""
+    """Yield a list. While the context is open, signals that ask the program to end are added to this list."""
     received: list[signal.Signals] = []
 
     def receive(number: int, frame: object) -> None:
@@ -199,11 +201,12 @@ def _listening() -> Iterator[list[signal.Signals]]:
 
 
 def _finish_failed(uploader: Uploader, error: BaseException) -> None:
-    """Send the remaining files after training has failed. After a second interrupt, send nothing more."""
+    """Send the remaining files after training has failed. After an interrupt that stopped training at once, send nothing more."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         uploader.abandon()
         return
-    # An UploadError here means that another run of the population has just waited for the store in vain. So wait only briefly.
+    # This error is an UploadError if another run of the population has just waited for the store in vain. In this case, wait only
+    # briefly.
     try:
         uploader.finish(idle_seconds=2.0 if isinstance(error, UploadError) else None)
     except UploadError as problem:

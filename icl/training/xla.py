@@ -1,7 +1,7 @@
 """Train on an XLA device: one core of a TPU, or XLA's CPU backend (`PJRT_DEVICE=CPU`).
 
-XLA traces a step into a graph and compiles the graph. The graph is the same for all backends. So a test on the CPU backend, without a TPU,
-shows that a step is compiled only once, and that the host never waits for the device (`tests/xla/train_on_xla_cpu.py`).
+XLA traces a step into a graph and compiles the graph. The graph is the same for all backends. So a test on the CPU backend needs no TPU,
+and can still check that a step is compiled only once and that the host never waits for the device (`tests/xla/train_on_xla_cpu.py`).
 """
 
 import os
@@ -36,12 +36,12 @@ class HostXLAAccelerator(XLAAccelerator):
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """Return a list with XLA's CPU device, the only one."""
+        """Return a list with the only device, XLA's CPU device."""
         return [torch.device("xla", 0)]
 
 
 class XLAMemberFiles(MemberFiles, XLACheckpointIO):
-    """Version of `MemberFiles` with the base class that Lightning's XLA strategy requires."""
+    """Variant of `MemberFiles` that also has the base class that Lightning's XLA strategy requires."""
 
 
 def xla_options(settings: TrainerConfig, members: Sequence[Member]) -> dict[str, Any]:

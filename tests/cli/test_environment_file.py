@@ -190,7 +190,7 @@ def test_a_value_that_would_need_the_environment_is_one_sentence(clean, monkeypa
     (clean / ".env").write_text("LOCAL_ROOT=${SCRATCH}/runs\n")
     assert main(["runs"]) == 2
     told = capsys.readouterr().err
-    assert "sets LOCAL_ROOT to a value with ${SCRATCH}, which the file does not set above; " in told
+    assert "sets LOCAL_ROOT to a value with ${SCRATCH}, but no line above sets SCRATCH; " in told
     assert "export LOCAL_ROOT in the shell" in told
 
 
@@ -219,8 +219,8 @@ def test_an_exported_key_is_used_only_at_addresses_that_are_exported_too(
         return
     assert endpoint not in os.environ
     assert told == (
-        f"icl: .env sets {endpoint}, which `icl` ignores because a key that is not from this file would be used at this "
-        f"address; if you trust the address, export {endpoint} in the shell.\n"
+        f"icl: .env sets {endpoint}. `icl` ignores this address, because it would use a key there that is not from this file; "
+        f"if you trust the address, export {endpoint} in the shell.\n"
     )
 
 

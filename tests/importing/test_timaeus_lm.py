@@ -160,7 +160,7 @@ def test_a_repository_of_the_hub_is_fetched_and_its_absence_is_one_sentence(tmp_
         in told
     )
     assert main(["import", "hf://no/body", "--from", "icr"]) != 0
-    assert "from which only --from timaeus-lm reads" in capsys.readouterr().err
+    assert "only --from timaeus-lm reads from the Hub" in capsys.readouterr().err
 
 
 def list_steps_of(path):

@@ -20,6 +20,7 @@ from icl.runs.folder import RunFolder, local_root
 from icl.runs.mirror import open_mirror, pull, push
 from icl.store.base import LocalStore
 from icl.store.s3 import S3Store
+from icl.training import saving
 from icl.training.run import train
 from icl.training.wandb.log import _run_id
 
@@ -271,6 +272,9 @@ def test_a_write_that_fails_is_advised_by_its_reason(number, repair, tmp_path, m
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(StorageError, match=repair):
         LocalStore(tmp_path).write("a", b"")
+    assert everything(tmp_path) == set()
+    with pytest.raises(StorageError, match=repair):
+        saving._replace_all([RunFolder(tmp_path)], [{}])
     assert everything(tmp_path) == set()
 
 

@@ -15,8 +15,10 @@ from icl.api import load_model
 from icl.cli import main
 from icl.config.validation import ConfigError
 from icl.files.writing import StorageError
+from icl.presets import preset
 from icl.runs.card import card_text
 from icl.runs.checkpoints import CheckpointError
+from icl.runs.folder import RunFolder
 from icl.store.opening import open_store
 
 module = pytest.importorskip("icl.store.hub", reason="needs the extra `hub`")
@@ -105,6 +107,16 @@ def test_a_card_that_is_no_text_or_has_half_a_mark_is_not_damaged(hub: HubServer
         card = card_text(card, run, "tiny", URL)
     assert "my text" in card
     assert card.count("<!-- end of icl run tiny -->") == 1
+
+
+def test_the_card_of_a_language_run_speaks_of_text(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_config(preset("language-quickstart"))
+    card = card_text("", run, "words", URL)
+    assert "rows of" in card
+    assert " rows, " in card
+    assert "regression" not in card
+    assert "prompts" not in card
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def hang(proxy, monkeypatch):
     """Let the server hang for the requests that a test chooses, and shorten the waiting times from then on."""
     is_over = threading.Event()
 
-    def choose(fits, seconds=1.0) -> None:
+    def choose(fits, seconds=4.0) -> None:  # a busy machine may take a second to answer the other requests
         monkeypatch.setattr(waiting, "SECONDS", seconds)
 
         def answer(method: str, path: str) -> None:

@@ -54,7 +54,10 @@ def test_nothing_set_up_means_no_wandb(nowhere):
     assert not (local_root() / "tiny" / "wandb").exists()
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("online", "online"), ("offline", "offline"), ("disabled", None)])
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("online", "online"), ("offline", "offline"), ("disabled", None), ("run", "online"), ("shared", "online")],
+)
 def test_the_mode_is_the_environments(nowhere, monkeypatch, mode, expected):
     monkeypatch.setenv("WANDB_MODE", mode)
     assert wandb_mode() == expected

@@ -67,7 +67,7 @@ def test_the_point_arrives_whether_dotted_or_nested(tmp_path):
     [
         ({"optim.learning_rate": 1}, (), "optim.learning_rate"),
         ({"optim.lr": 0.5}, ("optim.lr",), "is swept"),
-        ({"population.seeds": [0, 1]}, (), "is one run; remove `population`"),
+        ({"population.seeds": [0, 1]}, (), "must be a single run; remove `population`"),
     ],
 )
 def test_a_bad_point_is_one_sentence_and_fails(tmp_path, point, kept, said):

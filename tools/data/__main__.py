@@ -30,7 +30,7 @@ class Phase(NamedTuple):
 
     name: str
     beginning: str
-    """Part of the script before the first phase. It runs before every phase."""
+    """Part of the script before the first phase. This part runs again before every phase."""
     body: str
 
     @property

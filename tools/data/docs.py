@@ -54,7 +54,7 @@ def make_readme(_: str) -> str:
     lines = []
     for size in sizes:
         provenance = json.loads((ROOT / "data" / size / "provenance.json").read_text(encoding="utf-8"))
-        lines.append(f"`{size}/`: {provenance['label']}.")
+        lines.append(f"`{size}/` is {provenance['label']}.")
     full = (
         "The tables of the published sizes are in `full/`."
         if "full" in sizes

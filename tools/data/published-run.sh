@@ -81,8 +81,8 @@ for components in heads layers; do
     icl llc "$RUNS/L2H4/seed=1" --components $components --steps 5517,9375,20202,40292,80808,126262,318181,500000 $REFINED
 done
 
-## Hessian of L2H4, seed 1, at ten steps
-for step in 0 1465 5517 9375 20202 40292 80808 126262 202020 318181; do
+## Hessian of L2H4, seed 1, at eleven steps
+for step in 0 1465 5517 9375 20202 40292 80808 126262 202020 318181 409090; do
     icl analyse "$RUNS/L2H4/seed=1/checkpoints/step-$(printf %09d $step).safetensors" --what hessian --num_prompts 1024 \
         --out "$RUNS/L2H4/seed=1/results/hessian-$step.csv"
 done

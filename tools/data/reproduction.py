@@ -1,9 +1,9 @@
 """Comparison of our numbers with published numbers: the tables of `docs/reproduction.md`, made from the shipped tables.
 
 A published number is a range over the five released seeds (`published.csv`). The published step t is our step t + 1. If our tables do not
-contain this step, losses, norms and the Hessian are interpolated in log step between the steps around it. The LLC was estimated only at a
-few steps, so we take the nearest estimate and name its step. Our number agrees if its range of two standard errors overlaps the
-published range, which is widened by half a unit of its last printed digit.
+contain this step, losses, norms and the Hessian are interpolated between the saved steps before and after it, linearly in log(step + 1).
+The LLC was estimated only at a few steps, so we take the nearest estimate and name its step. Before the comparison, the published range is
+widened by half a unit of its last printed digit. Our number agrees if its range of two standard errors overlaps this range.
 """
 
 import math
@@ -24,7 +24,8 @@ _NEAR = 0.1
 """Largest distance between the step of an estimate and the published step, in ln(step + 1)."""
 
 _MIN_ESS = 20
-"""Smallest effective sample size of chains for a comparison. The 95 % interval of an estimate is then about ten standard errors wide."""
+"""Smallest effective sample size of chains for a comparison. With this size, the 95 % interval of an estimate is about nine standard errors
+wide."""
 _OF_WEIGHTS = {
     "share of small effective unembedding weights": ("share_small", "effective_unembedding"),
     "norm of γ, final layer norm": ("norm", "final_norm.weight"),
@@ -36,7 +37,7 @@ _SHARES = {
     "smallest squared singular value of the token embedding, share": ("token_embedding", True),
     "largest squared singular value of the position embedding, share": ("position_embedding", False),
 }
-"""The embedding of each published share, and whether the share is the smallest one (else it is the largest)."""
+"""For each published share: the name of the embedding, and whether the share is its smallest (True) or its largest (False)."""
 
 
 class Measurement(NamedTuple):
@@ -49,7 +50,7 @@ class Measurement(NamedTuple):
     spacing: float = 0.0
     """Distance from a step to the next step in the tables, if the number is a step."""
     is_resolved: bool = True
-    """Whether the standard error can be trusted. It cannot with an effective sample size below `_MIN_ESS`."""
+    """Whether the standard error can be trusted; False if the effective sample size is below `_MIN_ESS`."""
 
 
 class Tables(NamedTuple):

@@ -1,4 +1,4 @@
-"""Schema of the shipped tables: their columns with types and units, and what was thinned. `data/README.md` and tests use it.
+"""Schema of the shipped tables: their columns with types and units, and what was thinned. `data/README.md` is generated from this schema.
 
 Every table is tidy: a row is one number, or one estimate with its diagnostics. `stderr` is a standard error over
 prompts (or over chains), and `verdict` is `ok`, `suspect` or `invalid` with the `reasons`. Losses and squared distances

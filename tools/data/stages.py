@@ -1,8 +1,8 @@
 """Compute the shipped `stages.csv` again from shipped tables: `python -m tools.data.stages small published-run`.
 
 The analysis `stages` needs only the signals at the saved steps, which `stages.csv` contains (the rows `measured`), and the losses of the
-LLC chains, which `llc.csv` contains. So after a change of the analysis, its table can follow without the checkpoints of the runs. The shipped
-numbers have five digits; this changes boundaries by less than 0.02 standard errors.
+LLC chains, which `llc.csv` contains. So after a change of the analysis, its table can be computed again without the checkpoints of the
+runs. The shipped numbers are rounded to five digits; this rounding changes boundaries by less than 0.02 standard errors.
 """
 
 import argparse

@@ -27,9 +27,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "data"
 DIGITS = 5
 """Significant digits of every number. Five are enough: even the most precise numbers have a standard error in the third digit."""
 RATIO = 1.2
-"""Smallest ratio of two consecutive steps in a thinned table. The ratio to the last step may be smaller."""
+"""Smallest ratio of two consecutive steps in a thinned table. Only the last two steps may have a smaller ratio."""
 MODELS = {"quickstart": (0, 531, 1302, 5000), "L2H4/seed=0": (1465, 500_000)}
-"""Steps of each run at which the weights are shipped. The nearest saved steps are used."""
+"""Steps of each run whose weights are shipped. If a step was not saved, the nearest saved step is used."""
 _TRACE_POINTS, _TRACE_CHAINS, _LEARNING_ROWS = 150, 2, 1000
 
 Runs = Mapping[str, RunFolder]
@@ -297,7 +297,7 @@ def _make_dynamics(name: str, runs: Runs, root: Path, record: Mapping) -> pd.Dat
 
 
 def _make_moving_pool(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the losses and gaps of the runs of `sweeps/training-runs/moving-pool.yaml`, which are not among `runs`."""
+    """Join the losses and gaps of the runs of `sweeps/training-runs/moving-pool.yaml`. The argument `runs` does not contain these runs."""
     folders = [RunFolder(file.parent) for file in root.glob("moving-pool/*/config.yaml")]
     configs = {run.path: run.read_config() for run in folders}
 
@@ -348,7 +348,7 @@ def _make_worlds(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataF
 
 
 def _make_prior_mixture(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Read the ladder's table of mixtures, which is in the folder of one of its runs, and shorten the names of the runs."""
+    """Read the table of mixtures of the ladder `prior-ladder`, and shorten the names of the runs. The table is in the folder of one run."""
     folders = [RunFolder(file.parent) for file in root.glob("prior-ladder/*/config.yaml")]
     found = [table for run in folders if (table := _read(run, "mixture.csv")) is not None]
     if not found:
@@ -363,7 +363,7 @@ def _make_prior_mixture(name: str, runs: Runs, root: Path, record: Mapping) -> p
 
 
 def _make_implicit_prior(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the tables of the implicit priors of the ladder's runs."""
+    """Join the tables of the implicit priors of the runs of the ladder `prior-ladder`."""
     found = {file.parents[1]: pd.read_csv(file) for file in root.glob("prior-ladder/*/results/prior.csv")}
     parts = [
         table.assign(run=str(path.relative_to(root)), num_tasks=RunFolder(path).read_config().task.num_tasks)
@@ -374,7 +374,7 @@ def _make_implicit_prior(name: str, runs: Runs, root: Path, record: Mapping) -> 
 
 
 def _make_transience(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the losses of all seeds of the preset `transience`, the losses of the baselines, and the findings over seeds."""
+    """Join three parts for the preset `transience`: the model's losses for each seed, the losses of the baselines, and the findings over seeds."""
     parts = []
     for file in sorted(root.glob("transience/seed=*/results/behaviour.csv")):
         table = pd.read_csv(file, dtype={"position": str})
@@ -393,7 +393,7 @@ def _make_transience(name: str, runs: Runs, root: Path, record: Mapping) -> pd.D
 
 
 def _make_threshold(name: str, runs: Runs, root: Path, record: Mapping) -> pd.DataFrame | None:
-    """Join the losses and gaps at the last step of the runs in `threshold/`, the ladder in M with a threshold."""
+    """Join the losses and gaps at the last step of the runs in `threshold/`, which differ only in M and in seeds."""
     folders = [RunFolder(file.parent) for file in root.glob("threshold/*/config.yaml")]
     configs = {run.path: run.read_config() for run in folders}
     folders.sort(key=lambda run: (configs[run.path].task.num_tasks, configs[run.path].seeds.model))

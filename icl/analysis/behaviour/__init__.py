@@ -63,7 +63,8 @@ from icl.tasks.prompts import Prompts, noise_law, sample_prompts, training_pool
 
 VERSION = 3
 """Version of the measurements. Results of older versions are computed again. Version 2 uses the fixed prompts for reports
-(`icl.evaluation.sets.REPORT`); version 1 used other prompts. Version 3 leaves out tasks of zero in `cosine` and `norm_ratio`."""
+(`icl.evaluation.sets.REPORT`); version 1 used other prompts. Version 3 leaves out prompts whose task is zero in `cosine` and
+`norm_ratio`."""
 SETS = ("pretrain", "true")
 REFERENCES = ("ridge", "dmmse", "zero")
 """Baselines that are measured on the same prompts, for comparison."""

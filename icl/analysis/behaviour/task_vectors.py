@@ -10,9 +10,8 @@ generated the prompt:
   weights of ridge at position 1.
 - `norm_ratio`: |weights| / |t|.
 
-Both numbers are averaged over prompts. Prompts whose task is zero, which occur under the prior `sparse`, are left out, because a task of
-zero has no direction. We cut each prompt at position p, because later examples have no effect on the
-prediction.
+Both numbers are averaged over prompts. Prompts whose task is zero are left out, because such a task has no direction. They occur under
+the prior `sparse`. We cut each prompt at position p, because later examples have no effect on the prediction.
 """
 
 from collections.abc import Callable

@@ -7,27 +7,30 @@ standard error of this average is far below the standard error of either mean. T
 
 All standard errors in this module have two parts: an error over prompts, and an error due to fluctuations of training.
 The second part is the scatter of the saved steps around a smooth curve, which is correlated between saved steps
-(`icl.analysis.scatter`). If there are few steps, a smooth curve that is too flexible follows their scatter. We
-therefore require at least `STEPS_PER_LENGTH` saved steps per length of the smooth curve. With fewer than `FEWEST_STEPS`
-saved steps, the scatter is unknown and every result is `suspect`. The scatter is estimated separately before and after
-a minimum or a crossing, because many curves are smooth at first and fluctuate later.
+(`icl.analysis.scatter`). If there are few steps, a smooth curve that is too flexible follows their scatter. The length
+scale of the smooth curve is therefore at least `STEPS_PER_LENGTH` times the mean distance between neighbouring saved
+steps in log time. With fewer than `FEWEST_STEPS` saved steps, the scatter is unknown and every result is `suspect`. The
+scatter is estimated separately before and after a minimum or a crossing, because many curves are smooth at first and
+fluctuate later.
 
 - Minimum: the saved step with the lowest mean. A step is significantly higher if it exceeds the minimum by more than
   `MINIMUM_ERRORS` standard errors. `lower` and `upper` enclose all steps that are not significantly higher. The minimum
   is `suspect` if the first or the last saved step is not significantly higher, because the curve may then have no
   turning point.
-- Crossing: a change of sign between two clear steps, with no clear step between them. A step is clear if its mean is
-  more than `SIGN_ERRORS` standard errors from zero. Between the two steps we interpolate linearly in log(t + 1). The
-  standard error of the crossing step is propagated to first order. A crossing is `suspect` if there is only one clear
-  step between it and a neighbouring crossing or an end of the run.
+- Crossing: a change of sign. We call a saved step clear if its mean is more than `SIGN_ERRORS` standard errors from
+  zero. A crossing lies between two clear steps with different signs and no clear step between them. To find its step,
+  we interpolate linearly in log(t + 1) between the two clear steps. The standard error of the crossing step is
+  propagated to first order. A crossing is `suspect` if there is only one clear step between it and a neighbouring
+  crossing or an end of the run.
 - Transience (Carroll et al. 2025, figure 1 and appendix B): t_crit is the saved step at which the loss on fixed prompts
   of new tasks is lowest. The run is transient if the loss at the last saved step exceeds this minimum by more than
   `RISE_ERRORS` standard errors. If the difference lies between `DOUBTFUL_RISE_ERRORS` and `RISE_ERRORS` standard
   errors, the finding is `unresolved`. The scatter is estimated from the losses after the minimum. We require a rise of
   many standard errors, because the lowest of hundreds of losses is low partly by chance. `data/verdict-rates.csv` gives
   the share of flat curves that are called transient, for several correlations of the scatter. A rise that has
-  disappeared by the end of the run does not count. If t_crit is `suspect`, the rise is `suspect` too. The exception is
-  a rise without a dip in a run that was saved from step 0 on, because no earlier minimum can have been missed.
+  disappeared by the end of the run does not count. If t_crit is `suspect`, the rise is `suspect` too. There is one
+  exception: a `rise without a dip` (defined below) in a run that was saved from step 0 on, because no earlier minimum
+  can have been missed.
 - A rise is a transience of ridge only if the model came close to ridge. The dip is
   (zero loss - loss) / (zero loss - ridge loss) at t_crit, where the zero loss is the loss of predicting 0. If the dip
   is at least `TRANSIENT_DIP`, the finding is `transient ridge`. If the dip is smaller but significant, the finding is
@@ -59,9 +62,11 @@ TRANSIENT_DIP = 0.5
 FEWEST_STEPS = 8
 """Minimum number of saved steps for an estimate of the scatter. The estimate from 4 to 7 steps can be far too small."""
 STEPS_PER_LENGTH = 4
-"""Minimum number of saved steps per length of the smooth curve."""
+"""Minimum length scale of the smooth curve, as a multiple of the mean distance between neighbouring saved steps in log
+time."""
 _ENOUGH_STEPS = 16
-"""Minimum number of saved steps for the scatter of a minimum or a rise. A shorter run uses all of its saved steps."""
+"""Minimum number of saved steps from which we estimate the scatter for a minimum or a rise. A shorter run uses all of
+its saved steps."""
 
 
 class TurningPoint(NamedTuple):
@@ -212,7 +217,8 @@ def _sign_scatters(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) ->
     """Return the scatter at each saved step, estimated separately before and after the main change of sign.
 
     If the scatter of the whole curve has a larger correlated part, we use that part, because a slow fluctuation can
-    look like a change of sign. `FEWEST_STEPS` steps suffice here: an `ok` crossing needs two clear steps on both sides.
+    look like a change of sign. Here, `FEWEST_STEPS` saved steps on each side are enough, because an `ok` crossing needs
+    two clear steps on both sides.
     """
     if not len(steps):
         return []
@@ -233,7 +239,7 @@ def _share_scatter(samples: Float[Tensor, "S B"], scatters: Sequence[Scatter], b
 
 
 def _scatter(steps: Int64[Tensor, " S"], samples: Float[Tensor, "S B"]) -> Scatter:
-    """Return the scatter of a curve between saved steps that is not due to the choice of prompts."""
+    """Return the scatter of a curve about its trend, without the part that is due to the choice of prompts."""
     if len(steps) < 3:
         return Scatter(white=0.0, wander=0.0, tau=1.0)
     times = steps.double().log1p().numpy()

@@ -1,10 +1,11 @@
 """Regression of the OOD error on task diversity and other features of trained models, with cross-validation and a verdict.
 
 Each point is a model: one M at one saved step in the table that `icl evaluate --checkpoint_base_dir` writes. The target is the
-model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, on the M training tasks, the loss, the ICL score
-(from the first to the last position) and the gaps to ridge and dMMSE. Each feature is standardised, so a coefficient is the
-change of the loss per standard deviation. Because M = inf has no finite logarithm, models with M = inf are left out of the fit, but
-shown in the figure. With `infinite=next` they enter the fit as if M were twice the largest finite M. This value is a convention.
+out-of-distribution (OOD) error: the model's loss on new tasks (`true`) or on a shift. The features are log2(M) and, on the M
+training tasks, the loss, the ICL score (from the first to the last position) and the gaps to ridge and dMMSE. Each feature is
+standardised, so a coefficient is the change of the loss per standard deviation. Because M = inf has no finite logarithm, models
+with M = inf are left out of the fit, but shown in the figure. With `infinite=next` they enter the fit as if M were twice the
+largest finite M. This value is a convention.
 
 The fit is linear, ridge or lasso (scikit-learn). Every ridge or lasso fit chooses its own penalty by cross-validation. To
 validate the fit, we leave out one M at a time, with all its steps:

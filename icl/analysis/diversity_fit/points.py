@@ -94,7 +94,10 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _headline(table: pd.DataFrame, distribution: str, quantity: str, path: Path) -> pd.DataFrame:
-    """Return one quantity of every model: its mean over positions, or its only value if the distribution is about the query."""
+    """Return one quantity of every model: its mean over positions, or its value at the query.
+
+    The value at the query is used for shifts that are evaluated only at the query.
+    """
     rows = table[(table["distribution"] == distribution) & (table["quantity"] == quantity)]
     if rows.empty:
         available = ", ".join(sorted(map(str, table["distribution"].unique())))

@@ -2,13 +2,13 @@
 
 A developmental form (Hoogland et al. 2024, section 3.2) is a time t0 and a point f of component space. In every plane
 spanned by two components, the curve has a cusp or a vertex at t0. The cusp, or the centre of the vertex's osculating
-circle, lies at the projection of f. We report a form if every plane spanned by two of the first three components has a
-cusp or a vertex, and the times of these three points lie within one kernel width of each other. Each component is in
-two of the three planes, so each coordinate of f has two values. `mismatch` is the largest difference between the two
-values of a coordinate, divided by the mean radius of the osculating circles. If this mean radius is smaller than 1/20
-of the trajectory's extent, we divide by 1/20 of the extent instead. The extent is the largest range of the scores in
-one component. A form is `suspect` if its mismatch exceeds `_MAX_MISMATCH`, or if one of its cusps or vertices is
-`suspect`.
+circle, lies at the projection of f. We use the three planes spanned by two of the first three components. We report a
+form if each of these planes has a cusp or a vertex, and if the three times lie within one kernel width of each other.
+Each component is in two of the three planes, so each coordinate of f has two values. `mismatch` is the largest
+difference between the two values of a coordinate, divided by the mean radius of the osculating circles. If this mean
+radius is smaller than 1/20 of the trajectory's extent, we divide by 1/20 of the extent instead. The extent is the
+largest range of the scores in one component. A form is `suspect` if its mismatch exceeds `_MAX_MISMATCH`, or if one of
+its cusps or vertices is `suspect`.
 
 A cusp or vertex is `suspect` if it disappears when the kernel is 2/3 or 3/2 times as wide. The standard error of its
 time is half the range of the times with the three kernels. Random walks also have cusps, vertices and forms, because

@@ -15,14 +15,14 @@ curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y
 
 - Cusp: r' = 0 and r'' is not zero, so the curve reverses its direction. (Hoogland et al. 2024 also require r'' = 0. The ordinary cusp (t^2,
   t^3) does not meet their condition.) A candidate is a minimum of v that meets three conditions. (1) The change of r' within one kernel
-  width, |r''| h, is more than four standard errors above zero. (2) v is below a tenth of |r''| h plus two standard errors. (3) One width
-  before the minimum, and also one width after it, the curve is displaced from the minimum in the direction of r'' by more than a tenth of
-  h^2 |r''| / 2. Condition 3 excludes the start of training, where the motion is slow but does not reverse.
+  width, |r''| h, is more than four standard errors above zero. (2) v is less than two standard errors above a tenth of |r''| h. (3) One
+  width before the minimum, and also one width after it, the curve is displaced from the minimum in the direction of r'' by more than a
+  tenth of h^2 |r''| / 2. Condition 3 excludes the start of training, where the motion is slow but does not reverse.
 - Vertex: the curvature has an extremum, so the osculating circle has four-point contact and the evolute has a cusp. A
   candidate is a prominent extremum of the curvature. The curvature at the extremum must be more than three standard
-  errors from zero. On both sides, the curvature must change by at least a tenth of its value and by `_VERTEX_ERRORS`
-  standard errors before it returns to the value at the extremum. This rule does not depend on the speed along the
-  curve.
+  errors from zero. On both sides of the extremum, the curvature must first change by at least a tenth of its value
+  there and by at least `_VERTEX_ERRORS` standard errors. Only after that may it return to the value at the extremum.
+  This rule does not depend on the speed along the curve.
 """
 
 import math

@@ -11,18 +11,18 @@ variance. (For S states, the share is proportional to 1 / sin^2(pi k / 2S).) The
 Checkpoints are not evenly spaced, and training slows down. So we compare with walks made from the run's own steps d_i,
 the differences between consecutive states:
 
-- `walk_shares`: the shares of the expected G of a walk whose steps have the lengths |d_i| and independent directions.
-  This walk is Brownian motion at the times tau_i = sum_{j<=i} |d_j|^2. If all `durations` (squared step lengths) are
-  equal, the shares have the closed form above. With the numbers of updates as durations, the walk is Brownian motion of
-  constant rate, observed at the saved steps. The first state of each run stays where it is; only the later states are
-  random.
+- `walk_shares`: the expected shares of the variance in a walk whose steps have the lengths |d_i| and independent
+  directions. They are computed from the expected G of this walk. This walk is Brownian motion at the times tau_i =
+  sum_{j<=i} |d_j|^2. If all `durations` (squared step lengths) are equal, the shares have the closed form above. With
+  the numbers of updates as durations, the walk is Brownian motion of constant rate, observed at the saved steps. The
+  first state of each run stays where it is; only the later states are random.
 - `flipped_walks`: walks with the steps d_i, each multiplied by a random sign. Such a walk moves only in the run's own directions,
   which may be few. The mean of G over these walks is the expected G of `walk_shares`. The spread over walks shows which shares can
   occur by chance.
 
 For comparison, the first three shares that Hoogland et al. 2024 give for L2H4 are 0.65, 0.08 and 0.05. For Brownian motion of
-500,000 steps, observed at 190 checkpoints, these shares depend on the grid of checkpoints. They are 0.68, 0.14 and 0.05 for the
-union of a logarithmic and a linear grid, and 0.61, 0.15 and 0.07 for a linear grid.
+500,000 steps, observed at 190 checkpoints, these shares depend on the grid of checkpoints. For the union of a logarithmic and a
+linear grid they are 0.68, 0.14 and 0.05. For a linear grid they are 0.61, 0.15 and 0.07.
 
 The displacement ratio |sum d_i|^2 / sum |d_i|^2 is 1 on average for all these walks. For equal steps along a line it is the number
 of steps.
@@ -47,9 +47,10 @@ _MANY = 2500
 _LEAST_SHARE = 1e-10
 """Components with a smaller share of the variance are rounding errors."""
 _SHARE_TOLERANCE = 1e-9
-"""Sums of shares count as equal up to this difference, because run and walks have different solvers."""
+"""Sums of shares count as equal up to this difference, because the shares of the run and of the walks come from
+different solvers."""
 _LEVEL = 0.05
-"""Level of the tests against random walks."""
+"""Significance level of the tests against random walks."""
 SCORED_WALKS = 19
 """Number of walks whose scores are kept."""
 
@@ -107,8 +108,8 @@ class ComparedPCA(NamedTuple):
     def is_reached(self) -> Bool[np.ndarray, " C"]:
         """For every k, whether the sum of the run's first k shares is at most `high_shares`, up to rounding.
 
-        If so, about 5 % or more of the walks reach this sum. The same is true for every k if there are too few steps
-        (`is_too_short`).
+        If so, about 5 % or more of the walks reach this sum. If there are too few steps (`is_too_short`), the entry is
+        True for every k.
         """
         return (np.cumsum(self.components.shares) <= self.high_shares + _SHARE_TOLERANCE) | self.is_too_short
 
@@ -121,7 +122,8 @@ class ComparedPCA(NamedTuple):
 def is_too_short(num_steps: int) -> bool:
     """Return whether more than 5 % of the walks made from the steps of one run have the run's shares and displacement.
 
-    Changing all signs changes neither, so two of the 2^num_steps walks are the run itself.
+    If the signs of all steps change, shares and displacement stay the same. So two of the 2^num_steps walks are
+    equivalent to the run itself.
     """
     return 0.5 ** (num_steps - 1) > _LEVEL
 

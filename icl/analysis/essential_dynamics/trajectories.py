@@ -4,9 +4,9 @@ A state is one of the following arrays, flattened:
 
 - `outputs`: the predictions for B fixed prompts (B K features), as in Carroll et al. 2025, section 4.2, and in the
   "y-only" variant of Hoogland et al. 2024, section 3.2. In Carroll et al. all prompts have the same task, which is a
-  training task of every run; use `--distribution first_task` for such prompts. For a language run, `outputs` are the
+  training task of every run. `--distribution first_task` makes such prompts. For a language run, `outputs` are the
   logits of the true next token, at one random position of each of B test rows (B features; Hoogland et al. 2024).
-- `tokens`: all outputs at each of the 2K tokens, as in Hoogland et al. With `model.output` `token` there are D + 1
+- `tokens`: all outputs at each of the 2K tokens, as in Hoogland et al. If `model.output` is `token`, there are D + 1
   outputs at each token, so 2 B K (D + 1) features. Most of these outputs are never trained.
 - `weights`: all weights of the model.
 - `gradients`: the gradient of the mean loss on the fixed prompts with respect to the weights. This gradient is an estimate from B
@@ -82,7 +82,8 @@ class StateSettings:
         "the loss on the prompts, or a moment of Adam (only for runs trained with checkpoints.moments)",
     )
     distribution: Literal["true", "pretrain", "first_task"] = setting(
-        "true", "tasks of the prompts: new tasks, the run's M training tasks, or the first task of every pool"
+        "true",
+        "tasks of the prompts: new tasks (true), the run's M training tasks (pretrain), or the first training task (first_task)",
     )
     num_prompts: int = setting(512, "number of fixed prompts; above about 16, more prompts hardly change the results")
 
@@ -150,7 +151,7 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
     """Check that the states of the runs can be compared.
 
     Raises:
-        ConfigError: If the runs use different prompts. Also if the architectures differ, unless the states are
+        ConfigError: If the runs use different prompts, or if the architectures differ and the states are not
             predictions.
     """
     first = trajectories[0]
@@ -171,8 +172,8 @@ def require_comparable(trajectories: Sequence[Trajectory], settings: StateSettin
 def references(configs: Sequence[RunConfig], settings: StateSettings) -> dict[str, Float[np.ndarray, " F"]]:
     """Return the predictions of ridge, and of dMMSE for every finite M, as states of the kind `outputs`.
 
-    The result is empty for language runs. It is also empty for other states, such as weights, which these predictors do
-    not have.
+    The result is empty for language runs. It is also empty for other states, such as weights, because ridge and dMMSE
+    do not have these states.
     """
     if settings.state != "outputs" or configs[0].model.is_language:
         return {}

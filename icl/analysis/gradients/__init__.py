@@ -132,7 +132,7 @@ def _measure_weights(members: Members, settings: Settings) -> tuple[list[list[Ro
 
 
 def _measure_tasks(members: Members, settings: Settings) -> list[list[Row]]:
-    """Measure the alignment between the gradients of single tasks. All tasks have the same inputs and noise."""
+    """Measure the alignment between the gradients of single tasks, whose prompts have the same inputs and noise."""
     rows: list[list[Row]] = [[] for _ in members.checkpoints]
     task = members.config.task
     limit = math.inf if task.is_gaussian or settings.distribution == "true" else task.num_tasks
@@ -194,7 +194,8 @@ def _component_rows(entries: list[Entry], kind: str) -> list[Row]:
 def _noise_share(entries: list[Entry], vectors: np.ndarray, kind: str) -> float:
     """Return the summed squared errors of the gradients at all steps, divided by their summed squared deviations from the mean over steps.
 
-    This ratio is an upper bound on the share of noise in the variance between steps, because all steps use the same prompts.
+    All steps use the same prompts, so part of their errors is the same at every step and does not contribute to the variance
+    between steps. The ratio is therefore an upper bound on the share of noise in this variance.
     """
     between = float(((vectors - vectors.mean(0)) ** 2).sum())
     within = 0.0
@@ -235,7 +236,7 @@ def _num_doubtful(verdicts: list[str]) -> int:
 
 
 def _limit(last: dict[tuple[str, str, str], Row], quantity: str) -> str:
-    """Return a phrase for the summary about a `suspect` quantity of all weights.
+    """Return a phrase for the summary about a quantity that is `suspect` for all weights together.
 
     The phrase gives a bound at two standard errors, or says why the value is unknown. It is empty if there is no bound and the value is finite.
     """
@@ -286,7 +287,7 @@ def _row(kind: str, quantity: str, item: str, value: float, stderr: float, reaso
 
 
 def _without_lead(members: Members) -> Members:
-    """Return the members without a first checkpoint that is only the predecessor of the second (`Members.lead`)."""
+    """Return the members, without the first checkpoint if it is only the predecessor of the second (`Members.lead`)."""
     lead = members.lead
     params = {name: tensor[lead:] for name, tensor in members.params.items()}
     return members._replace(checkpoints=members.checkpoints[lead:], params=params, lead=0)

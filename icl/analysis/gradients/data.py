@@ -2,10 +2,10 @@
 
 A prompt is x = x_mean + x_scale z, w = w_mean + w_scale t, e = noise_mean + noise_scale n, y = w . x + e. Here z (K, D)
 and n (K) are standard normal, and t (D) is the task, the same for the whole prompt. Each parameter is one number for
-all coordinates; `noise_scale` is a standard deviation. In training, the means are 0, x_scale and w_scale are 1,
-and noise_scale is sigma, the square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so
-w_mean and w_scale shift and stretch the whole pool. The loss of a prompt is the mean over the K positions of the
-training loss of a fixed model: (f(x, y) - y)^2 for a predictor f, or a negative log-likelihood (`icl.model.heads`).
+all coordinates; `noise_scale` is a standard deviation. In training, the means are 0, x_scale and w_scale are 1, and
+noise_scale is sigma, the square root of `noise_variance`. With finitely many tasks, t is drawn from the pool, so w_mean
+and w_scale shift and stretch the whole pool. The model is fixed. The loss of a prompt is the model's training loss,
+averaged over the K positions: (f(x, y) - y)^2 for a predictor f, or a negative log-likelihood (`icl.model.heads`).
 L(phi) is the expected loss for the six parameters phi. For f = 0, with means m and scales s,
 
     L = D (m_x^2 + s_x^2)(m_w^2 + s_w^2) + D (D - 1) m_x^2 m_w^2 + 2 D m_x m_w m_e + m_e^2 + s_e^2 .

@@ -13,12 +13,12 @@ gradients with expectations G and H. We use two averages:
 - Simple noise scale tr(Sigma) / |G|^2, in prompts: the batch size at which noise and signal are equal (McCandlish,
   Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", section 2.2). Our estimates of tr(Sigma) and
   |G|^2 follow their appendix A.1, with one batch as the small batch and all J batches together as the large one.
-- Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). The alignment between tasks is instead the mean inner
-  product of the gradients of two tasks, divided by the mean squared norm over tasks.
+- Alignment: the cosine inner(K_gh) / sqrt(inner(K_gg) inner(K_hh)). The alignment between tasks is defined differently:
+  it is the mean inner product of the gradients of two tasks, divided by the mean squared norm of the tasks' gradients.
 
-Standard errors are from the delete-one jackknife over the J batches. If noise dominates the gradient, they are too large by
-a factor of at most sqrt(2) (Efron and Stein 1981, "The jackknife estimate of variance"). A ratio is NaN if the estimate of its
-denominator is not positive.
+Standard errors are from the delete-one jackknife over the J batches. If noise dominates the gradient, the standard errors are
+too large by a factor of at most sqrt(2) (Efron and Stein 1981, "The jackknife estimate of variance"). A ratio is NaN if the
+estimate of its denominator is not positive.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -82,7 +82,7 @@ def grams(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Grams:
 
 
 def groups(name: str) -> tuple[str, ...]:
-    """Return the groups of a parameter: `all`, its family (such as `attention`), its module (such as `blocks.0.attention`)."""
+    """Return the groups of a parameter: `all`, its family (such as `attention`) and its module (such as `blocks.0.attention`)."""
     parts = name.split(".")
     module = ".".join(parts[:3] if parts[0] == "blocks" else parts[:1])
     family = next((family for word, family in _FAMILIES if word in module and module != "unembedding"), module)

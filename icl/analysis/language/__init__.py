@@ -9,8 +9,8 @@ Every number that depends on rows of tokens has a standard error over rows. Rows
   where s is the token at a random position. `bigram_floor`: the mean entropy of q(t | s), which is the lowest possible
   score.
 - `ngram_score`, with n = 2, 3 or 4 in `position`: test loss at position n divided by the loss of the last token of
-  common n-grams. In the paper, the n-grams are entries of a larger vocabulary (`vocabulary`). Our default is the most
-  frequent n-grams of the training text.
+  common n-grams. In the paper, the n-grams are entries of a larger vocabulary (setting `vocabulary`). By default, we
+  use the most frequent n-grams of the training text.
 - `previous_token`, for each head (`part` is layer.head): attention to the token before the current one. `prefix_matching`, for each
   head: attention to the token after the earlier occurrence of the current token.
 - `k_composition`, for each pair of heads: K-composition minus the mean over all pairs at the first saved step.
@@ -65,7 +65,7 @@ class Settings:
     """
 
     num_rows: int = setting(
-        1024, "number of test rows; for a run on a text, at most its `evaluation.num_prompts` rows are used"
+        1024, "number of test rows; for a run on a real text, at most the run's `evaluation.num_prompts` rows are used"
     )
     num_bigram_rows: int = setting(1024, "number of test rows for the bigram score")
     num_probe_rows: int = setting(1024, "number of rows of random tokens for each of the two scores of heads")
@@ -76,7 +76,8 @@ class Settings:
         "text per line), or hf://USER/NAME; by default the n-grams are the most frequent ones of the training text",
     )
     tokenizer: str | None = setting(
-        None, "tokenizer of the run's tokens, for `vocabulary`; by default the run's `language.tokenizer`"
+        None,
+        "tokenizer that made the run's tokens; needed only for `vocabulary`; by default the run's `language.tokenizer`",
     )
 
     def __post_init__(self) -> None:

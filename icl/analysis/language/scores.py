@@ -70,7 +70,7 @@ def next_token_logits(config: ModelConfig, params: Params, rows: Rows, at: Int64
 def ngram_score(
     config: ModelConfig, params: Params, ngrams: Int64[Tensor, "G n"], test_losses: Float[Tensor, "N B"], *, bos: int
 ) -> Estimate:
-    """Return the n-gram score: how much better the last token of common n-grams is predicted than tokens of test rows.
+    """Return the n-gram score: the loss at one position of test rows, divided by the loss of the last token of common n-grams.
 
     Token 0 of every row is BOS, so the last token of an n-gram is token n. The score is the mean loss of token n in the
     test rows, divided by the mean loss of token n in rows that consist of BOS and an n-gram. The test rows and the

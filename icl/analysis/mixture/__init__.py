@@ -95,7 +95,7 @@ class Settings(StepSettings):
 
     jointly_with: str | None = setting(
         None,
-        "other runs of the same ladder of M, separated by commas, or a pattern such as 'runs/ladder/*'; one theory curve is fitted to all runs",
+        "other runs with the same task settings but another M, separated by commas, or a pattern such as 'runs/ladder/*'; one theory curve is fitted to all runs",
     )
 
 
@@ -252,7 +252,7 @@ def _reference_rows(config: RunConfig, num_prompts: int) -> list[Row]:
 
 
 def _runs(path: Path, others: str | None) -> dict[str, Path]:
-    """Return the runs, keyed by name. Check first that mixtures apply to all of them and that they can share one theory curve."""
+    """Return the runs, keyed by name, after a check that mixtures apply to all runs and that the runs can share one theory curve."""
     runs = named_runs(path, others)
     configs = [read_config_of(checkpoint_files(folder)[0]) for folder in runs.values()]
     for config in configs:

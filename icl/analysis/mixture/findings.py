@@ -1,7 +1,9 @@
-"""Findings about whole runs and ladders: transitions between dMMSE and ridge, their growth with M, and the theory curve.
+"""Findings about single runs and about ladders: transitions between dMMSE and ridge, their growth with M, and the theory curve.
+
+A ladder is a set of runs whose task settings differ only in M.
 
 We compute a score for every prompt (`icl.analysis.mixture.fits`). A transition is a step at which the mean score
-crosses zero (`icl.analysis.behaviour.turning_points`). For `fixed`, the mean score is positive exactly if the best
+crosses zero (`icl.analysis.behaviour.turning_points`). For `fixed`, the mean score is positive if and only if the best
 weight exceeds 1/2, which means that dMMSE is closer to the model than ridge is. For `bayes`, the mean score is positive
 if prior odds slightly above 1 bring the mixture closer to the model than odds of 1. A transition is `suspect` if no
 mixture explains the model at one of the two saved steps around it. It is also `suspect` if the best log odds do not

@@ -71,7 +71,7 @@ def log_bayes_factors(pool: Float[Tensor, "B K"], new: Float[Tensor, "B K"]) -> 
 
 
 def fixed_scores(difference: Float[Tensor, "B K"], offset: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
-    """Return a score of every prompt. The mean score is positive exactly if the best fixed weight exceeds 1/2.
+    """Return a score of every prompt. The mean score is positive if and only if the best fixed weight exceeds 1/2.
 
     `difference` is d and `offset` is r; the module's docstring defines both.
     """
@@ -156,7 +156,8 @@ def _residual(pair: Pair, offset: Float[Tensor, "B K"], weights: Tensor) -> tupl
         weights = torch.stack((weights[:, :-1], weights[:, -1:].expand(-1, weights.shape[1] - 1)), dim=1)
     squares = _residuals(pair, offset, weights)
     share = metrics.ratio_of_means(squares.mT, _columns(pair.difference.square()).mT)
-    # At the best parameter, the derivative of the residual is zero. So to first order the error of the parameter has no effect on the residual.
+    # At the best parameter, the derivative of the residual is zero. So to first order, the error of the parameter does not change the
+    # residual.
     return metrics.position_mean(squares), share
 
 

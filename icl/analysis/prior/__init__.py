@@ -1,15 +1,16 @@
 """The prior over tasks that a model has learned: we compare samples from it with candidate priors at every saved step.
 
-A model with a predictive distribution (`model.output` `gaussian` or `mixture`) generates prompts, which we call
+A model with a predictive distribution (`model.output` is `gaussian` or `mixture`) can generate prompts, which we call
 rollouts (`icl.analysis.prior.rollouts`). Ridge regression estimates the task behind each rollout. The same estimator is
 applied to prompts from each candidate prior (`icl.bayes`): `pool`, the run's M training tasks; `gaussian`, N(0, I); and
 `prior`, the run's prior of new tasks if it is not N(0, I). The prompts of all candidates have inputs and noise from the
 run's distributions. The energy distance (`icl.analysis.prior.energy`) between the model's estimates and a candidate's
-estimates is zero if the model is the Bayes predictor of the candidate. The converse does not hold, because the distance
-depends only on the estimates.
+estimates is zero if the model is the Bayes predictor of the candidate. A distance of zero does not prove that the model
+is this Bayes predictor, because the distance depends only on the estimates.
 
 With `num_context` > 0, every rollout begins with this number of ordinary examples. The rollouts then show the posterior
-that the model implies. We compare them with prompts that are continued from each candidate's posterior. A candidate's
+that the model implies. We compare these rollouts with prompts of each candidate. Such a prompt begins with ordinary
+examples too, and its other targets come from a task that is drawn from the candidate's posterior. A candidate's
 posterior is computed exactly, or approximated by particle filters (`icl.bayes.posterior`).
 
 Rows of the table, by `quantity`. `preference`, `energy_share` and `separation` use two candidates. The first is the prior of the training
@@ -67,7 +68,9 @@ class Settings:
         2048, f"number of rollouts, and number of prompts from each candidate prior; a multiple of {NUM_BLOCKS}"
     )
     num_context: int = setting(0, "number of given examples at the beginning of each rollout")
-    context: Distribution = setting("pretrain", "tasks of the given examples: the run's M training tasks, or new tasks")
+    context: Distribution = setting(
+        "pretrain", "tasks of the given examples: the run's M training tasks (pretrain), or new tasks (true)"
+    )
 
     def __post_init__(self) -> None:
         require_count("num_samples", self.num_samples, 2 * NUM_BLOCKS)

@@ -4,12 +4,14 @@ The squared energy distance of two distributions P and Q (Szekely and Rizzo 2013
 
     E(P, Q) = 2 E|X - Y| - E|X - X'| - E|Y - Y'|
 
-with X, X' from P and Y, Y' from Q, all independent. E is zero exactly if P = Q. We replace each expectation by the mean
-over all pairs of points, without the pairs of a point with itself. This estimate has no bias, so it can be negative.
+with X, X' from P and Y, Y' from Q, all independent. E is zero if and only if P = Q. We replace each expectation by the
+mean over all pairs of points, without the pairs of a point with itself. This estimate has no bias. So it is sometimes
+negative if P and Q are equal or similar.
 
-For the standard error, each sample is divided into J equal blocks, and block j of all samples is left out at once. The jackknife variance
-of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2 (Efron and Stein 1981): to first order, the effects of single points then vanish,
-and only effects of pairs remain. In this case, 2 of our standard errors are about 2.8 true standard errors.
+For the standard error, each sample is divided into J equal blocks, and block j is left out of all samples at the same time. The jackknife
+variance of the J estimates includes the errors of all samples. If P = Q, this variance is too large by a factor of about 2 (Efron and Stein
+1981): to first order, the effects of single points then vanish, and only effects of pairs remain. In this case, 2 of our standard errors
+are about 2.8 true standard errors.
 """
 
 from dataclasses import dataclass

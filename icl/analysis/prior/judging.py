@@ -8,11 +8,14 @@ from icl.metrics import Estimate
 MAX_Z = 2.0
 """A number within this many standard errors of zero counts as zero."""
 MIN_SEPARATION_Z = 4.0
-"""The samples distinguish two candidates if the distance between the candidates is more than this many standard errors."""
+"""The samples distinguish two candidates if the distance between the candidates is more than this many standard errors
+above zero."""
 SUSPECT_SHARE = 0.1
-"""A candidate does not explain the model if its distance to the model is not zero within the error and exceeds this share of the
-distance between the candidates. The limit is our choice."""
+"""A candidate explains the model if its distance to the model is zero within the error, or is at most this share of the distance
+between the candidates. The limit is our choice."""
 INVALID_SHARE = 1.0
+"""The verdict is `invalid` if the smaller of the model's distances to the candidates is significantly above zero and exceeds this
+share of the distance between the candidates."""
 
 
 class Judgement(NamedTuple):

@@ -8,9 +8,10 @@ long rollout is a sample from the posterior that the predictive distributions im
 the exact Bayes predictor of a prior, rollouts are distributed like prompts whose task is drawn from the posterior of
 this prior given the n examples.
 
-K examples determine the task only up to an error. So estimates from rollouts are never compared with a prior itself, but with estimates
-that the same estimator makes from prompts of each candidate prior. `bayes_prompts` makes these prompts: it draws the task from the
-candidate's posterior (`icl.bayes.posterior`), and the noise from the distribution of the run's noise.
+K examples determine the task only up to an error. So we never compare the estimates from rollouts with a prior itself. Instead, we
+apply the same estimator to prompts of each candidate prior, and compare the estimates. `bayes_prompts` makes the prompts of a
+candidate: it draws the task from the candidate's posterior (`icl.bayes.posterior`), and the noise from the distribution of the run's
+noise.
 
 The estimator is ridge regression with lambda = sigma^2: the w that minimises |y - X w|^2 + sigma^2 |w|^2. Unlike least squares, this
 estimator exists for K < D. For K close to D its error has finite moments, as the energy distance requires. We use it for every prior
@@ -55,7 +56,9 @@ class Draws(NamedTuple):
 def make_draws(
     config: RunConfig, name: str, count: int, distribution: Distribution, *, pool_step: int | None = None
 ) -> Draws:
-    """Return the draws of a set of rollouts. They depend only on `seeds.evaluation` and on the name of the set.
+    """Return the draws of a set of rollouts.
+
+    The random numbers depend only on `seeds.evaluation` and on the name of the set.
 
     Args:
         config: The run.

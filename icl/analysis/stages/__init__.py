@@ -8,11 +8,11 @@ The method has three parts:
    `icl.analysis.stages.boundaries` defines turns, plateaus and onsets.
 3. Candidates on which signals agree are boundaries, each with a verdict (`icl.analysis.stages.agreement`).
 
-For at most about one in twenty signals without stages, the method reports a boundary that is `ok` or `suspect`.
-Signals whose steps are too sparse in log time for this are left out (`icl.analysis.stages.points`). In a run, each
-signal may cause a false boundary. Of 200 simulated runs of three independent signals without stages, about one in ten
-had a `suspect` boundary, and none had an `ok` one. The method finds the published stages of L2H4 within their errors
-(tests/analysis/test_stages.py).
+For at most about one in twenty signals without stages, the method reports a boundary that is `ok` or `suspect`. A
+signal whose steps are too sparse in log time would have more false boundaries, so it is left out
+(`icl.analysis.stages.points`). A run has several signals, and each of them may cause a false boundary. Of 200 simulated
+runs of three independent signals without stages, about one in ten had a `suspect` boundary, and none had an `ok` one.
+The method finds the published stages of L2H4 within their errors (tests/analysis/test_stages.py).
 
 The scatter of a curve may be correlated between saved steps, for example if the loss fluctuates slowly. We estimate
 this correlation and include it in the errors (`icl.analysis.scatter`). `data/verdict-rates.csv` gives the share of
@@ -132,7 +132,7 @@ def analyse(path: Path, settings: Settings) -> Result:
     rows += [row for number, stage in enumerate(stages, 1) for row in _stage_rows(number, stage)]
     if (
         family_of(path) == "language"
-    ):  # this column shows the unit of the loss; tables of regression runs do not have it
+    ):  # the figure needs the family for the unit of the loss; tables of regression runs do not have this column
         rows = [row | {"family": "language"} for row in rows]
     lines = _boundary_lines(boundaries) + _stage_lines(signals, stages)
     lines += [f"Signal {signal.name}: {len(signal.points)} steps from {signal.source}." for signal in signals]

@@ -1,10 +1,10 @@
-"""Agreement between signals: which candidates form one boundary, its time, and its verdict.
+"""Agreement between signals: combine the candidates of several signals into boundaries, with their times and verdicts.
 
 Candidates of several signals form one boundary if they are close to the strongest candidate in u = ln(step + 1). Two candidates are close
 if their distance is at most `tolerance`. A distance of up to twice `tolerance` also counts as close if it is at most two standard errors.
-The time of the boundary is the mean of the candidates' times, weighted by inverse variance. Each group of dependent signals contributes one
-candidate to this mean. If the times scatter more than their errors allow, the error of the mean is multiplied by the Birge ratio (Birge
-1932).
+The time of the boundary is the mean of the candidates' times, weighted by inverse variance. Each group of dependent signals (defined below)
+contributes one candidate to this mean. If the times scatter more than their errors allow, the error of the mean is multiplied by the Birge
+ratio (Birge 1932), the square root of chi-squared per degree of freedom.
 
 We say that a signal shows a boundary if the boundary is still significant after the correlation of the signal's scatter is taken
 into account. Loss and ICL score are one group of dependent signals. An LLC that mirrors the loss near the boundary
@@ -67,8 +67,8 @@ def agree(
     Args:
         signals: All signals of the run.
         fits: Smoothed signals. The keys are the names of the signals.
-        tolerance: Distance in ln(step + 1) from the strongest candidate within which other candidates always belong to the same
-            boundary. A distance of up to twice `tolerance` is allowed if it is at most two standard errors.
+        tolerance: A candidate belongs to the same boundary as the strongest candidate if their distance in ln(step + 1) is at
+            most `tolerance`. A distance of up to twice `tolerance` is allowed if it is at most two standard errors.
         least_change: Minimum change of a signal within a stage, as a share of the signal's range.
     """
     remaining = [

@@ -7,17 +7,17 @@ mean slopes of f over intervals of log time. Every mean slope has a standard err
 
 - A *turn*: f moves in one direction over an interval, and in the opposite direction over a later interval. Both mean slopes are at least
   `SIGNIFICANCE` standard errors from zero. The boundary lies at the extremum of f between the two intervals.
-- A *plateau*: f moves in the same direction over two intervals. Over a third interval between these two (the pause),
-  the absolute slope of f is smaller than over each of the two intervals, by a factor of at least `STEEPNESS`. For both
-  intervals, the absolute slope minus `STEEPNESS` times the slope of the pause must be at least `SIGNIFICANCE` standard
-  errors above zero. To place the boundary, we fit two cubics to the observations between the middles of the two
-  intervals. The cubics have equal value and slope where they join. The time of the boundary is the mean time of the
-  joint, weighted by the likelihood of the fit.
-- An *onset*, in language runs only: over one interval (the rest) f moves much less than over the next interval (the motion). The motion is not
-  longer than the rest, in log time. The absolute slope of the motion minus `ONSET` times the absolute slope of the rest must be at least
-  `ONSET_SIGNIFICANCE` standard errors above zero. The boundary is placed as for a plateau, between the start of the rest and the end of
-  the motion, but the slopes of the two cubics may differ. The scores of heads need this kind: before an induction head forms, its scores
-  hardly move.
+- A *plateau*: f moves in the same direction over two intervals. Between these two there is a third interval, the pause.
+  In the pause, the absolute slope of f is smaller than in each of the two intervals, by a factor of at least
+  `STEEPNESS`. For both intervals, the absolute slope minus `STEEPNESS` times the absolute slope of the pause must be at
+  least `SIGNIFICANCE` standard errors above zero. To place the boundary, we fit two cubics to the observations between
+  the middles of the two intervals. The cubics have equal value and slope where they join. The time of the boundary is
+  the mean time of the joint, weighted by the likelihood of the fit.
+- An *onset*, in language runs only: over one interval (the rest) f moves much less than over the next interval (the motion). The motion is
+  not longer than the rest, in log time. The absolute slope of the motion minus `ONSET` times the absolute slope of the rest must be at
+  least `ONSET_SIGNIFICANCE` standard errors above zero. The boundary is placed as for a plateau, with two differences: we fit the cubics to
+  the observations between the start of the rest and the end of the motion, and the slopes of the cubics may differ where they join. The
+  scores of heads need this kind: before an induction head forms, its scores hardly move.
 
 In an interval of motion, f must change by at least the share `least_change` of its whole range. Smaller changes can
 be artefacts of smoothing a corner. We take the strongest boundary first, and then search on each side of it. Between
@@ -29,10 +29,10 @@ The strength of a boundary is the smaller of two significances: with independent
 if its slope varies. Examples are a power law, a sigmoid, a line, or a bend from one slope into a steeper one (which may
 be an onset).
 
-The standard error of the time of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and
-longer kernels. The standard error of the time of a plateau or an onset comes from its likelihood profile. Both errors take into account that
-the scatter is correlated (`icl.analysis.stages.smoothing`), and include the spacing of the checkpoints, because a boundary can lie anywhere
-between two checkpoints.
+The standard error of the time of a turn includes the spread of the extremum over sampled curves, and its shift with shorter and longer
+kernels. For a plateau or an onset, it comes from the likelihood profile of the time. Both errors take into account that the scatter is
+correlated (`icl.analysis.stages.smoothing`), and include the spacing of the checkpoints, because a boundary can lie anywhere between two
+checkpoints.
 """
 
 import math
@@ -46,8 +46,8 @@ from icl.analysis.stages.search import ONSET, ONSET_SIGNIFICANCE, SIGNIFICANCE, 
 from icl.analysis.stages.smoothing import Curve, Points, SmoothedSignal
 
 CORRELATED_SIGNIFICANCE = 4.0
-"""Minimum strength of a boundary, in standard errors, if the correlation of the scatter clearly lowers it (`_LITTLE_LOST`). This limit is
-larger than `SIGNIFICANCE`, because the correlation is only estimated."""
+"""Minimum strength of a boundary, in standard errors, if the correlation of the scatter clearly lowers the strength (`_LITTLE_LOST`).
+This limit is larger than `SIGNIFICANCE`, because the correlation is only estimated."""
 _LITTLE_LOST = 0.8
 """Share of a boundary's strength. If more than this share remains with correlated scatter, the minimum strength is
 `SIGNIFICANCE`, else `CORRELATED_SIGNIFICANCE`."""
@@ -69,9 +69,10 @@ class Boundary(NamedTuple):
     """u = ln(step + 1)."""
     stderr: float
     strength: float
-    """Significance of the weaker of the two motions, in standard errors; for an onset, of motion minus `ONSET` times rest.
+    """Significance of the boundary in standard errors: with independent or with correlated scatter, whichever is smaller.
 
-    This is the smaller of two values: with independent scatter, and with correlated scatter.
+    For a turn or a plateau, this is the significance of the weaker of the two motions. For an onset, it is the significance of the
+    motion minus `ONSET` times the rest.
     """
     is_robust: bool
     """Whether curves with a shorter and with a longer kernel also show the boundary."""
@@ -114,8 +115,9 @@ def find_boundaries(fit: SmoothedSignal, *, least_change: float, onsets: bool = 
 def _extremum(samples: Sequence[Float[np.ndarray, "J g"]], times: Float[np.ndarray, " g"]) -> tuple[float, float]:
     """Return the time of the extremum of sampled curves that turn once, and the standard error of this time.
 
-    The time is from the first samples, of the curve with independent scatter. The second samples have the stated errors. The others have a
-    shorter and a longer kernel.
+    `samples` contains four sets of curves. The time is the median over the first set, which assumes independent scatter. The standard
+    error has two parts: the spread of the times in the second set, whose errors take correlation into account, and the range of the
+    medians of all four sets. The last two sets have a shorter and a longer kernel.
     """
     mean = samples[0].mean(0)
     above_chord = mean - np.interp(times, times[[0, -1]], mean[[0, -1]])
@@ -170,8 +172,8 @@ def _strength(curve: Curve, kind: Kind, stretches: Sequence[tuple[int, int]]) ->
 def _knots(fit: SmoothedSignal) -> Int[np.ndarray, " k"]:
     """Return the grid indices at which intervals may begin and end (knots). There are at most as many knots as observations.
 
-    Half of the knots are evenly spaced in log time. The other half are evenly spaced in the grid index. The grid is denser near
-    checkpoints.
+    Half of the knots are evenly spaced in log time. The other half are evenly spaced in the grid index, so they are denser
+    where there are more checkpoints.
     """
     times, half = fit.curve.times, min(_MAX_KNOTS, len(fit.points.times)) // 2
     even = np.searchsorted(times, np.linspace(times[0], times[-1], half)).clip(max=len(times) - 1)

@@ -4,8 +4,9 @@ A signal needs at least `MIN_POINTS` steps that are close enough in log time (`s
 smoothed curve follows the scatter of the points, and turns where the signal does not. An LLC whose standard errors are
 all known may have sparse steps, because the smoothing never assumes less noise than these errors.
 
-The LLC is nbeta (E[L] - L(w0)). If E[L] hardly changes while L(w0) does, the LLC is the loss with its sign reversed, and is not an
-independent signal (`mirrors_loss`). The published LLC up to step 46,000 is an example, because its chains left the basin.
+The LLC is nbeta (E[L] - L(w0)), where L(w0) is the loss at the checkpoint and E[L] is the mean loss along the chains. If L(w0)
+changes but E[L] hardly does, the LLC is the loss with its sign reversed, and is not an independent signal (`mirrors_loss`). The
+published LLC up to step 46,000 is an example, because its chains left the basin.
 """
 
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ def select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, st
     Args:
         table: The table. Rows of sets other than `MEASURED_SETS`, and of predictors other than the model, are ignored.
         source: Description of the table.
-        quantities: Quantities of the table, and the names of their signals.
+        quantities: Name of the signal for each quantity of the table. The keys are values of the column `quantity`.
     """
     signals: dict[str, Signal] = {}
     if not {"quantity", "position", *_POINT} <= set(table.columns):
@@ -119,7 +120,8 @@ def select_signals(table: pd.DataFrame, source: str, quantities: Mapping[str, st
 def _of_best_head(name: str, source: str, rows: pd.DataFrame) -> dict[str, Signal]:
     """Return the scores of the head with the largest last score; empty if they rise by at most `RISE` standard errors over the run.
 
-    The score of a head that learns nothing only fluctuates. It shows no stages, although its values on fixed rows form a smooth curve.
+    The score of a head that learns nothing only fluctuates. Such a score shows no stages, although its values on fixed rows form a
+    smooth curve.
     """
     if "part" not in rows:
         return {}

@@ -65,7 +65,7 @@ class KnotBoundary(NamedTuple):
 
 
 def _intervals(curve: Curve, knots: Int[np.ndarray, " k"], least_change: float) -> _Intervals:
-    """Compute mean slopes, errors and contrasts for all intervals between knots. Slopes are linear in the values."""
+    """Compute mean slopes, errors and contrasts for all intervals between knots. Slopes are linear in the curve's values."""
     first, last = np.triu_indices(len(knots), 1)
     times, values = curve.times[knots], curve.values[knots]
     lengths = times[last] - times[first]

@@ -3,7 +3,7 @@
 The loss, the ICL score over the widest span and the prior-task score E yhat^2 (`prior_zero`) are measured on the run's training
 tasks. Each signal comes from the first of these sources that contains it: `results/behaviour.csv`, `results/evaluation.csv`, the
 checkpoints (evaluated on fixed prompts, cached in `results/stages/`), `metrics.csv`. All steps use the same prompts, so the standard
-errors describe a common shift, not the shape of the curve. For these signals only the scatter of the points counts as noise.
+errors describe a common shift, not the shape of the curve. So for these signals only the scatter of the points counts as noise.
 
 For a language run, the loss and the ICL score are measured on test rows. The table `results/language-behaviour.csv` takes precedence over
 the sources above. This table also contains the bigram score, the previous-token scores and the prefix-matching scores. For each of the two

@@ -8,11 +8,12 @@ mean 0 and standard deviation 1, because a factor of e in the step is the natura
 and `longest`. Then we estimate the local scatter from the squared residuals, averaged with a Gaussian kernel whose width is one unit of log
 time.
 
-The scatter may be correlated between saved steps (`icl.analysis.scatter`). The curve is linear in the observations: f_hat = G y. So if the
-noise has the covariance N and the kernel the matrix K, the error of f_hat has the covariance G (K + N) G' - G K - K G' + K. The standard
-errors that we report come from this covariance (`SmoothedSignal.stated`). The curve follows part of the correlated scatter, so the scatter is estimated too small. We
-therefore multiply it by `_INFLATION` + r, where r is its correlation between neighbouring saved steps. In simulations with the correlations
-0, 0.5 and 0.8, 90 to 95 % of the changes then lay within two errors of the truth. Without this factor, 80 to 90 % did.
+The scatter may be correlated between saved steps (`icl.analysis.scatter`). The curve is linear in the observations: f_hat = G y. Let N be
+the covariance of the noise, and K the covariance of the curve under the prior. The error of f_hat then has the covariance G (K + N) G' - G
+K - K G' + K. The standard errors that we report come from this covariance (`SmoothedSignal.stated`). The curve follows part of the
+correlated scatter, so the estimate of the scatter is too small. We therefore multiply this estimate by `_INFLATION` + r, where r is the
+correlation of the scatter between neighbouring saved steps. In simulations with the correlations 0, 0.5 and 0.8, 90 to 95 % of the
+estimated changes were then within two standard errors of the true changes. Without this factor, 80 to 90 % did.
 
 Hoogland et al. (2024) fit a squared-exponential process without a noise term. Their curve interpolates the points, so its
 slopes follow the noise. Our other smoother, `icl.analysis.essential_dynamics.plane_curves`, uses a kernel width that does not
@@ -56,7 +57,8 @@ class Points(NamedTuple):
     noise: Float[np.ndarray, " s"]
     """Standard deviation used for each observation: its standard error or the local scatter, whichever is larger."""
     covariance: Float[np.ndarray, "s s"]
-    """Covariance of the noise, with correlated scatter of the size from which errors are stated."""
+    """Covariance of the noise, including correlated scatter. The standard errors of the curve `stated` are computed
+    from this covariance."""
 
 
 class Curve(NamedTuple):
@@ -150,8 +152,8 @@ def fit(
 def is_too_sparse(times: Float[np.ndarray, " S"], *, longest: float) -> bool:
     """Return whether points without known errors are too far apart to be smoothed (see `MAX_SPACING`).
 
-    The scatter is estimated from points that are close together. So half of the points are enough, and single gaps do
-    no harm.
+    The scatter is estimated from points that are close together. So it is enough if half of the points are close
+    together, and single gaps do no harm.
     """
     return bool(np.median(np.diff(times)) > MAX_SPACING * longest)
 
@@ -241,9 +243,9 @@ def _error(
     grid: Float[np.ndarray, " G"],
     gain: Float[np.ndarray, "G S"],
 ) -> Float[np.ndarray, "G G"]:
-    """Return the covariance of the error of the curve that any `gain` gives (see the top of this module).
+    """Return the covariance of the error of the curve `gain` @ y, for any matrix `gain` (see the top of this module).
 
-    For the gain that belongs to this noise, it is the posterior covariance (Rasmussen and Williams 2006, equation 2.24).
+    If `_gain` computed the matrix from the same noise, the result is the posterior covariance (Rasmussen and Williams 2006, equation 2.24).
     """
     crossed = gain @ kernel(times[:, None], grid[:, None])
     error: np.ndarray = gain @ (kernel(times[:, None]) + noise) @ gain.T - crossed - crossed.T + kernel(grid[:, None])
@@ -256,7 +258,7 @@ def _local_scatter(
     """Return the variances of the observations, corrected by the residuals near each observation."""
     prior = kernel(times[:, None])
     smoother = np.linalg.solve(prior + np.diag(variances), prior).T
-    # Expected ratio of a squared residual to its variance. It is below 1, because the fit partly follows each point.
+    # Expected ratio of a squared residual to the variance of its observation. It is below 1, because the fit partly follows each point.
     expected = 1 - np.diag(smoother)
     weights = np.exp(-0.5 * ((times[:, None] - times) / _SCATTER_WIDTH) ** 2)
     squares = (scaled - smoother @ scaled) ** 2 / variances

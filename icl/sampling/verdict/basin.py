@@ -9,13 +9,13 @@ rays from w0, then pull >= LLC. So if pull < LLC, a chain has left the convex pa
 dimensions (`icl.sampling.verdict.chains`). The pull counts the directions that the data determine. The spread counts the directions that
 the localization determines.
 
-Let f = nbeta (L - L0). The LLC responds to the localization by -d LLC / d log localization = Cov(f, localization |w - w0|^2) / 2. We call this
-number the `sensitivity` (`convergence.sensitivity`). By integration by parts of f (w - w0), it is also
-(pull - Cov(f, (w - w0) . nbeta grad L)) / 2. For a quadratic with curvatures h_i, let s_i = nbeta h_i / (nbeta h_i + localization) be the share of the data
-in direction i, and 1 - s_i the share of the localization. Then the sensitivity is half the sum of s_i (1 - s_i), and the LLC is half the
-sum of s_i. Flat directions contribute to neither. So the ratio of the sensitivity to the LLC is the mean of 1 - s_i, weighted by s_i. The
-ratio is above 1/2 if the localization outweighs the data in this weighted mean. (If the number of curvatures above h is proportional to
-h^-p, the ratio is p at every localization.)
+Let f = nbeta (L - L0). The LLC responds to the localization by -d LLC / d log localization = Cov(f, localization |w - w0|^2) / 2. We call
+this number the `sensitivity` (`convergence.sensitivity`). By integration by parts of f (w - w0), the sensitivity is also
+(pull - Cov(f, (w - w0) . nbeta grad L)) / 2. For a quadratic with curvatures h_i, let s_i = nbeta h_i / (nbeta h_i + localization) be the
+share of the data in direction i, and 1 - s_i the share of the localization. Then the sensitivity is half the sum of s_i (1 - s_i), and the
+LLC is half the sum of s_i. Flat directions contribute to neither. So the ratio of the sensitivity to the LLC is the mean of 1 - s_i,
+weighted by s_i. The ratio is above 1/2 if the localization outweighs the data in this weighted mean. (If the number of curvatures above h
+is proportional to h^-p, the ratio is p at every localization.)
 """
 
 import math
@@ -196,7 +196,8 @@ def not_spread_out(e: Evidence) -> str | None:
         return None
     return (
         f"the chains are still spreading out in flat directions, which changes the LLC (pull + spread is {e.filled:.0%} of its equilibrium "
-        "value d): lengthen the burn-in, or raise lr (3 / (lr localization) moves reach 95%; `baoab` needs only (1 - c) / (1 + c) of them)"
+        "value d): lengthen the burn-in, or raise lr (95% takes 3 / (lr localization) moves, multiplied by (1 - friction) / (1 + friction) "
+        "for `baoab`)"
     )
 
 
@@ -261,7 +262,8 @@ def localization_outweighs(e: Evidence) -> str | None:
 def rises_with_localization(e: Evidence) -> str | None:
     """At a minimum, a stronger localization lowers the LLC.
 
-    At a saddle whose downward directions are weaker than the localization, the chains stay near the checkpoint, so no drop shows the saddle.
+    This rule also finds saddles where the localization is stronger than nbeta times the downward curvature. There the chains stay near the
+    checkpoint, so the loss at the mean of the draws is not lower than at the checkpoint.
     """
     if not (e.sensitivity < -3 * e.sensitivity_stderr and -e.sensitivity > 0.1 * abs(e.llc)):
         return None

@@ -4,27 +4,28 @@
 (This is the equipartition theorem, and also the Langevin-Stein operator of Gorham and Mackey 2015 applied to w - w0.) The left side is pull
 + spread (defined in `icl.sampling.verdict.basin`). A large step or a noisy gradient makes this sum larger than d. Stationarity of
 |w - w0|^2 under SGLD moves of step size lr gives pull + spread = d + (lr / 4) E|grad U|^2, where grad U is the gradient on the minibatch.
-With a preconditioner G, |grad U|^2 is replaced by (grad U) . G grad U. The last term contains (lr / 4) localization^2 |w - w0|^2, which
-comes from the localization alone. This part is also present in flat directions, and is harmless. `bias_bound` is half of the last term,
-without the localization's part. This bound has little noise, and is valid even if some directions are not in equilibrium.
+With a preconditioner G, |grad U|^2 is replaced by (grad U) . G grad U. The term with lr contains (lr / 4) localization^2 |w - w0|^2, which
+comes from the localization alone. This part is also present in flat directions, and is harmless. `bias_bound` is half of the term with lr,
+without this part. This bound has little noise, and is valid even if some directions are not in equilibrium.
 
 On quadratics, `baoab` with friction c has no bias from the step size, only from minibatch noise. Its `bias_bound` is half of the amount
 that the noise adds to pull + spread in directions of small curvature. This is lr (1 + c) / (8 (1 - c)) times the variance of nbeta grad L
 over minibatches (`icl.sampling.kernels`). In a direction of curvature a, the noise adds more: this amount is multiplied by
 1 / (1 - lr a / 4). We measure the variance from gradients at the same position on two minibatches.
 
-On other losses, large steps of `baoab` do cause a bias. Let v be the velocity, h = sqrt(lr) and g = grad U. Stationarity of |v|^2, |w - w0|^2
-and (w - w0) . v under its moves gives (our derivation)
+On other losses, large steps of `baoab` do cause a bias. Let v be the velocity, h = sqrt(lr) and g = grad U. Stationarity of |v|^2,
+|w - w0|^2 and (w - w0) . v under the moves of `baoab` gives (our derivation)
 
     pull + spread = d + (1 + c) / (4 (1 - c)) E[h^2 |g|^2 - 2 h v . g]
 
-The last term includes the minibatch noise. Half of it is recorded as `measured_bias`. It has little noise, because h v . g is nearly the change of
-U in a move. If it exceeds the bound above by two standard errors, it replaces this bound.
+The term with E includes the minibatch noise. Half of this term is recorded as `measured_bias`. It has little noise, because h v . g is
+nearly the change of U in a move. If `measured_bias` exceeds the bound above by two standard errors, it replaces this bound.
 
-**Lists of minibatches.** If chains go through the same minibatches again and again, a minibatch has moved the chain uphill on the other
-minibatches. So the noise s of the gradient is correlated with w - w0 at the next visit, in any order of the minibatches. Without control
-variates, this adds nbeta E[s . (w - w0)] to the LLC. In directions in which chains move little in one pass, this is all that the noise adds
-to pull + spread, not half of it (our derivation). So the bound counts the noise twice.
+**Lists of minibatches.** Suppose that chains go through the same minibatches again and again, and let s be the noise of the gradient on one
+of them. The noise of all minibatches sums to zero over a pass. So between two visits to this minibatch, the noise of the others moves the
+chain along s, uphill on this minibatch. At each visit, s is therefore correlated with w - w0, in any order of the minibatches. Without
+control variates, this adds nbeta E[s . (w - w0)] to the LLC. In directions in which chains move little in one pass, the noise adds the same
+amount to pull + spread, so the bias is the whole of this amount and not half of it (our derivation). So the bound counts the noise twice.
 
 For SGLD on quadratics, the bound is one to two times the bias from the step size. In a direction with a_i = nbeta h_i + localization, the
 bound is (1 + localization / a_i) times the bias from the step size (`icl.sampling.known.quadratic_llc`). The part of the bound for

@@ -78,7 +78,7 @@ class Evidence:
     descent: float
     """Decrease of nbeta times the loss after one step down the checkpoint's gradient."""
     descent_stderr: float
-    """Standard error of `descent`; NaN if a single batch, which is not all the data, measures it."""
+    """Standard error of `descent`; NaN if `descent` was measured on a single batch that is not all the data."""
     descent_freedom: float
     """Degrees of freedom of `descent_stderr`."""
     drop_at_mean: float
@@ -97,13 +97,14 @@ class Evidence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Nominal 95 % interval of the LLC, by Student's t, with the known errors that exceed half of the standard error.
+        """Nominal 95 % interval of the LLC, by Student's t. Two known errors widen it, each if it exceeds half of the standard error.
 
-        The bias bound is subtracted from the lower end. The shortfall, (1 - filled) LLC, is added to the upper end. Chains that have not yet
-        visited a far part of a valley, or have visited it too rarely, show this in pull + spread, whose exact mean d is known. Under the
-        sampled density, Cov(excess, pull + spread) = E[pull] (integration by parts), and the variance of pull + spread is 2 d for a
-        quadratic loss. So if pull + spread is too small by d (1 - filled), we expect the LLC to be too small by (1 - filled) pull / 2,
-        which is about (1 - filled) LLC. This is too much if only flat directions are not filled.
+        The first known error is the bias bound, which is subtracted from the lower end. The second is the shortfall, (1 - filled) LLC,
+        which is added to the upper end. The LLC falls short if the chains have not yet visited a far part of a valley, or have visited it
+        too rarely. Then pull + spread is below its exact mean d. Under the sampled density, Cov(excess, pull + spread) = E[pull]
+        (integration by parts), and the variance of pull + spread is 2 d for a quadratic loss. So if pull + spread is too small by
+        d (1 - filled), we expect the LLC to be too small by (1 - filled) pull / 2, which is about (1 - filled) LLC. This overestimates the
+        shortfall if only flat directions are not filled.
 
         The number of degrees of freedom is ESS / 10 (but at least 1), because the estimated autocorrelation time has a relative variance of
         about 20 / ESS. Among estimates with few effective draws, those whose standard error is too small by chance pass the verdict most

@@ -29,13 +29,13 @@ class QueuedJob(NamedTuple):
     state: str
     """Slurm's word for the job's state, in lower case: `pending`, `running`, `completing` and so on."""
     place: str
-    """The nodes of a running job, or the reason why a job waits, in parentheses as Slurm gives it."""
+    """The nodes of a running job, or the reason why a job waits. Slurm writes the reason in parentheses."""
     elapsed: str
     """Time since the job started."""
 
 
 def submit(script: Path, *options: str) -> str:
-    """Submit a script, and return Slurm's ID of the job, which is a number without `_0`.
+    """Submit a script, and return Slurm's ID of the job. The ID is a number without `_0`.
 
     Raises:
         SlurmError: If Slurm refuses the script. The message says why.
@@ -89,7 +89,7 @@ def is_preempted(job: str) -> bool:
 def queued_jobs(arrays: Iterable[str]) -> dict[str, QueuedJob] | None:
     """Return the waiting and running jobs of some arrays, keyed by identifier, or None if Slurm does not answer."""
     jobs = {}
-    for array in arrays:  # one call for each array, because a call with an unknown array fails as a whole
+    for array in arrays:  # one call for each array, because one unknown array would make a call for all arrays fail
         try:
             text = _run("squeue", "--noheader", "--array", f"--jobs={array}", "--format=%i|%T|%R|%M")
         except SlurmError as error:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 MAX_IDLE = 2
 """Number of consecutive starts without progress after which a job is not queued again."""
 _SLACK_SECONDS = 120.0
-"""Slurm may send its warning of the time limit earlier than we asked for, by at most this many seconds. A signal that arrives even earlier
-announces a preemption instead."""
+"""Slurm may send its warning of the time limit up to this many seconds earlier than we asked for. A signal that arrives even earlier
+announces a preemption."""
 _PAUSE_SECONDS = 5.0
 
 
@@ -70,14 +70,14 @@ class SlurmJob:
             old, job=self.id, state="running", reason="", host=platform.node(), num_starts=old.num_starts + 1
         )
         self._write(self._record)
-        if hasattr(signal, "SIGUSR1"):  # until now, the signal was ignored, as set in the job's script
+        if hasattr(signal, "SIGUSR1"):  # the job's script made the process ignore this signal until now
             signal.signal(signal.SIGUSR1, self._warn)
 
     def stop_reason(self) -> str | None:
         """Return the reason why the job must save its points and stop now, or None if it can continue."""
         if self._reason is None and (self._is_warned or (self._stop_at or time.monotonic() + 1) <= time.monotonic()):
             left = seconds_left(self.id)  # ask again, because the time limit may have changed
-            # If a signal arrives when much time is left, it announces a preemption, so the job stops at once.
+            # A signal that arrives when much time is left announces a preemption, so the job stops at once.
             is_early = (
                 left is not None and left > self._margin + 1 and (not self._is_warned or left < _warned_at_most())
             )

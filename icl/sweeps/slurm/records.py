@@ -1,7 +1,7 @@
 """Records that jobs write about themselves, and the list of all jobs of a sweep.
 
-Slurm forgets a job some minutes after its end, and many small clusters have no accounting. So each job writes one small file,
-which says where the job runs and how it ended. `squeue` adds what only Slurm knows: whether a job waits, and why.
+Slurm forgets a job some minutes after its end, and many small clusters have no accounting. So each job writes one small file
+that says where the job runs and how it ended. `squeue` adds what only Slurm knows: whether a job waits, and why.
 """
 
 import json
@@ -46,7 +46,7 @@ class JobRecord:
     host: str = ""
     num_starts: int = 0
     num_idle: int = 0
-    """Number of times in succession that the job was started and reached its time limit without progress."""
+    """Number of successive starts after which the job reached its time limit without progress."""
     updated: float = 0.0
 
 
@@ -69,7 +69,7 @@ def write_record(folder: Path, record: JobRecord) -> None:
 
 
 def read_record(folder: Path, task: int) -> JobRecord | None:
-    """Return the record of a job, or None if it has not started or the record cannot be read."""
+    """Return the record of a job, or None if the job has not started or the record cannot be read."""
     try:
         return typed_record(JobRecord, parse_json(read_bytes(_record_file(folder, task))))
     except (ContentError, OSError):
@@ -77,7 +77,9 @@ def read_record(folder: Path, task: int) -> JobRecord | None:
 
 
 def describe_jobs(submissions: Sequence[Path]) -> list[str]:
-    """Return a line for each job of some submissions: its state, its identifier, and the place where it runs or the reason why it does not run.
+    """Return a line for each job of some submissions.
+
+    The line has the job's state and identifier, and the place where the job runs or the reason why it does not run.
 
     Jobs of older submissions are left out once they have ended.
     """

@@ -36,7 +36,7 @@ _RESERVED = {
 }
 """Options of sbatch that the user cannot set, each with the reason or with advice."""
 _LETTERS_WITHOUT_VALUE = "HkOQsv"
-"""One-letter options of sbatch that take no value, so further options can follow in the same word."""
+"""One-letter options of sbatch that take no value. Further options can follow such an option in the same word."""
 
 
 def parse_sbatch(text: str) -> list[str]:
@@ -184,7 +184,8 @@ def submit_array(folder: Path, script: str, *, num_jobs: int, copy: tuple[str, b
 def _option_name(word: str) -> str:
     """Return the name of an option of sbatch, such as `--array` or `-a`.
 
-    As sbatch does, complete an abbreviation (`--arr=0-3` is `--array`), and skip leading letters that take no value (`-Qa0-3` sets `-a`).
+    Like sbatch, this function completes an abbreviation (`--arr=0-3` is `--array`) and skips leading letters that take no value (`-Qa0-3`
+    sets `-a`).
     """
     if not word.startswith("--"):
         return f"-{word[1:].lstrip(_LETTERS_WITHOUT_VALUE)[:1]}" if word.startswith("-") else word

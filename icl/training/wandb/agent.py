@@ -2,11 +2,11 @@
 
 A point of a sweep is one combination of the settings that the sweep varies. W&B assigns a point to each run.
 
-First, the settings from the file and the command line are resolved without those of the point, and passed to `wandb.init`.
-After that, `wandb.config` also contains the settings of the point, with names such as `optim.lr`, or `lr` in a section
-`optim`. Then all settings are resolved again: the point and the command line override the file. A command line that
-contradicts the point is refused. The name of the run depends on its whole configuration. So if W&B assigns a point again,
-the run continues from its last save. The new W&B run first receives the rows that were logged before.
+First, the settings from the file and the command line are resolved, still without the settings of the point, and are passed to
+`wandb.init`. W&B then adds the settings of the point to `wandb.config`, with names such as `optim.lr`, or `lr` in a section `optim`.
+Then all settings are resolved again: the point and the command line override the file. A command line that contradicts the point is
+refused. The name of the run depends on its whole configuration. So if W&B assigns a point again, the run continues from its last
+save. The new W&B run first receives the rows that were logged before.
 """
 
 import os
@@ -43,14 +43,15 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
     """Work on the point of the sweep that the agent assigned. Report the exit status to W&B in every case, even after an error.
 
     Args:
-        read_base: Function that resolves the settings without those of the point.
-        work: Function of the W&B run and of the settings of the point. It returns the exit status.
+        read_base: Function that resolves all settings except those of the point.
+        work: Function that takes the W&B run and the settings of the point. It returns the exit status.
 
     Raises:
         SweepError: If this run cannot join the sweep.
         UserError: Any error that the two functions raise.
     """
-    # If `wandb.init` is interrupted, W&B considers the run finished. So signals are handled only after it has returned.
+    # If a signal interrupts `wandb.init`, W&B considers the run finished. So signals are handled only after `wandb.init` has
+    # returned.
     with handling({signal.SIGTERM: defer, signal.SIGINT: defer}):
         try:
             base = read_base()
@@ -58,7 +59,7 @@ def work_at_point(read_base: Callable[[], RunConfig], work: Callable[[Any, dict[
             end_run(join_sweep({}), exit_code_of(error))
             raise
         run = join_sweep(base.to_dict())
-    # Until training handles signals itself, they raise KeyboardInterrupt, so that the end is reported to W&B.
+    # Until training installs its own handlers, a signal raises KeyboardInterrupt, so that the end is reported to W&B.
     interrupt = signal.default_int_handler
     with handling({signal.SIGTERM: interrupt, signal.SIGINT: interrupt}):
         try:
@@ -77,7 +78,7 @@ def join_sweep(base: Mapping[str, Any]) -> Any:
     """Begin the W&B run of this point, and return it.
 
     Args:
-        base: The settings without those of the point.
+        base: All settings except those of the point.
 
     Raises:
         SweepError: If W&B cannot be reached or refuses the run. Only W&B knows the settings of the point, so the run cannot continue.
@@ -111,7 +112,10 @@ def swept_settings(run: Any, base: RunConfig) -> dict[str, Any]:
 
 
 def describe_run(run: Any, config: RunConfig, *, suffix: str = "") -> None:
-    """Set the name of the W&B run, and its configuration without the swept keys, which W&B locks. If W&B fails, only say so."""
+    """Set the name and the configuration of the W&B run, without the swept keys, which W&B locks.
+
+    If W&B fails, only print a message.
+    """
     try:
         run.name = run_name(config) + suffix
         names = _swept_names() or set()
@@ -125,7 +129,7 @@ def describe_run(run: Any, config: RunConfig, *, suffix: str = "") -> None:
 def replay(run: Any, metrics_file: Path, until: int) -> None:
     """Send the rows of earlier W&B runs of this point up to the step `until`, except rows that this W&B run already has.
 
-    If W&B fails, only say so.
+    If W&B fails, only print a message.
     """
     log = WandbLog(run, is_lent=True)
     for row in whole_rows(metrics_file):

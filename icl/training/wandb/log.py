@@ -37,7 +37,8 @@ _MODES = ("", "online", "offline", "disabled", "dryrun", "run", "shared")
 _has_unsent_rows = False
 _is_unreachable = False
 _said_failures: set[str] = set()
-"""Messages about failures of W&B that were printed. Usually, W&B fails in the same way for all members of a population."""
+"""Messages about failures of W&B that were printed. W&B usually fails in the same way for all members of a population, so each message is
+printed once."""
 _ended_runs: weakref.WeakSet = weakref.WeakSet()
 """W&B runs of this process that have ended."""
 
@@ -55,7 +56,7 @@ def wandb_mode() -> Mode | None:
         return None if mode == "disabled" else "offline"
     if mode == "offline":
         return "offline"
-    return "online" if mode == "online" or os.environ.get("WANDB_API_KEY") or _has_login() else None
+    return "online" if mode in ("online", "run", "shared") or os.environ.get("WANDB_API_KEY") or _has_login() else None
 
 
 def is_disabled() -> bool:
@@ -79,8 +80,8 @@ class WandbLog:
     def log(self, row: Mapping[str, int | float]) -> None:
         """Send one row, unless W&B already has the row.
 
-        W&B has some rows already if a run resumes, because the run repeats the steps after its last save. If W&B fails, it receives no
-        more rows.
+        W&B has some rows already if a run resumes, because the run repeats the steps after its last save. After an error of W&B, no more
+        rows are sent.
         """
         if row["step"] <= self.sent or self.has_failed:
             return
@@ -130,7 +131,7 @@ def end_run(run: Any, exit_code: int) -> None:
 
 
 def _finish(run: Any, exit_code: int) -> None:
-    """End a W&B run, and mark it if a signal stopped it. If W&B fails, only say so."""
+    """End a W&B run. If a signal stopped the run, mark the run as pre-empted. If W&B fails, only print a message."""
     global _has_unsent_rows
     try:
         if exit_code > 128:
