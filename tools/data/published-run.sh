@@ -74,7 +74,7 @@ icl llc "$RUNS/L2H4/seed=1" --steps 500000 $WEAKER --sampler.num_chains 4 --samp
 icl llc "$RUNS/L2H4/seed=1" --published --steps 1465,5517,9375,20202,40292,80808,126262,202020,318181,500000 \
     --sampler.num_chains 2 --sampler.num_draws 1000 --sampler.batch_size 32 || test $? -eq 1
 
-## refined LLCs of L2H4, seed 1: heads and layers
+## refined estimates of L2H4, seed 1: heads and layers
 REFINED="--sampler.kernel baoab --sampler.lr 5e-6 --sampler.friction 0.7 --sampler.num_samples 32768 --sampler.batch_size 128
     --sampler.num_chains 4 --sampler.num_burnin_steps 40 --sampler.num_draws 120"
 for components in heads layers; do

@@ -228,7 +228,7 @@ TABLES: dict[str, Table] = {
             "verdict": _VERDICT,
             "reasons": _REASONS,
         },
-        "refined LLCs",
+        "refined estimates",
     ),
     "llc-susceptibilities": Table(
         "susceptibilities of heads and layers to the loss at each position, from the chains of `llc-components`",
@@ -244,7 +244,7 @@ TABLES: dict[str, Table] = {
             ),
             "stderr": _number("standard error of the susceptibility", may_miss=True),
         },
-        "refined LLCs",
+        "refined estimates",
         "only the last step",
     ),
     "llc-positions": Table(

@@ -445,9 +445,11 @@ MAKERS: dict[str, Callable[[str, Runs, Path, Mapping], pd.DataFrame | None]] = {
 def _origin(about: Table, record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the commands, dates, versions and hardware of the phases that produced a table."""
     phases = {name: known for name, known in record.items() if about.phases in name and known["is_done"]}
-    told = {
-        key: sorted({str(known[key]) for known in phases.values()}) for key in ("date", "commit", "torch", "hardware")
+    told: dict[str, list[str]] = {
+        key: sorted({str(known[key]) for known in phases.values()}) for key in ("date", "torch", "hardware")
     }
+    # The record of a phase that ran in several sittings has several commits, separated by commas.
+    told["commit"] = sorted({commit for known in phases.values() for commit in str(known["commit"]).split(", ")})
     return {"commands": [known["commands"] for known in phases.values()], **told}
 
 
