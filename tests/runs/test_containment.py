@@ -55,10 +55,13 @@ def everything(folder: Path) -> set[str]:
 
 
 def refusal(capsys) -> str:
-    said = capsys.readouterr()
-    assert said.err.startswith("icl: ")
-    assert said.err.count("\n") == 1
-    return said.err
+    said = capsys.readouterr().err.splitlines()
+    refusals = [
+        line for line in said if not line.startswith("icl: waiting for ")
+    ]  # the server of a busy machine is slow
+    assert len(refusals) == 1
+    assert refusals[0].startswith("icl: ")
+    return refusals[0]
 
 
 # Keys

@@ -25,7 +25,6 @@ SHORT = change(TINY, trainer={"max_steps": 6}, evaluation={"every": None}, check
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch, no_figures):
     monkeypatch.setattr(waiting, "NOTICE_SECONDS", 0.2)
-    monkeypatch.setattr(icl.store.s3, "CHECK_SECONDS", 4.0)  # a busy machine may take a second to answer
     monkeypatch.setattr(upload, "SECONDS", 0.05)
     waiting.moved()  # whatever another test waited for
 
