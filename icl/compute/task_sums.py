@@ -117,8 +117,9 @@ def _indicator(excess: Tensor) -> Tensor:
 def sums_dtype(xs: Tensor, ys: Tensor, tasks: Tensor, noise_variance: float) -> torch.dtype:
     """Return float32 if its rounding changes the weights by less than about 1 %, else float64.
 
-    The rounding error of a log-weight is about eps / (2 sigma^2) times the sum of the squares from which S_m is computed. Return float64 in
-    any case if `xs` is float64, if float32 cannot represent squares of the size of the noise variance, or if PyTorch may round the inputs
+    In float32, the rounding error of a task's log-weight, -S_m / (2 sigma^2), is about eps / (2 sigma^2) times the sum of y_k^2 +
+    |x_k|^2 |w|^2 over the positions of a prompt, where eps is the machine epsilon. We use the mean of |w|^2 over the tasks, and the prompt
+    with the largest sum. Return float64 in any case if `xs` is float64, if float32 cannot represent squares of the size of the noise variance, or if PyTorch may round the inputs
     of float32 products to fewer bits.
     """
     is_inexact = torch.get_float32_matmul_precision() != "highest"

@@ -6,8 +6,8 @@ calls `summarise`, which returns some of the numbers. The module `icl.metrics` c
 - `loss`: the mean squared error per target, not divided by D.
 - `bayes_excess`: the model's loss minus the loss of the Bayes predictor, on the same prompts (a paired difference). On `pretrain` with
   finite M, the Bayes predictor is dMMSE. On `true`, and on `pretrain` with M = inf, it is ridge, or `bayes` if the prior or the noise is
-  not Gaussian. Shifts have no `bayes_excess`. If the Bayes predictor is exact, the excess has the same expectation as
-  the gap to this predictor, so the excess is negative only by chance. If `bayes` is a particle estimate, the excess is
+  not Gaussian. Shifts have no `bayes_excess`. If the Bayes predictor is exact, the expectation of `bayes_excess` is
+  the mean squared difference between the model's predictions and the Bayes predictor's. So `bayes_excess` is negative only by chance. If `bayes` is a particle estimate, the excess is
   too small by `bayes_variance`.
 - `delta_ridge`, `delta_dmmse`: the gap to a baseline, which is the mean squared difference of predictions (Raventós et al. 2023,
   section 2, who divide by D).

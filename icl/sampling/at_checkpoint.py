@@ -170,7 +170,7 @@ class AtCheckpoint(NamedTuple):
     losses: Float[Tensor, "I T"]
     """Losses on I batches, for each of T components."""
     descent: float
-    """Decrease of nbeta times the loss after one step down the gradient."""
+    """nbeta times the decrease of the loss by one step down the gradient (`GradientStep`), in nats: a mean over batches."""
     descent_stderr: float
     """Standard error over batches; NaN for a single batch that is not all the data."""
     descent_freedom: float

@@ -121,7 +121,7 @@ class EstimateSettings(NamedTuple):
 
     @property
     def key(self) -> dict[str, Any]:
-        """The part of an entry's key that does not depend on the checkpoint."""
+        """The settings and the version of the verdict's rules. An estimate is stored under these and under the checkpoint's hash."""
         return self.values | {"rules": verdict.VERSION}
 
     def cache(self, run: RunFolder) -> Cache:

@@ -9,9 +9,9 @@ exactly only for `sgld` and `baoab` on quadratics without minibatches. Otherwise
 additional fraction `STEP_BIAS` of that value.
 
 For deep linear networks only the asymptotic value lambda is known, so we estimate at three values of nbeta. The estimates must rise with
-nbeta. In addition to the standard errors, an estimate may differ from lambda by lambda / sqrt(nbeta), because the localization has strength
-1. In a direction in which the loss is quartic, the localization changes the contribution to the LLC by a fraction nbeta^(-1/2). In other
-directions, this fraction is smaller. The multiplicity is 1, so there is no logarithmic term.
+nbeta. At finite nbeta, the localization (strength 1) changes the estimate: a direction in which the loss is quartic loses a fraction
+nbeta^(-1/2) of its contribution, and other directions lose less. So the test allows a difference from lambda of lambda / sqrt(nbeta), plus
+some standard errors. The multiplicity is 1, so there is no logarithmic term.
 """
 
 import dataclasses

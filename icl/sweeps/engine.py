@@ -180,12 +180,11 @@ class _Engine:
             self.programs = [program for program in self.programs if program.is_running()]
 
     def _count_earlier_attempts(self) -> dict[int, int]:
-        """Return the number of each point's last attempt before this session, or 0 if there was no such attempt.
+        """Return, for each point's `number`, the number of attempts that ended before the present session.
 
-        The keys of the dict are the points' `number`. If a point has failed in an attempt of this session, the
-        engine does not try the point again. If other engines are at work, this engine joins their session. So the
-        engine does not try points that have failed since that session began. In jobs of Slurm, the session begins when
-        the jobs are submitted.
+        The present session began when the first of the engines that are at work started; in a job of Slurm, when the jobs were
+        submitted. If a point has failed in a later attempt than the returned number, the point failed in the present session, so `_claim`
+        does not try it again. With `retry`, outside of Slurm, the session begins now, so every failed point is tried again.
         """
         states = {point.number: self.state(point) for point in self.points}
         last = {point.number: last_attempt(self.root / point.name) for point in self.points}

@@ -50,7 +50,7 @@ class Member:
     config: RunConfig
     folder: RunFolder
     loss: float | None = None
-    """Training loss in the last row of `metrics.csv` that has one: a mean over the steps since the previous such row."""
+    """Latest training loss in `metrics.csv`: the mean over the steps since the training loss was last logged. None before the first such loss."""
     best: float = math.inf
     """Best value of the monitored metric."""
     best_step: int | None = None

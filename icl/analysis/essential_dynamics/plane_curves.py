@@ -22,7 +22,8 @@ curvature is c / v^3, and the centre of the osculating circle is r + v^2 / c (-y
   candidate is a prominent extremum of the curvature. The curvature at the extremum must be more than three standard
   errors from zero. On both sides of the extremum, the curvature must first change by at least a tenth of its value
   there and by at least `_VERTEX_ERRORS` standard errors. Only after that may it return to the value at the extremum.
-  This rule does not depend on the speed along the curve.
+  The two conditions on the sides compare curvatures in the order of the points. They contain no times, so they do not depend
+  on how fast the curve is traversed (except through the standard errors).
 """
 
 import math
@@ -225,7 +226,7 @@ def _both_sides(index: int) -> tuple[slice, slice]:
 def _is_prominent(values: Float[np.ndarray, " g"], stderr: Float[np.ndarray, " g"], least: float) -> bool:
     """Return whether the values fall significantly below the first value before they rise above it.
 
-    The result depends only on the order of the values, not on the speed along the curve.
+    The result depends on the order of the values and on their standard errors, but not on the times of the points.
     """
     higher = np.flatnonzero(values > values[0])
     end = int(higher[0]) if len(higher) else len(values)

@@ -127,7 +127,10 @@ def _columns(values: Float[Tensor, "B K"]) -> Float[Tensor, "B C"]:
 
 
 def _mean_squares(pair: Pair, offset: Float[Tensor, "B K"], weights: Float[Tensor, "B K"]) -> Float[Tensor, " C"]:
-    """Return the mean squared residuals at each position and over all positions, for weights that are given at each position."""
+    """Return the mean over prompts of the squared residual at each of K positions, and then the mean of these K numbers.
+
+    The residual is `offset - weights * pair.difference`. There is one weight for each prompt and position.
+    """
     squares = (offset - weights * pair.difference).square().mean(0)  # K
     return torch.cat((squares, squares.mean(0, keepdim=True)))
 

@@ -49,8 +49,9 @@ CORRELATED_SIGNIFICANCE = 4.0
 """Minimum strength of a boundary, in standard errors, if the correlation of the scatter clearly lowers the strength (`_LITTLE_LOST`).
 This limit is larger than `SIGNIFICANCE`, because the correlation is only estimated."""
 _LITTLE_LOST = 0.8
-"""Share of a boundary's strength. If more than this share remains with correlated scatter, the minimum strength is
-`SIGNIFICANCE`, else `CORRELATED_SIGNIFICANCE`."""
+"""We compute the strength of a boundary with independent scatter and with correlated scatter. If the second strength is more than this share
+of the first, it must be at least `SIGNIFICANCE` (for an onset, `ONSET_SIGNIFICANCE`). Otherwise it must also be at least
+`CORRELATED_SIGNIFICANCE`."""
 _MAX_KNOTS = 64
 """Largest number of grid points at which intervals may begin and end."""
 _NUM_TIMES = 200

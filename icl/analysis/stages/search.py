@@ -96,8 +96,9 @@ def _contrasts(
 ) -> tuple[Float[np.ndarray, "k r"], Float[np.ndarray, "k r"]]:
     """Return by how many standard errors each fast slope is steeper than `factor` times each slow slope.
 
-    The first result is for upward fast slopes, the second for downward ones. The slow slope may have either sign, so
-    each result is the smaller of two: one with the slow slope added, one with it subtracted.
+    `fast` has the slopes of motions, and `slow` has the slopes of pauses. The first matrix is fast - factor |slow| in standard errors, for
+    curves that rise. The second is -fast - factor |slow|, for curves that fall. The sign of a slow slope is uncertain, so we compute both
+    signs and take the smaller number of standard errors.
     """
     spread, shared = fast_variances + factor**2 * slow_variances, 2 * factor * covariances
     minus = (fast - factor * slow) / np.sqrt(np.maximum(spread - shared, 1e-300))
