@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import hypothesis
 import jaxtyping
 import pytest
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, but some tests send this signal to themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["hub_server", "s3_server", "slurm_cluster", "wandb_server"]
 
