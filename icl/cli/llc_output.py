@@ -52,11 +52,12 @@ def describe_work(
         return f"{subject}: nothing to do, {'the step is' if is_one else f'all {steps} are'} stored."
     work = f"{num_left} of {steps} to do" if num_finished else steps
     num_later = sampler.num_moves - sampler.num_burnin_steps
-    chains = f"{sampler.num_chains} chains x ({sampler.num_burnin_steps} + {num_later}) moves"
+    kernel = f"{sampler.kernel} with lr {sampler.lr:g}"
+    chains = f"{sampler.num_chains} chains x ({sampler.num_burnin_steps} + {num_later}) moves of {kernel}"
     if sampler.target_stderr is not None:
         chains = (
             f"{sampler.num_chains} chains until the standard error is {sampler.target_stderr:g}, "
-            f"at most {sampler.num_burnin_steps} + {num_later:,} moves each"
+            f"at most {sampler.num_burnin_steps} + {num_later:,} moves of {kernel} each"
         )
     return f"{subject}: {work}, {chains}{'.' if path.is_file() else '; finished steps are stored.'}"
 

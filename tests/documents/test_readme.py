@@ -53,18 +53,19 @@ def test_the_commands_run_one_after_the_other_on_a_tiny_run(tmp_path, monkeypatc
     (tmp_path / "prompt.json").write_text(example[1])
     tiny = ["--trainer.max_steps", "10", "--model.embed_size", "8", "--evaluation.num_prompts", "8"]
     assert main(["train", "--run_name", "quickstart", *tiny]) == 0
+    assert main(["train", "--run_name", "transience", "--population.seeds", "0,1", *tiny]) == 0
     diversity = ["diversity", "--preset", "quickstart", "--max_power", "4", "--num_steps", "2", *tiny[2:]]
     assert main([*diversity, "--evaluation.every", "1"]) == 0
     for words in icl_commands():
-        if words[-1] == "all":  # of which test_analysis_run.py has a test
+        if words[-1] == "all" or any("hf://" in word for word in words):  # tested in test_analysis_run.py and test_hub.py
             continue
         if words[0] == "sweep":
             words = ["sweep", str(ROOT / words[1]), *words[2:], "--dry-run"]
         if words[0] == "evaluate":
-            words = [
-                *words,
-                *(("--n_prompts", "8", "--n_ood_samples", "8") if len(words) > 2 else ("--num_prompts", "8")),
-            ]
+            for name in ("--n_prompts", "--n_ood_samples"):
+                if name in words:  # of the older command
+                    words = [*words[: words.index(name)], *words[words.index(name) + 2 :]]
+            words = [*words, "--num_prompts", "8", "--num_ood_prompts", "8"]
         if words[0] == "llc" and words[1] != "--self-test":  # which has a test of its own
             short = ("--sampler.num_draws", "4", "--sampler.num_burnin_steps", "1", "--sampler.num_init_batches", "4")
             assert main([*words, *short]) in (0, 1)  # of ten steps' training something usable may come, or nothing

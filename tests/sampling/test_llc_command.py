@@ -246,11 +246,12 @@ def test_what_lies_ahead_is_told_before_the_bar(folder, capsys):
     def ahead():
         return describe_work(folder.path, QUICK, mode="").partition(": ")[2]
 
-    assert ahead() == "2 steps, 2 chains x (4 + 6) moves; finished steps are stored."
+    moves = f"(4 + 6) moves of {QUICK.kernel} with lr {QUICK.lr:g}"
+    assert ahead() == f"2 steps, 2 chains x {moves}; finished steps are stored."
     assert main(["llc", str(folder.path), "--steps", "last"]) in (0, 1)
     told = capsys.readouterr().err
-    assert told.startswith(f"LLC of {folder.path}: 1 step, 2 chains x (4 + 6) moves; finished steps are stored.\n")
-    assert ahead() == "1 of 2 steps to do, 2 chains x (4 + 6) moves; finished steps are stored."
+    assert told.startswith(f"LLC of {folder.path}: 1 step, 2 chains x {moves}; finished steps are stored.\n")
+    assert ahead() == f"1 of 2 steps to do, 2 chains x {moves}; finished steps are stored."
     main(["llc", str(folder.path)])
     assert ahead() == "nothing to do, all 2 steps are stored."
 
