@@ -57,7 +57,9 @@ def test_the_commands_run_one_after_the_other_on_a_tiny_run(tmp_path, monkeypatc
     diversity = ["diversity", "--preset", "quickstart", "--max_power", "4", "--num_steps", "2", *tiny[2:]]
     assert main([*diversity, "--evaluation.every", "1"]) == 0
     for words in icl_commands():
-        if words[-1] == "all" or any("hf://" in word for word in words):  # tested in test_analysis_run.py and test_hub.py
+        if words[-1] == "all" or any(
+            "hf://" in word for word in words
+        ):  # tested in test_analysis_run.py and test_hub.py
             continue
         if words[0] == "sweep":
             words = ["sweep", str(ROOT / words[1]), *words[2:], "--dry-run"]
